@@ -1,0 +1,83 @@
+"""``deen-zoo VERB ...``, also as ``python -m deen_zoo VERB ...``.
+
+Each verb is a module of this folder with a docstring (its one-line help), ``EXAMPLES``,
+``add_arguments(parser)`` and ``run(args) -> exit code``. Only the verb that is asked for is
+imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ..errors import UserError
+
+VERBS = {
+    "reproduce": "check data, train, evaluate all protocols, write results and a checkpoint",
+    "evaluate": "score any model's saved features by a named protocol",
+    "extract": "images or folders to a feature file",
+    "search": "ranked galleries for query images",
+    "visualize": "ranking sheets, t-SNE, distance histograms, activation maps",
+    "check": "a dataset folder: counts beside the expected ones, every fault by name",
+    "synthesize": "write a synthetic dataset in one of the three layouts",
+    "convert": "an official .t checkpoint to a folder that timm loads",
+    "publish": "a checkpoint folder to the Hugging Face Hub, with its card",
+    "export": "a model to ONNX or torch.export, checked against torch",
+    "benchmark": "speed and memory, optionally beside the reference",
+}
+
+OK, UNUSABLE, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+
+def _overview() -> argparse.ArgumentParser:
+    from .. import __version__
+
+    lines = "\n".join(f"  {verb:<11} {text}" for verb, text in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="deen-zoo",
+        description="Visible-infrared person re-identification with DEEN (CVPR 2023).",
+        epilog=f"verbs:\n{lines}\n\n'deen-zoo VERB --help' shows a verb's options and examples.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"deen_zoo {__version__}")
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help="what to do, see below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        argv: The arguments after the program's name; ``sys.argv[1:]`` when None.
+
+    Returns:
+        The exit code: 0 done, 1 the input was read and found unusable, 2 bad input (one line on
+        stderr says what and what to do), 130 interrupted.
+    """
+    first = _overview().parse_args(argv)
+    module = importlib.import_module(f"{__name__}.{first.verb}")
+    parser = argparse.ArgumentParser(
+        prog=f"deen-zoo {first.verb}",
+        description=module.__doc__,
+        epilog=f"examples:\n{module.EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    args = parser.parse_args(first.arguments)
+    try:
+        return int(module.run(args))
+    except BrokenPipeError:
+        return OK
+    except (UserError, OSError) as error:
+        print(f"deen-zoo {first.verb}: error: {_one_line(error)}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"deen-zoo {first.verb}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,38 @@
+"""The errors a user can mend.
+
+Everything that goes wrong because of what the user gave (an argument, a file, a folder, a
+missing extra) is a :class:`UserError` with a one-line message: what came, what is valid, what to
+do. The command line prints that line and exits with code 2; in Python it is a ``ValueError``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; its message is one line."""
+
+
+class MissingExtraError(UserError, ImportError):
+    """An optional dependency is not installed; the message names the pip command."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency, or say how to install it.
+
+    Args:
+        module: Dotted name to import, such as ``"matplotlib.pyplot"``.
+        extra: The extra of this package that brings it, such as ``"viz"``.
+
+    Raises:
+        MissingExtraError: ``module`` cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{module.split('.')[0]} is not installed ({error}); "
+            f"install it with: pip install 'deen-zoo[{extra}]'"
+        ) from error
