@@ -1,0 +1,50 @@
+"""Datasets on disk as lists of samples; their images as batches; a synthetic world; checks.
+
+Every name is imported from its module when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_MODULES = {
+    "cache": ("DecodedCache", "open_cache"),
+    "check": ("CheckReport", "check_dataset"),
+    "datasets": ("PROTOCOLS", "Protocol", "ReidDataset", "Sample", "draw_gallery", "open_dataset"),
+    "files": ("is_image_name", "open_image"),
+    "loading": ("eval_loader", "train_loader"),
+    "sampler": ("IdentitySampler",),
+    "synthetic": ("synthesize",),
+    "transforms": ("eval_transform", "train_transform"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+if TYPE_CHECKING:
+    from .cache import DecodedCache as DecodedCache
+    from .cache import open_cache as open_cache
+    from .check import CheckReport as CheckReport
+    from .check import check_dataset as check_dataset
+    from .datasets import PROTOCOLS as PROTOCOLS
+    from .datasets import Protocol as Protocol
+    from .datasets import ReidDataset as ReidDataset
+    from .datasets import Sample as Sample
+    from .datasets import draw_gallery as draw_gallery
+    from .datasets import open_dataset as open_dataset
+    from .files import is_image_name as is_image_name
+    from .files import open_image as open_image
+    from .loading import eval_loader as eval_loader
+    from .loading import train_loader as train_loader
+    from .sampler import IdentitySampler as IdentitySampler
+    from .transforms import eval_transform as eval_transform
+    from .transforms import train_transform as train_transform
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value  # asked once
+    return value
