@@ -1,0 +1,155 @@
+"""Checkpoints: from the official key names to ours, strict both ways, and to a folder for timm."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..errors import UserError
+
+StateDict = dict[str, torch.Tensor]
+
+# Official name -> ours. Stage and branch numbers start at 1 there, at 0 here: "{n-1}" subtracts.
+_OFFICIAL = [
+    (r"thermal_module\.thermal\.((?:conv1|bn1)\..+)", "infrared_stem.{0}"),
+    (r"visible_module\.visible\.((?:conv1|bn1)\..+)", "visible_stem.{0}"),
+    (r"base_resnet\.base\.layer(\d)\.(.+)", "stages.{0-1}.blocks.{1}"),
+    (r"DEE\.FC(\d)(\d)\.(.+)", "stages.{last}.dee.reduce.{0-1}.{1-1}.{2}"),
+    (r"DEE\.FC(\d)\.(.+)", "stages.{last}.dee.expand.{0-1}.{1}"),
+    (r"MFA(\d)\.(CNL|PNL)\.W\.0\.(.+)", "stages.{0-1}.{1}.proj.conv.{2}"),
+    (r"MFA(\d)\.(CNL|PNL)\.W\.1\.(.+)", "stages.{0-1}.{1}.proj.bn.{2}"),
+    (r"MFA(\d)\.(CNL|PNL)\.(.+)", "stages.{0-1}.{1}.{2}"),
+]
+# It saves three whole ResNets and uses two for their stems and one for its stages.
+_OFFICIAL_UNUSED = re.compile(
+    r"(thermal_module\.thermal|visible_module\.visible)\.layer\d\.|base_resnet\.base\.(conv1|bn1)\."
+)
+
+
+def _translate(name: str, num_stages: int) -> str:
+    for pattern, ours in _OFFICIAL:
+        match = re.fullmatch(pattern, name)
+        if match:
+            for i, part in enumerate(match.groups()):
+                ours = ours.replace(f"{{{i}}}", part.lower() if part in ("CNL", "PNL") else part)
+                if part.isdigit():
+                    ours = ours.replace(f"{{{i}-1}}", str(int(part) - 1))
+            return ours.replace("{last}", str(num_stages - 1))
+    return name
+
+
+def is_official(state_dict: StateDict) -> bool:
+    """Whether the keys are those of the official code (before or after ``DataParallel``)."""
+    return any(re.match(r"(module\.)?base_resnet\.base\.", key) for key in state_dict)
+
+
+def from_official(state_dict: StateDict, num_stages: int) -> StateDict:
+    """Rename the keys of the official ``embed_net`` and leave out the parts it never runs.
+
+    Keys that it does not know are passed on, so that the strict check can name them.
+    """
+    out = {}
+    for name, tensor in state_dict.items():
+        name = name.removeprefix("module.")
+        unused = _OFFICIAL_UNUSED.match(name)
+        if unused or (num_stages == 3 and name.startswith("base_resnet.base.layer4.")):
+            continue
+        out[_translate(name, num_stages)] = tensor
+    return out
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: torch.nn.Module) -> StateDict:
+    """timm's hook before loading: translate official files, then check the keys both ways.
+
+    timm loads with ``strict=False`` when the class count differs, and a badly mapped checkpoint
+    would pass with a warning; here a missing, surplus or misshapen key is an error that names it.
+
+    Raises:
+        UserError: The keys or shapes do not fit, or the checkpoint has another number of training
+            identities than the model and nobody asked for a fresh classifier.
+    """
+    for wrapper in ("net", "state_dict"):
+        if isinstance(state_dict.get(wrapper), dict):
+            state_dict = state_dict[wrapper]
+    if is_official(state_dict):
+        state_dict = from_official(state_dict, model.model_args["num_stages"])
+
+    expected = model.state_dict()
+    classifier = state_dict.get("classifier.weight")
+    if classifier is not None:
+        asked, configured = model.num_classes, model.pretrained_cfg["num_classes"]
+        if asked == configured and classifier.shape[0] != asked:
+            raise UserError(
+                f"the checkpoint was trained on {classifier.shape[0]} identities and the model is "
+                f"for {asked}: give num_classes={classifier.shape[0]} to load it whole, or "
+                f"num_classes=0 to leave the classifier out"
+            )
+        model.pretrained_cfg["num_classes"] = classifier.shape[0]  # what timm compares with
+        if asked != classifier.shape[0]:
+            expected["classifier.weight"] = classifier
+
+    def misfit(name: str) -> bool:
+        ours, theirs = expected[name].shape, state_dict[name].shape
+        first_conv = re.match(r"(visible|infrared)_stem\.conv1\.(0\.)?weight", name)
+        if first_conv and model.in_chans != 3:  # timm adapts it next
+            return ours[0] != theirs[0] or ours[2:] != theirs[2:]
+        return ours != theirs
+
+    faults = {
+        "missing": [n for n in expected if n not in state_dict],
+        "surplus": [n for n in state_dict if n not in expected],
+        "misshapen": [
+            f"{n} {tuple(state_dict[n].shape)} for {tuple(expected[n].shape)}"
+            for n in expected
+            if n in state_dict and misfit(n)
+        ],
+    }
+    if any(faults.values()):
+        raise UserError(
+            f"the checkpoint does not fit {model.pretrained_cfg.get('architecture', 'the model')}: "
+            + "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
+        )
+    return state_dict
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def save_pretrained(model: torch.nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Write ``config.json`` and ``model.safetensors``: a folder for timm and for transformers.
+
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` builds the same model from it, in a
+    process that has imported ``deen_zoo``. Each file is written whole and then renamed.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    cfg = dict(model.pretrained_cfg)
+    architecture = cfg.pop("architecture")
+    for source in ("url", "file", "state_dict", "hf_hub_id", "source", "tag"):
+        cfg.pop(source, None)
+    cfg["num_classes"] = model.num_classes
+    cfg["input_size"] = [model.in_chans, *cfg["input_size"][1:]]
+    config = {
+        "architecture": architecture,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "global_pool": model.global_pool,
+        "model_args": model.model_args,
+        "pretrained_cfg": cfg,
+    }
+    weights = folder / "model.safetensors"
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    save_file(tensors, f"{weights}.partial", metadata={"format": "pt"})
+    os.replace(f"{weights}.partial", weights)
+    target = folder / "config.json"
+    Path(f"{target}.partial").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    os.replace(f"{target}.partial", target)
+    return folder
