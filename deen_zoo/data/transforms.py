@@ -1,0 +1,178 @@
+"""From an image to the network's input: resizing, the recipes' augmentation, normalisation.
+
+Between reading and augmenting, an image is a uint8 array (H, W, 3), RGB, already of the network's
+size: what the decoded cache stores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import UserError
+
+__all__ = [
+    "ERASING_AREA",
+    "EvalTransform",
+    "TrainTransform",
+    "eval_transform",
+    "random_erasing",
+    "resize",
+    "to_tensor",
+    "train_transform",
+]
+
+Pixels = npt.NDArray[np.uint8]
+RGB = tuple[float, float, float]
+
+IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
+IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
+# Share of the image that random erasing covers, in the reference's train.py; the paper gives none.
+ERASING_AREA = {"sysu": (0.2, 0.8), "regdb": (0.02, 0.4), "llcm": (0.02, 0.4)}
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> Pixels:
+    """Squash an RGB image to size = (height, width) by LANCZOS: uint8 (H, W, 3)."""
+    return np.asarray(image.resize(size[::-1], Image.Resampling.LANCZOS))
+
+
+def to_tensor(image: Pixels, mean: RGB = IMAGENET_MEAN, std: RGB = IMAGENET_STD) -> Tensor:
+    """uint8 (H, W, 3) to float32 (3, H, W): ``(image / 255 - mean) / std``."""
+    tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))  # (3, H, W)
+    shape = (3, 1, 1)
+    tensor = tensor.to(torch.float32).div_(255)
+    return tensor.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
+
+
+def random_erasing(
+    image: Tensor,
+    rng: np.random.Generator,
+    area: tuple[float, float],
+    probability: float = 0.5,
+    aspect: float = 0.3,
+    fill: RGB = IMAGENET_MEAN,
+) -> Tensor:
+    """Cover a random rectangle of a (3, H, W) image, in place (Zhong et al., arXiv:1708.04896).
+
+    The rectangle has a share of the image in ``area`` and a height/width in [aspect, 1/aspect],
+    both uniform; up to 100 are drawn until one is smaller than the image in both directions
+    (the reference's ``random_erasing.py``, which also fills a *normalised* image with the mean).
+    """
+    if rng.uniform(0, 1) > probability:
+        return image
+    height, width = image.shape[1:]
+    for _ in range(100):
+        target = rng.uniform(*area) * height * width
+        ratio = rng.uniform(aspect, 1 / aspect)
+        h, w = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if h < height and w < width:
+            top = rng.integers(0, height - h, endpoint=True)
+            left = rng.integers(0, width - w, endpoint=True)
+            image[:, top : top + h, left : left + w] = torch.tensor(fill).view(3, 1, 1)
+            break
+    return image
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Augment one image with a random state of its own: uint8 (H, W, 3) to float32 (3, H, W).
+
+    Attributes:
+        pad: Pixels of black added on each side before a crop of the original size; 0 is neither.
+        grayscale: Probability of dropping the colour, in either modality.
+        flip: Probability of mirroring.
+        erasing: Probability of :func:`random_erasing`, which covers a share ``erasing_area``.
+        mean: Subtracted after the division by 255.
+        std: Divided by after that.
+    """
+
+    pad: int = 10
+    grayscale: float = 0.5
+    flip: float = 0.5
+    erasing: float = 0.5
+    erasing_area: tuple[float, float] = (0.2, 0.8)
+    mean: RGB = IMAGENET_MEAN
+    std: RGB = IMAGENET_STD
+
+    def __call__(self, image: Pixels, rng: np.random.Generator) -> Tensor:
+        height, width, _ = image.shape
+        if rng.random() < self.grayscale:
+            gray = np.asarray(Image.fromarray(image).convert("L"))
+            image = np.repeat(gray[:, :, None], 3, axis=2)
+        if self.pad:
+            image = np.pad(image, ((self.pad, self.pad), (self.pad, self.pad), (0, 0)))
+            top, left = rng.integers(0, 2 * self.pad, size=2, endpoint=True)
+            image = image[top : top + height, left : left + width]
+        if rng.random() < self.flip:
+            image = image[:, ::-1]
+        tensor = to_tensor(image, self.mean, self.std)
+        return random_erasing(tensor, rng, self.erasing_area, self.erasing)
+
+
+def train_transform(
+    dataset: str, recipe: str = "official", mean: RGB = IMAGENET_MEAN, std: RGB = IMAGENET_STD
+) -> TrainTransform:
+    """A recipe's augmentation on a dataset.
+
+    Args:
+        dataset: ``"sysu"``, ``"regdb"`` or ``"llcm"``, for the share that is erased.
+        recipe: ``"official"`` (the reference's code) or ``"paper"``: flip and random erasing alone,
+            with the code's erasing, as the paper gives no numbers for it.
+        mean: The model's, from its data config.
+        std: The model's, from its data config.
+
+    >>> train_transform("llcm", "paper").grayscale, train_transform("llcm").pad
+    (0.0, 10)
+    """
+    if dataset not in ERASING_AREA:
+        raise UserError(f"dataset {dataset!r}: choose from {', '.join(ERASING_AREA)}")
+    if recipe not in ("official", "paper"):
+        raise UserError(f"recipe {recipe!r}: choose from official, paper")
+    pad, grayscale = (10, 0.5) if recipe == "official" else (0, 0.0)
+    area = ERASING_AREA[dataset]
+    return TrainTransform(pad, grayscale, erasing_area=area, mean=mean, std=std)
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Squash to ``size`` = (height, width) and normalise: float32 (3, H, W).
+
+    Takes a PIL image, or a uint8 array that already has the size (a row of the decoded cache).
+    """
+
+    size: tuple[int, int]
+    mean: RGB = IMAGENET_MEAN
+    std: RGB = IMAGENET_STD
+
+    def __call__(self, image: Image.Image | Pixels) -> Tensor:
+        if isinstance(image, Image.Image):
+            image = resize(image.convert("RGB"), self.size)
+        return to_tensor(image, self.mean, self.std)
+
+
+def eval_transform(config: Mapping[str, Any]) -> EvalTransform:
+    """The transform of a model's data config, as ``timm.data.resolve_model_data_config`` gives it.
+
+    Bit for bit ``timm.data.create_transform(**config)``, but for the images of the decoded cache
+    as well. Only the way these models are evaluated is on offer: squashed whole by LANCZOS.
+
+    >>> eval_transform({"input_size": (3, 384, 144)}).size
+    (384, 144)
+    """
+    for key, value in (("crop_mode", "squash"), ("crop_pct", 1.0), ("interpolation", "lanczos")):
+        if config.get(key, value) != value:
+            raise UserError(
+                f"{key}={config[key]!r} in the model's data config: only {value!r} is supported "
+                "here; timm.data.create_transform(**config) makes any other transform"
+            )
+    _, height, width = config["input_size"]
+    mean, std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
+    return EvalTransform((height, width), tuple(mean), tuple(std))
