@@ -1,0 +1,39 @@
+"""Shared fixtures: one CPU thread, and a small synthetic tree in each dataset's layout."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from deen_zoo.data.synthetic import synthesize  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def _tree(factory: pytest.TempPathFactory, layout: str, images: int, test: float) -> Path:
+    root = factory.mktemp("synthetic") / layout
+    synthesize(layout, root, 10, images_per_camera=images, test_fraction=test, workers=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def sysu_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten people, four of them to test on; 3 images in each camera that sees them. Read only."""
+    return _tree(tmp_path_factory, "sysu", 3, 0.4)
+
+
+@pytest.fixture(scope="session")
+def regdb_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten people, five of them to test on; 6 images of each in either modality. Read only."""
+    return _tree(tmp_path_factory, "regdb", 6, 0.5)
+
+
+@pytest.fixture(scope="session")
+def llcm_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten people, four of them to test on; 2 images in each camera that sees them. Read only."""
+    return _tree(tmp_path_factory, "llcm", 2, 0.4)
