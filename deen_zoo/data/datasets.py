@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import UserError
@@ -44,16 +43,16 @@ class SysuMM01(ReidDataset):
 
     def _read_train(self, trial: int) -> tuple[list[Sample], list[Fault]]:
         ids = {*self._identities("exp/train_id.txt"), *self._identities("exp/val_id.txt")}
-        return self._folders(sorted(ids)), []
+        return self._read_folders(sorted(ids))
 
     def read_test(self, trial: int = 1) -> tuple[list[Sample], list[Fault]]:
-        return self._folders(self._identities("exp/test_id.txt")), []
+        return self._read_folders(self._identities("exp/test_id.txt"))
 
     def _test_identities(self, trial: int) -> set[int]:
         return set(self._identities("exp/test_id.txt"))
 
-    def _folders(self, identities: Iterable[int]) -> list[Sample]:
-        return [
+    def _read_folders(self, identities: list[int]) -> tuple[list[Sample], list[Fault]]:
+        samples = [
             Sample(self._path(f"{folder}/{name}"), identity, camera, modality)
             for modality, cameras in ((VISIBLE, (1, 2, 4, 5)), (INFRARED, (3, 6)))
             for identity in identities
@@ -62,6 +61,7 @@ class SysuMM01(ReidDataset):
             for name in self._images(folder)
             if self.belongs(f"{folder}/{name}")
         ]
+        return samples, self._absent(identities, samples)
 
     def belongs(self, relative: str) -> bool:
         return re.fullmatch(r"cam[1-6]/\d{4}/\d+\.\w+", relative) is not None
@@ -154,7 +154,7 @@ class LLCM(ReidDataset):
                             faults.append(Fault("mislabelled", relative, complaint))
                         elif parsed:
                             samples.append(Sample(self._path(relative), *parsed))
-        return samples, faults
+        return samples, faults + self._absent(identities, samples)
 
     def _test_identities(self, trial: int) -> set[int]:
         return set(self._identities("idx/test_id.txt"))

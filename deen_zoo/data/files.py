@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import stat
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -39,20 +39,22 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
             have no range that all programs agree on.
     """
     try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError("not a file")
+        if status.st_size == 0:
+            raise UserError("an empty file; copy it again from the source")
         with Image.open(path) as image:
             image.load()
             return _to_rgb(image)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: a folder, not an image file") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except PermissionError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnidentifiedImageError:
-        what = "not an image" if Path(path).stat().st_size else "an empty file"
-        raise UserError(f"{path}: {what}; copy it again from the source") from None
+        raise UserError(f"{path}: not an image; copy it again from the source") from None
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...

@@ -74,7 +74,7 @@ class ReidDataset:
         return self._settle(*self.read_train(trial), "training")
 
     def test(self, modality: str, trial: int = 1) -> list[Sample]:
-        """All test images of a modality, by identity, camera and name."""
+        """All test images of a modality, in the reference's order."""
         if modality not in (VISIBLE, INFRARED):
             raise UserError(f"modality {modality!r}; it is 'visible' or 'infrared'")
         samples = self._settle(*self.read_test(trial), "test")
@@ -126,7 +126,7 @@ class ReidDataset:
         for split, samples, _ in self.read_splits():
             counts[split] = count(samples)
             names.update(self.relative(sample.path) for sample in samples)
-        digest = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
+        digest = hashlib.sha256(os.fsencode("\n".join(sorted(names)))).hexdigest()
         return {"dataset": self.name, "images": len(names), "counts": counts, "sha256": digest}
 
     def read_train(self, trial: int = 1) -> tuple[list[Sample], list[Fault]]:
@@ -146,7 +146,7 @@ class ReidDataset:
         raise NotImplementedError
 
     def read_splits(self) -> Iterator[tuple[str, list[Sample], list[Fault]]]:
-        """Every split by name: ``"train"``, ``"test"``, or RegDB's ``"train 1"`` to ``"test 10"``."""
+        """Every split by name: ``"train"``, ``"test"``, or RegDB's ``"train 1"`` and so on."""
         for trial in self.trials:
             number = f" {trial}" if len(self.trials) > 1 else ""
             yield f"train{number}", *self.read_train(trial)
@@ -236,6 +236,12 @@ class ReidDataset:
                 "between commas"
             )
         return sorted({int(word) for word in words})
+
+    def _absent(self, identities: Iterable[int], samples: Iterable[Sample]) -> list[Fault]:
+        """The identities of an index file that have no image at all."""
+        absent = set(identities) - {sample.identity for sample in samples}
+        detail = "listed in an index file, has no images"
+        return [Fault("missing", f"identity {identity}", detail) for identity in sorted(absent)]
 
     def _pairs(self, relative: str) -> list[tuple[str, int]]:
         """Lines of an index file: a path below the root, a blank, a label."""

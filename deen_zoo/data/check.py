@@ -1,0 +1,296 @@
+"""Is a dataset folder complete and sound: counts beside the expected ones, every fault by name."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
+from typing import Any
+
+from PIL import Image
+
+from ..errors import UserError
+from .datasets import DATASETS, PROTOCOLS, Fault, ReidDataset, Sample, open_dataset
+from .draws import draw_gallery, read_permutations
+from .files import is_image_name, open_image
+from .reader import count, one_modality
+
+__all__ = ["CheckReport", "check_dataset"]
+
+Counts = dict[str, dict[str, int]]
+SHOWN = 20  # findings of one kind in the text; the dict has all
+
+
+@dataclass
+class CheckReport:
+    """What :func:`check_dataset` found.
+
+    Attributes:
+        counts: Found, by split or protocol and kind; ``expected`` is the like, where known.
+        faults: What makes the dataset unusable: the readers refuse it.
+        notes: What is worth knowing and changes no number.
+        fingerprint: As :meth:`ReidDataset.fingerprint`; None when an index file is at fault.
+        decoded: How many images were decoded.
+    """
+
+    dataset: str
+    root: str
+    expected: Counts
+    counts: Counts = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+    notes: list[Fault] = field(default_factory=list)
+    fingerprint: dict[str, Any] | None = None
+    decoded: int = 0
+
+    @property
+    def usable(self) -> bool:
+        return not self.faults
+
+    @property
+    def complete(self) -> bool:
+        """Whether all counts that are known in advance were found."""
+        return all(found == want for _, _, found, want in self._rows() if want is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        counts: dict[str, dict[str, dict[str, int | None]]] = {}
+        for split, what, found, want in self._rows():
+            counts.setdefault(split, {})[what] = {"found": found, "expected": want}
+        return {
+            "dataset": self.dataset,
+            "root": self.root,
+            "usable": self.usable,
+            "complete": self.complete,
+            "counts": counts,
+            "faults": [fault._asdict() for fault in self.faults],
+            "notes": [note._asdict() for note in self.notes],
+            "decoded": self.decoded,
+            "fingerprint": self.fingerprint,
+        }
+
+    def __str__(self) -> str:
+        kind = DATASETS[self.dataset]
+        lines = [f"{kind.title} at {self.root}", ""]
+        lines.append(f"{'split':<22} {'what':<20} {'found':>8} {'expected':>8}")
+        for split, what, found, want in self._merged():
+            differs = "  differs" if want not in (None, found) else ""
+            expected = "" if want is None else want
+            lines.append(f"{split:<22} {what:<20} {found:>8} {expected:>8}{differs}".rstrip())
+        for heading, findings in (("fault", self.faults), ("note", self.notes)):
+            lines += ["", *_listing(heading, findings)] if findings else []
+        if self.fingerprint:
+            lines += ["", f"fingerprint {self.fingerprint['sha256']}"]
+        lines += ["", f"{self.decoded} images decoded"]
+        verdict = "usable" if self.usable else f"unusable: {len(self.faults)} faults"
+        lines.append(verdict + ("" if self.complete else ", counts differ from the expected ones"))
+        if not (self.usable and self.complete):
+            lines.append(f"{kind.title} is given out on request: {kind.ask}")
+        return "\n".join(lines).encode(errors="backslashreplace").decode()  # file names may be odd
+
+    def _rows(self) -> Iterator[tuple[str, str, int, int | None]]:
+        for split in {**self.counts, **self.expected}:
+            found, expected = self.counts.get(split, {}), self.expected.get(split, {})
+            for what in {**expected, **found}:
+                yield split, what, found.get(what, 0), expected.get(what)
+
+    def _merged(self) -> Iterator[tuple[str, str, int, int | None]]:
+        """Rows, those of numbered splits with equal counts put together as ``train 1-10``."""
+        alike: dict[tuple[Any, ...], list[str]] = {}
+        blocks: dict[str, list[tuple[str, int, int | None]]] = {}
+        for split, what, found, want in self._rows():
+            blocks.setdefault(split, []).append((what, found, want))
+        for split, rows in blocks.items():
+            name, _, number = split.partition(" ")
+            alike.setdefault((name, *rows), []).append(number)
+        for (name, *rows), numbers in alike.items():
+            label = f"{name} {_ranges(numbers)}" if numbers[0] else name
+            for what, found, want in rows:
+                yield label, what, found, want
+                label = ""
+
+
+def _ranges(numbers: list[str]) -> str:
+    """
+    >>> _ranges(["1", "2", "3", "5"])
+    '1-3,5'
+    """
+    runs: list[list[int]] = []
+    for number in map(int, numbers):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _listing(heading: str, findings: list[Fault]) -> list[str]:
+    shown: Counter[str] = Counter()
+    lines = []
+    for kind, where, detail in findings:
+        shown[kind] += 1
+        if shown[kind] <= SHOWN:
+            lines.append(f"{heading}: {kind}: {where}: {detail}")
+    more = [f"{n - SHOWN} more of {kind}" for kind, n in shown.items() if n > SHOWN]
+    return lines + ([f"... and {', '.join(more)}; --json lists all"] if more else [])
+
+
+def check_dataset(
+    name: str, root: str | os.PathLike[str], decode: bool = True, progress: bool = False
+) -> CheckReport:
+    """Check a dataset folder.
+
+    Args:
+        decode: Decode every image, the only way to find a truncated one; else only their sizes
+            are looked at, which finds the empty ones.
+        progress: Show a bar on stderr, if that is a terminal.
+
+    Raises:
+        UserError: The folder does not exist or is not of this layout.
+    """
+    dataset = open_dataset(name, root, skip_broken=True)
+    report = CheckReport(dataset.name, dataset.root, dataset.expected)
+    samples = _check_splits(dataset, report)
+    _check_protocols(dataset, report)
+    if dataset.name == "sysu":
+        _check_permutations(dataset, report)
+    _check_strays(dataset, samples, report)
+    _check_images(dataset, samples, report, decode, progress)
+    return report
+
+
+def _check_splits(dataset: ReidDataset, report: CheckReport) -> dict[str, Sample]:
+    """Counts and faults of every split; the samples of all, by name."""
+    samples: dict[str, Sample] = {}
+    faults: dict[Fault, None] = {}  # one file may be in several splits
+    notes: dict[Fault, None] = {}
+    whole = True
+    for trial in dataset.trials:
+        for split, read in (("train", dataset.read_train), ("test", dataset.read_test)):
+            label = f"{split} {trial}" if len(dataset.trials) > 1 else split
+            try:
+                found, bad = read(trial)
+            except UserError as error:
+                faults[Fault("index", "index files", str(error))] = None
+                whole = False
+                continue
+            report.counts[label] = count(found)
+            faults.update(dict.fromkeys(bad))
+            samples.update((dataset.relative(sample.path), sample) for sample in found)
+            if split == "test":
+                for identity, modality in one_modality(found):
+                    detail = f"only {modality} in the test set: its queries have no match"
+                    notes[Fault("one-modality", f"identity {identity}", detail)] = None
+    report.faults += faults
+    report.notes += notes
+    if whole:
+        report.fingerprint = dataset.fingerprint()
+    return samples
+
+
+def _check_protocols(dataset: ReidDataset, report: CheckReport) -> None:
+    for protocol, terms in PROTOCOLS.items():
+        if terms.dataset == dataset.name:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # its faults are in the report
+                try:
+                    query, gallery = dataset.query(protocol), dataset.gallery(protocol)
+                except UserError:
+                    continue
+            report.counts[protocol] = {"query": len(query), "gallery": len(gallery)}
+
+
+def _check_permutations(dataset: ReidDataset, report: CheckReport) -> None:
+    """Can the SYSU authors' draw be made, in all ten trials?"""
+    try:
+        permutations = read_permutations(dataset.root)
+        pool = [s for s in dataset.read_test()[0] if s.modality == "visible"]
+        for trial in range(10):
+            draw_gallery(pool, trial, shots=10, permutations=permutations)
+    except UserError as error:
+        report.notes.append(Fault("official draw", "not available", str(error)))
+
+
+def _check_strays(
+    dataset: ReidDataset, samples: dict[str, Sample], report: CheckReport
+) -> None:
+    """What lies in the folder and is in no split."""
+    known = {*samples, *(fault.where for fault in report.faults)}
+    unused: dict[str, list[str]] = {}
+    for relative in _walk(dataset.root, {sub.split("/")[0] for sub in dataset.folders}):
+        if relative in known:
+            continue
+        if is_image_name(relative.rsplit("/", 1)[-1]) and dataset.belongs(relative):
+            unused.setdefault(relative.split("/")[0], []).append(relative)
+        else:
+            kind = "empty folder" if relative.endswith("/") else "stray"
+            report.notes.append(Fault(kind, relative, "not part of the dataset; ignored"))
+    for folder, names in unused.items():
+        detail = f"{len(names)} images in no split, such as {names[0]}; ignored"
+        report.notes.append(Fault("unused", f"{folder}/", detail))
+
+
+def _walk(root: str, folders: set[str]) -> Iterator[str]:
+    """Files, empty folders and foreign folders (both with a slash), sorted, below the root."""
+    for place, subs, files in os.walk(root, followlinks=True):
+        relative = os.path.relpath(place, root).replace(os.sep, "/")
+        prefix = "" if relative == "." else f"{relative}/"
+        if prefix in ("exp/", "idx/"):
+            continue
+        subs.sort()
+        yield from (prefix + name for name in sorted(files))
+        if not prefix:
+            yield from (f"{sub}/" for sub in subs if sub not in folders)
+            subs[:] = [sub for sub in subs if sub in folders]
+        elif prefix.count("/") > 3:  # deeper than any layout; a link may point back up
+            yield from (f"{prefix}{sub}/" for sub in subs)
+            subs.clear()
+        elif not (subs or files) and prefix.count("/") > 1:
+            yield prefix
+
+
+def _check_images(
+    dataset: ReidDataset,
+    samples: dict[str, Sample],
+    report: CheckReport,
+    decode: bool,
+    progress: bool,
+) -> None:
+    from tqdm import tqdm
+
+    names = sorted(samples)
+    channels: Counter[str] = Counter()
+    look = _decode if decode else _size
+    workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    with ThreadPool(workers) as pool:
+        found = pool.imap(look, (samples[name].path for name in names), chunksize=16)
+        bar = tqdm(found, "images", len(names), unit="", disable=None if progress else True)
+        for name, (complaint, one_channel) in zip(names, bar, strict=True):
+            if complaint:
+                report.faults.append(Fault("unreadable", name, complaint))
+            channels[samples[name].modality] += one_channel
+    report.decoded = len(names) if decode else 0
+    for modality, n in channels.items():
+        if n:
+            detail = f"{n} {modality} images have one channel; they are read as RGB"
+            report.notes.append(Fault("one channel", modality, detail))
+
+
+def _decode(path: str) -> tuple[str, bool]:
+    """What is wrong with an image file, if anything, and whether it has one channel."""
+    try:
+        open_image(path)
+    except UserError as error:
+        return str(error).removeprefix(f"{path}: "), False
+    with Image.open(path) as image:
+        return "", len(image.getbands()) == 1 and image.mode != "P"
+
+
+def _size(path: str) -> tuple[str, bool]:
+    try:
+        return ("" if os.path.getsize(path) else "an empty file"), False
+    except OSError as error:
+        return error.strerror or str(error), False
