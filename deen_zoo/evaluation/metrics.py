@@ -140,7 +140,7 @@ def evaluate_ranking(
     valid = first_rank >= 0
     if not valid.any():
         raise UserError(
-            f"none of the {num_queries} queries has a match in the gallery under the rule {rule!r}; "
+            f"none of the {num_queries} queries has a match in the gallery by the {rule!r} rule; "
             "check the identities and cameras of both sides"
         )
     hits = np.bincount(first_rank[valid], minlength=max_rank)[:max_rank]

@@ -1,0 +1,46 @@
+"""The numbers that others published, from ``published.json``, each with its source."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    text = Path(__file__).with_name("published.json").read_text(encoding="utf-8")
+    table: dict[str, Any] = json.loads(text)
+    return table
+
+
+def _fractions(entry: dict[str, Any]) -> dict[str, Any]:
+    """Per cent to fractions, exactly as many digits as were printed; the source in words."""
+    plain = {k: round(v / 100, 6) if isinstance(v, float) else v for k, v in entry.items()}
+    return plain | {"source": _table()["sources"][entry["source"]]}
+
+
+def published(protocol: str, method: str | None = None) -> list[dict[str, Any]]:
+    """Published results of a protocol: method, source, and of r1, r10, r20, mAP what was printed,
+    as fractions. All methods in the order of their table when ``method`` is None.
+
+    >>> [(entry["r1"], entry["mAP"]) for entry in published("llcm-vis2ir", "DEEN")]
+    [(0.625, 0.658)]
+    """
+    entries = (entry for entry in _table()["results"] if entry["protocol"] == protocol)
+    return [_fractions(e) for e in entries if method in (None, e["method"])]
+
+
+def published_ablation() -> list[dict[str, Any]]:
+    """The poster's Table 4: which of dee, cpm, ort and mfa are on, and for ``"llcm-ir2vis"`` and
+    ``"sysu-all"`` r1 and mAP as fractions.
+
+    >>> published_ablation()[0]["sysu-all"]
+    {'r1': 0.607, 'mAP': 0.577}
+    """
+    return [
+        {k: _fractions({**v, "source": row["source"]}) if isinstance(v, dict) else v
+         for k, v in row.items()}
+        for row in _table()["ablation"]
+    ]  # fmt: skip
