@@ -214,7 +214,9 @@ class Loader(Generic[Batch]):
         empty = True
         for result in self.loader:
             if isinstance(result, UserError):
-                raise result
+                # A new one: raising ``result`` would tie this frame, and so the workers, in a cycle
+                # that torch's queues do not survive: it would wait 5 seconds for each worker.
+                raise UserError(str(result))
             row, broken = result
             for path, message in broken:
                 if path not in self.broken:

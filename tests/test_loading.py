@@ -1,0 +1,299 @@
+"""Loaders: the same batches however they are made, broken files, small workers."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from deen_zoo.data.datasets import Sample
+from deen_zoo.data.loading import TrainLoader, TrainSet, eval_loader, read_image, train_loader
+from deen_zoo.data.transforms import EvalTransform, train_transform
+from deen_zoo.errors import UserError
+
+SIZE = (32, 16)
+
+
+def colour(identity: int, number: int, infrared: bool) -> tuple[int, int, int]:
+    return (10 * identity, 20 * number, 200 if infrared else 0)
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    """Five identities 11, 22, ... with 6 visible and 5 infrared images, each of one flat colour."""
+    root = tmp_path_factory.mktemp("images")
+    found = []
+    for identity in (33, 11, 55, 22, 44):
+        for modality, count in (("infrared", 5), ("visible", 6)):
+            for number in range(count):
+                path = root / f"{modality}_{identity}_{number}.png"
+                pixel = colour(identity // 11, number, modality == "infrared")
+                Image.new("RGB", (20, 40), pixel).save(path)
+                found.append(Sample(str(path), identity, 1, modality))
+    return found
+
+
+def broken_copy(samples: list[Sample], folder: Path, names: list[str]) -> list[Sample]:
+    """The same samples, with these files cut off half-way."""
+    out = []
+    for sample in samples:
+        path = Path(sample.path)
+        if path.name in names:
+            path = folder / path.name
+            path.write_bytes(Path(sample.path).read_bytes()[:40])
+        out.append(sample._replace(path=str(path)))
+    return out
+
+
+def loader(samples: list[Sample], workers: int = 0, **options) -> TrainLoader:
+    transform = train_transform("llcm")
+    options = {"identities_per_batch": 2, "images_per_modality": 3, "seed": 4, **options}
+    return train_loader(samples, SIZE, transform, workers=workers, **options)
+
+
+def assert_same(ours, theirs) -> None:
+    assert len(ours) == len(theirs) > 0
+    for one, two in zip(ours, theirs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_a_batch_is_visible_then_infrared_aligned_by_identity(samples):
+    data = TrainSet(samples, SIZE, train_transform("llcm", "paper"), seed=0)
+    assert data.identities == [11, 22, 33, 44, 55] and len(data) == 55
+    plain = train_transform("llcm", "paper", mean=(0, 0, 0), std=(1, 1, 1))
+    batches = list(train_loader(samples, SIZE, plain, 3, 2, workers=0))
+    assert len(batches) == 30 // 6 + 1
+    for images, labels, infrared in batches:
+        assert images.shape == (12, 3, 32, 16) and images.dtype == torch.float32
+        assert labels.dtype == torch.int64 and infrared.dtype == torch.bool
+        assert infrared.tolist() == [False] * 6 + [True] * 6 and infrared.device.type == "cpu"
+        assert torch.equal(labels[:6], labels[6:])
+        red, _, blue = images.amin((2, 3)).mul(255).round().unbind(1)  # an erased box is brighter
+        for label, pixel, side in zip(labels, images.unbind(0), infrared, strict=True):
+            # the colour says which file it was: red is the identity, blue the modality
+            flat = {tuple(c) for c in pixel.flatten(1).mul(255).round().int().T.tolist()}
+            assert any(c[0] == 10 * (label + 1) and c[2] == 200 * side for c in flat)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_any_number_of_workers_gives_the_same_batches(samples):
+    def two_epochs(workers):
+        batches, train = [], loader(samples, workers)
+        for epoch in (0, 1):
+            train.set_epoch(epoch)
+            batches += list(train)
+        return batches
+
+    alone = two_epochs(0)
+    assert not torch.equal(alone[0].images, alone[len(alone) // 2].images)
+    for workers in (2, 4):
+        assert_same(two_epochs(workers), alone)
+
+
+def test_resuming_within_an_epoch_gives_the_rest_of_it(samples):
+    whole, resumed = loader(samples), loader(samples)
+    whole.set_epoch(3)
+    resumed.set_epoch(3, start_step=2)
+    assert len(resumed) == len(whole) == 30 // 6 + 1
+    assert_same(list(resumed), list(whole)[2:])
+
+
+def test_ranks_together_are_one_process_with_a_larger_batch(samples):
+    ranks = [list(loader(samples, rank=rank, world_size=2)) for rank in range(2)]
+    whole = list(loader(samples, identities_per_batch=4))
+    for step, batch in enumerate(whole):
+        for column, expected in enumerate(batch):
+            one, two = (rank[step][column] for rank in ranks)
+            half = len(one) // 2
+            together = torch.cat([one[:half], two[:half], one[half:], two[half:]])
+            assert torch.equal(together, expected)
+
+
+def test_iterating_leaves_the_global_random_state_alone(samples):
+    before = torch.get_rng_state()
+    list(loader(samples))
+    list(eval_loader(samples, EvalTransform(SIZE), workers=0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_keeps_the_order(samples, workers):
+    transform = EvalTransform(SIZE)
+    batches = list(eval_loader(samples, transform, batch_size=20, workers=workers))
+    assert [len(batch.images) for batch in batches] == [20, 20, 15]
+    assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(55))
+    expected = torch.stack([transform(Image.open(sample.path)) for sample in samples])
+    assert torch.equal(torch.cat([batch.images for batch in batches]), expected)
+    paths = [Path(sample.path) for sample in samples[:3]]
+    (batch,) = eval_loader(paths, transform, workers=0)
+    assert torch.equal(batch.images, expected[:3])
+
+
+def first_error(batches: Iterable[object]) -> Exception | None:
+    try:
+        for _ in batches:
+            pass
+    except Exception as error:
+        return error.with_traceback(None)  # whose frames would keep the workers
+    return None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_file_is_one_line_that_names_it(samples, tmp_path, workers):
+    data = broken_copy(samples, tmp_path, ["visible_33_2.png"])
+    train = loader(data, workers, identities_per_batch=5, images_per_modality=6)
+    for epoch in range(20):  # until the sampler has drawn it
+        train.set_epoch(epoch)
+        if error := first_error(train):
+            break
+    start = time.monotonic()
+    del train
+    gc.collect()
+    assert time.monotonic() - start < 4, "the workers have stopped by themselves"
+    other = first_error(eval_loader(data, EvalTransform(SIZE), workers=workers))
+    for told in (error, other):
+        assert type(told) is UserError
+        assert str(tmp_path / "visible_33_2.png") in str(told)
+        assert "\n" not in str(told) and "Traceback" not in str(told)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipping_drops_broken_files_from_an_evaluation_and_counts_them(samples, tmp_path, workers):
+    data = broken_copy(samples, tmp_path, ["visible_33_2.png", "infrared_11_0.png"])
+    gone = [i for i, sample in enumerate(data) if sample.path.startswith(str(tmp_path))]
+    images = eval_loader(data, EvalTransform(SIZE), 1, workers=workers, skip_broken=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = torch.cat([batch.indices for batch in images]).tolist()
+    said = [str(warning.message) for warning in caught if "broken" in str(warning.message)]
+    assert [line.split(":")[0] for line in said] == [f"broken file {n} skipped" for n in (1, 2)]
+    assert all(data[i].path in line for i, line in zip(gone, said, strict=True))
+    assert found == [i for i in range(len(data)) if i not in gone]
+    assert list(images.broken) == [data[i].path for i in gone]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(images)  # said once
+
+
+@pytest.mark.filterwarnings("ignore:broken file")
+def test_skipping_replaces_a_broken_file_by_its_own_kind(samples, tmp_path):
+    names = [f"visible_33_{i}.png" for i in (0, 1, 2, 4)]
+    data = broken_copy(samples, tmp_path, names)
+    plain = train_transform("llcm", "paper", mean=(0, 0, 0), std=(1, 1, 1))
+
+    def run(workers):
+        train = train_loader(data, SIZE, plain, 5, 6, workers=workers, skip_broken=True)
+        return list(train), train.broken
+
+    batches, broken = run(0)
+    assert 0 < len(broken) <= 4 and all(Path(path).name in names for path in broken)
+    for images, labels, infrared in batches:
+        mine = images[(labels == 2) & ~infrared].mul(255).round()
+        assert len(mine) == 6
+        for image in mine:  # what is left is 3 and 5; erasing covers less than half of an image
+            values, counts = image[1].unique(return_counts=True)
+            assert float(values[counts.argmax()]) in (60.0, 100.0)
+    assert_same(run(2)[0], batches)
+    dataset = TrainSet(data, SIZE, plain, skip_broken=True)
+    first = dataset.paths.index(str(tmp_path / "visible_33_4.png"))
+    assert [Path(dataset.paths[i]).name for i in dataset._substitutes(first)] == [
+        f"visible_33_{i}.png" for i in (4, 5, 0, 1, 2, 3)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:broken file")
+def test_nothing_left_to_skip_to_is_an_error(samples, tmp_path):
+    data = broken_copy(samples, tmp_path, [f"infrared_22_{i}.png" for i in range(5)])
+    train = loader(data, identities_per_batch=5, skip_broken=True)
+    with pytest.raises(UserError, match="all 5 infrared images of identity 22 are broken"):
+        list(train)
+    gone = [sample for sample in data if sample.path.startswith(str(tmp_path))]
+    images = eval_loader(gone, EvalTransform(SIZE), workers=0, skip_broken=True)
+    with pytest.raises(UserError, match="none of the images"):
+        list(images)
+
+
+def test_a_missing_file_and_one_modality_are_clear(samples, tmp_path):
+    with pytest.raises(UserError, match=r"no-such\.png"):
+        read_image(str(tmp_path / "no-such.png"), SIZE)
+    without = [s for s in samples if (s.identity, s.modality) != (22, "infrared")]
+    with pytest.raises(UserError, match="1 identities.*visible only: 22"):
+        loader(without)
+
+
+def names(count: int) -> list[Sample]:
+    """A training list of SYSU-MM01's size, of which no file exists."""
+    return [
+        Sample(f"/data/SYSU-MM01/cam{1 + i % 6}/{i // 80:04d}/{i % 80:04d}.jpg", i // 80, 1, side)
+        for i in range(count)
+        for side in (("infrared" if i % 3 == 0 else "visible"),)
+    ]
+
+
+def test_a_dataset_holds_names_and_no_pixels():
+    dataset = TrainSet(names(34_000), (384, 144), train_transform("sysu"))
+    assert len(pickle.dumps(dataset)) < 2_500_000  # 73 bytes an image
+    assert {type(value) for value in dataset.paths} == {str}
+
+
+MEMORY = """
+import sys
+import numpy as np
+from pathlib import Path
+from PIL import Image
+from deen_zoo.data.loading import Sample, train_loader
+from deen_zoo.data.transforms import train_transform
+
+folder, count, workers = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+samples = []
+for i in range(count):
+    identity, side = divmod(i, 2)
+    path = folder / f"{i % 100}.jpg"  # every name a string of its own, a hundred files
+    if i < 100:
+        pixels = np.random.default_rng(i).integers(0, 256, (400, 160, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    samples.append(Sample(str(path), identity // 40, 1, ("visible", "infrared")[side]))
+
+def pss(pid):
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
+train = train_loader(samples, (384, 144), train_transform("sysu"), workers=workers)
+most = 0
+for step, batch in enumerate(train):
+    if step % 4 == 3:
+        children = Path("/proc/self/task").glob("*/children")
+        pids = ["self", *(pid for file in children for pid in file.read_text().split())]
+        assert len(pids) > workers
+        most = max(most, sum(map(pss, pids)))
+    if step == 12:
+        break
+print(most // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
+def test_memory_of_a_34_000_image_tree_stays_under_1500_mb(tmp_path):
+    """Of the process and its four workers together, shared pages counted once."""
+    command = [sys.executable, "-c", MEMORY, str(tmp_path), "34000", "4"]
+    megabytes = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    print(f"{megabytes} MB")
+    assert megabytes < 1500
+
+
+def test_sizes_must_agree():
+    class Cache:
+        size = (64, 64)
+
+    with pytest.raises(UserError, match="holds 64x64 images and the model takes 32x16"):
+        eval_loader([], EvalTransform(SIZE), cache=Cache())
