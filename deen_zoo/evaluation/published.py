@@ -39,8 +39,9 @@ def published_ablation() -> list[dict[str, Any]]:
     >>> published_ablation()[0]["sysu-all"]
     {'r1': 0.607, 'mAP': 0.577}
     """
-    return [
-        {k: _fractions({**v, "source": row["source"]}) if isinstance(v, dict) else v
-         for k, v in row.items()}
-        for row in _table()["ablation"]
-    ]  # fmt: skip
+    rows = []
+    for row in _table()["ablation"]:
+        scores = {p: row[p] for p in ("llcm-ir2vis", "sysu-all")}
+        fractions = {p: {k: round(v / 100, 6) for k, v in s.items()} for p, s in scores.items()}
+        rows.append({**_fractions(row), **fractions})
+    return rows

@@ -1,0 +1,318 @@
+"""Named protocols: who is compared to whom in each trial, against the reference's own script."""
+
+from __future__ import annotations
+
+import csv
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deen_zoo.data import PROTOCOLS, Sample, draw_gallery, open_dataset
+from deen_zoo.errors import UserError
+from deen_zoo.evaluation import KReciprocal, evaluate, evaluate_ranking, merge_trials
+from deen_zoo.evaluation.results import METRICS
+
+from .reference import needs_official, official
+
+GOLDEN = Path(__file__).parent / "golden" / "protocols.json"
+
+
+def world(identities=24, cameras=(1, 2, 3, 4), images=3) -> list[Sample]:
+    return [
+        Sample(f"{modality}/cam{camera}/{identity:04d}/{n}.jpg", identity, camera, modality)
+        for modality in ("visible", "infrared")
+        for camera in cameras
+        for identity in range(1, identities + 1)
+        for n in range(1 + (identity + camera) % images)
+    ]
+
+
+def features_of(samples: list[Sample], size=16, noise=1.2, seed=0) -> np.ndarray:
+    """Rows that depend on the path alone, so that any order of samples gives the same."""
+    means = np.random.default_rng(seed).standard_normal((1000, size))
+    return np.stack(
+        [
+            means[s.identity]
+            + noise * np.random.default_rng(zlib.crc32(s.path[-24:].encode())).standard_normal(size)
+            for s in samples
+        ]
+    )
+
+
+WORLD = world()
+FEATURES = features_of(WORLD)
+
+
+def by_hand(protocol: str, trial: int, shots=1) -> dict[str, float]:
+    """One trial by the table of the protocols, with a similarity of its own."""
+    terms = PROTOCOLS[protocol]
+    rows = {side: [i for i, s in enumerate(WORLD) if s.modality == side] for side in
+            ("visible", "infrared")}  # fmt: skip
+    query, gallery = rows[terms.query], rows[terms.gallery]
+    if protocol == "sysu-indoor":
+        gallery = [i for i in gallery if WORLD[i].camera in (1, 2)]
+    if protocol == "llcm-vis2ir-official":
+        query = [query[i] for i in draw_gallery([WORLD[i] for i in query], trial, shots)]
+    elif not protocol.startswith("regdb"):
+        gallery = [gallery[i] for i in draw_gallery([WORLD[i] for i in gallery], trial, shots)]
+    result = evaluate_ranking(
+        FEATURES[query] @ FEATURES[gallery].T,
+        [WORLD[i].identity for i in query],
+        [WORLD[i].identity for i in gallery],
+        [WORLD[i].camera for i in query],
+        [WORLD[i].camera for i in gallery],
+        rule=terms.dataset,
+    )
+    ranks = {f"r{k}": result.cmc[k - 1] for k in (1, 5, 10, 20)}
+    return {**ranks, "mAP": result.mAP, "mINP": result.mINP}
+
+
+@pytest.mark.parametrize("shots", [1, 2])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_trials_equal_those_made_by_hand(protocol, shots):
+    if protocol.startswith("regdb"):
+        numbers, shots = [3], 1
+        result = evaluate(FEATURES, WORLD, protocol, trials=[3])
+        assert (result.draw, result.shots) == (None, None)
+    else:
+        numbers = list(range(10))
+        result = evaluate(FEATURES, WORLD, protocol, shots=shots)
+        assert (result.draw, result.shots) == ("seeded", shots)
+    expected = [by_hand(protocol, t, shots) for t in numbers]
+    assert [t.number for t in result.trials] == numbers
+    for trial, values in zip(result.trials, expected, strict=True):
+        assert trial.metrics == pytest.approx(values, abs=1e-12)
+    for key in METRICS:
+        values = [e[key] for e in expected]
+        assert result.mean[key] == pytest.approx(np.mean(values), abs=1e-12)
+        assert result.std[key] == pytest.approx(np.std(values), abs=1e-12)
+    if numbers != [3]:
+        assert result.std["r1"] > 0  # the draws do differ
+
+
+def reference_run(protocol: str, root: Path) -> list[tuple[np.ndarray, float, float]]:
+    """The ten trials of the reference's test.py, over features of ours."""
+    manager, evaluators = official("data_manager"), official("eval_metrics")
+    dataset, _, mode = protocol.partition("-")
+
+    def rows(paths):
+        return features_of([Sample(path, int(Path(path).parent.name), 0, "") for path in paths])
+
+    trials = []
+    for trial in range(10):
+        if dataset == "sysu":
+            query = manager.process_query_sysu(str(root), mode=mode)
+            gallery = manager.process_gallery_sysu(str(root), mode=mode, trial=trial)
+        elif mode == "vis2ir-official":  # its test_mode [2, 1]: what it drew becomes the queries
+            gallery = manager.process_query_llcm(str(root), mode=1)
+            query = manager.process_gallery_llcm(str(root), mode=2, trial=trial)
+        else:
+            of_query, of_gallery = (2, 1) if mode == "ir2vis" else (1, 2)
+            query = manager.process_query_llcm(str(root), mode=of_query)
+            gallery = manager.process_gallery_llcm(str(root), mode=of_gallery, trial=trial)
+        distance = -(rows(query[0]) @ rows(gallery[0]).T)
+        evaluator = getattr(evaluators, f"eval_{dataset}")
+        trials.append(evaluator(distance, query[1], gallery[1], query[2], gallery[2]))
+    return trials
+
+
+def write_names(layout: str, root: Path) -> Path:
+    """A test set of empty files: neither our reader nor the reference's opens them. Its galleries
+    have more than 20 identities, for the reference cannot stack curves of different lengths."""
+    ids = range(1, 27)
+    folders = {
+        "sysu": [(f"cam{c}", "") for c in range(1, 7)] + [("exp", None)],
+        "llcm": [(f"test_vis/cam{c}", "vis") for c in range(1, 10)]
+        + [(f"test_nir/cam{c}", "nir") for c in (1, 2, 4, 5, 6, 7, 8, 9)]
+        + [(name, None) for name in ("vis", "nir", "idx")],
+    }[layout]
+    for folder, side in folders:
+        (root / folder).mkdir(parents=True)
+        camera = int(folder[-1]) if side is not None else 0
+        for identity in ids if camera else ():
+            (root / folder / f"{identity:04d}").mkdir()
+            for n in range(1, 2 + (identity * camera) % 3):
+                name = f"{n:04d}" if side == "" else f"{identity:04d}_c{camera:02d}_s{n}_f1_{side}"
+                (root / folder / f"{identity:04d}" / f"{name}.jpg").touch()
+    where = root / ("exp" if layout == "sysu" else "idx")
+    (where / "test_id.txt").write_text(",".join(map(str, ids)))
+    return root
+
+
+@needs_official
+@pytest.mark.parametrize("protocol", [p for p in PROTOCOLS if not p.startswith("regdb")])
+def test_whole_protocols_equal_the_reference_live(protocol, tmp_path):
+    name = PROTOCOLS[protocol].dataset
+    root = write_names(name, tmp_path / "data")
+    dataset = open_dataset(name, root)
+    samples = dataset.test("infrared") + dataset.test("visible")
+    result = evaluate(features_of(samples), samples, protocol)
+    expected = reference_run(protocol, root)
+    assert result.mean["r1"] < 1 and len(expected) == len(result.trials) == 10
+    for trial, (cmc, precision, penalty) in zip(result.trials, expected, strict=True):
+        np.testing.assert_array_equal(trial.ranking.cmc.astype(np.float32), cmc)
+        assert trial.ranking.mAP == pytest.approx(precision, abs=1e-12)
+        assert trial.ranking.mINP == pytest.approx(penalty, abs=1e-12)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_recorded_numbers(protocol):
+    recorded = json.loads(GOLDEN.read_text())[protocol]
+    result = evaluate(FEATURES, WORLD, protocol)
+    assert result.mean == pytest.approx(recorded["mean"], abs=1e-9)
+    assert result.std == pytest.approx(recorded["std"], abs=1e-9)
+
+
+def test_order_of_the_samples_and_other_images_change_nothing():
+    extra = [Sample("visible/other.jpg", 900, 7, "visible")]  # a camera that indoor ignores
+    samples = WORLD + extra
+    order = np.random.default_rng(0).permutation(len(samples))
+    shuffled = [samples[i] for i in order]
+    before = evaluate(FEATURES, WORLD, "sysu-indoor")
+    after = evaluate(features_of(shuffled), shuffled, "sysu-indoor")
+    assert after.mean == pytest.approx(before.mean, abs=1e-12)
+    assert [[s.path for s in t.gallery] for t in after.trials] == [
+        [s.path for s in t.gallery] for t in before.trials
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_torch_features(dtype):
+    features = torch.from_numpy(FEATURES).to(dtype).requires_grad_()
+    result = evaluate(features, WORLD, "llcm-ir2vis", trials=2)
+    same = evaluate(features.detach().double().numpy(), WORLD, "llcm-ir2vis", trials=2)
+    assert result.mean == pytest.approx(same.mean, abs=1e-6)
+
+
+def test_one_product_for_all_trials(monkeypatch):
+    products = []
+    matmul = torch.Tensor.__matmul__
+    monkeypatch.setattr(
+        torch.Tensor, "__matmul__", lambda a, b: products.append(a.shape) or matmul(a, b)
+    )
+    evaluate(FEATURES, WORLD, "llcm-ir2vis")
+    evaluate(FEATURES, WORLD, "llcm-vis2ir-official", rerank=KReciprocal(4, 2))
+    assert len(products) == 2
+
+
+def test_official_draw():
+    samples = [
+        Sample(f"cam{camera}/{identity:04d}/{n:04d}.jpg", identity, camera, modality)
+        for identity in (5, 9)
+        for camera, modality in ((1, "visible"), (4, "visible"), (6, "infrared"))
+        for n in (1, 2, 3)
+    ]
+    rows = [[3, 1, 2], [2, 3, 1]] * 5  # one permutation a trial
+    permutations = {(identity, camera): rows for identity in (5, 9) for camera in (1, 4)}
+    features = features_of(samples)
+    result = evaluate(
+        features, samples, "sysu-all", draw="official", permutations=permutations, trials=2
+    )
+    assert result.to_dict()["draw"] == "official"
+    names = [[Path(s.path).name for s in t.gallery] for t in result.trials]
+    assert names == [["0003.jpg"] * 4, ["0002.jpg"] * 4]
+
+
+def test_regdb_splits_are_merged():
+    splits = [evaluate(FEATURES, WORLD, "regdb-vis2ir", trials=[t]) for t in (2, 1, 3)]
+    merged = merge_trials(splits)
+    assert [t.number for t in merged.trials] == [1, 2, 3]
+    assert merged.mean == pytest.approx(splits[0].mean) and merged.std["mAP"] == 0
+    with pytest.raises(UserError, match=r"twice among \[1, 1\]"):
+        merge_trials([splits[1], splits[1]])
+    with pytest.raises(UserError, match="cannot join"):
+        merge_trials([splits[0], evaluate(FEATURES, WORLD, "regdb-ir2vis")])
+    with pytest.raises(UserError, match="no results"):
+        merge_trials([])
+
+
+def test_camera_pairs():
+    result = evaluate(FEATURES, WORLD, "llcm-ir2vis", trials=3, camera_pairs=True)
+    pairs = {(p.query_camera, p.gallery_camera): p for p in result.camera_pairs}
+    assert list(pairs) == [(a, b) for a in (1, 2, 3, 4) for b in (1, 2, 3, 4)]
+    assert pairs[2, 2].r1 is None and pairs[2, 2].queries == 0  # the rule ignores its matches
+    expected = []
+    for t in result.trials:
+        q = [i for i, s in enumerate(WORLD) if s in t.queries and s.camera == 1]
+        g = [WORLD.index(s) for s in t.gallery if s.camera == 3]
+        ids = [[WORLD[i].identity for i in side] for side in (q, g)]
+        expected.append(evaluate_ranking(FEATURES[q] @ FEATURES[g].T, *ids, rule="regdb").mAP)
+    assert pairs[1, 3].mAP == pytest.approx(np.mean(expected))
+    assert json.dumps(result.to_dict()["camera_pairs"])
+
+
+def test_per_query_csv(tmp_path):
+    samples = [*WORLD, Sample("infrared/alone.jpg", 500, 1, "infrared")]
+    result = evaluate(features_of(samples), samples, "llcm-ir2vis", trials=2)
+    result.write_queries(tmp_path / "queries.csv")
+    with open(tmp_path / "queries.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * sum(s.modality == "infrared" for s in samples)
+    valid = [row for row in rows if row["first_rank"]]
+    assert [row["path"] for row in rows if not row["first_rank"]] == ["infrared/alone.jpg"] * 2
+    assert np.mean([row["first_rank"] == "1" for row in valid]) == pytest.approx(result.mean["r1"])
+    precisions = [float(row["average_precision"]) for row in valid]
+    assert np.mean(precisions) == pytest.approx(result.mean["mAP"])
+
+
+def test_to_dict_is_plain_and_complete():
+    result = json.loads(json.dumps(evaluate(FEATURES, WORLD, "sysu-all").to_dict()))
+    infrared = [s for s in WORLD if s.modality == "infrared"]
+    assert result["counts"] == {
+        "queries": len(infrared),
+        "valid_queries": len(infrared),
+        "gallery": 24 * 4,
+        "identities": 24,
+    }
+    assert result["expected_counts"] == {"queries": 3803, "gallery": 301, "identities": 96}
+    assert set(result["mean"]) == set(result["std"]) == set(METRICS)
+    assert len(result["trials"]) == 10 and set(result["trials"][0]) == {"trial", *METRICS}
+    assert result["published"][0]["r1"] == 0.747
+
+
+def changed(**fields) -> list[Sample]:
+    return [WORLD[0]._replace(**fields), *WORLD[1:]]
+
+
+NAN = FEATURES.copy()
+NAN[3, 5] = np.nan
+BAD = {
+    "protocol": (dict(protocol="llcm"), "unknown protocol 'llcm'; choose from sysu-all"),
+    "draw": (dict(draw="random"), "unknown draw 'random'"),
+    "official_llcm": (dict(draw="official"), "llcm-ir2vis has no official draw"),
+    "no_permutations": (dict(protocol="sysu-all", draw="official"), "read_permutations"),
+    "permutations": (dict(permutations={}), "read_permutations"),
+    "shots": (dict(shots=0), "shots is 0"),
+    "regdb_shots": (dict(protocol="regdb-ir2vis", shots=10), "takes the whole gallery"),
+    "regdb_trials": (dict(protocol="regdb-ir2vis", trials=10), "another split"),
+    "trials": (dict(trials=11), "trials is 11; llcm-ir2vis has 1 to 10"),
+    "no_trials": (dict(trials=0), "trials are"),
+    "trial": (dict(trials=[10]), r"trials are \[10\]; llcm-ir2vis has 0 to 9"),
+    "rows": (dict(features=FEATURES[:-1]), "rows of features for"),
+    "integers": (dict(features=np.ones((len(WORLD), 4), int)), "floats"),
+    "vector": (dict(features=FEATURES[:, 0]), "floats"),
+    "nan": (dict(features=NAN), f"features of 1 images have NaN.*{WORLD[3].path}"),
+    "modality": (dict(samples=changed(modality="thermal")), "modality 'thermal'"),
+    "twice": (dict(samples=changed(path=WORLD[1].path)), "comes twice"),
+    "indoor": (
+        dict(protocol="sysu-indoor", samples=[s._replace(camera=5) for s in WORLD]),
+        "no gallery: no visible image of cameras 1, 2",
+    ),
+    "one_side": (
+        dict(samples=[s._replace(modality="visible") for s in WORLD]),
+        "no query: no infrared image",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_are_one_clear_line(name):
+    change, message = BAD[name]
+    arguments = {"features": FEATURES, "samples": WORLD, "protocol": "llcm-ir2vis", **change}
+    with pytest.raises(UserError, match=message) as caught:
+        evaluate(**arguments)
+    assert "\n" not in str(caught.value)
