@@ -42,15 +42,11 @@ def our_lists(root: Path, name: str) -> dict[str, list[str]]:
     dataset = open_dataset(name, root)
     lists = {}
     for protocol, terms in PROTOCOLS.items():
-        if terms.dataset != name:
-            continue
-        for trial in terms.trials:
-            for side, samples in (
-                ("query", dataset.query(protocol, trial)),
-                ("gallery", dataset.gallery(protocol, trial)),
-            ):
+        for trial in terms.trials if terms.dataset == name else ():
+            for side, read in (("query", dataset.query), ("gallery", dataset.gallery)):
                 if trial == 0 or terms.sampled == side:
-                    lists[f"{protocol} {side} {trial}"] = [dataset.relative(s.path) for s in samples]
+                    names = [dataset.relative(sample.path) for sample in read(protocol, trial)]
+                    lists[f"{protocol} {side} {trial}"] = names
     return lists
 
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 _MODULES = {
     "cache": ("DecodedCache", "open_cache"),
     "check": ("CheckReport", "check_dataset"),
-    "datasets": ("PROTOCOLS", "Protocol", "ReidDataset", "Sample", "draw_gallery", "open_dataset"),
+    "datasets": ("open_dataset",),
+    "draws": ("PROTOCOLS", "Protocol", "Sample", "draw_gallery", "read_permutations"),
     "files": ("is_image_name", "open_image"),
     "loading": ("eval_loader", "train_loader"),
+    "reader": ("Fault", "ReidDataset"),
     "sampler": ("IdentitySampler",),
     "synthetic": ("synthesize",),
     "transforms": ("eval_transform", "train_transform"),
@@ -25,17 +27,20 @@ if TYPE_CHECKING:
     from .cache import open_cache as open_cache
     from .check import CheckReport as CheckReport
     from .check import check_dataset as check_dataset
-    from .datasets import PROTOCOLS as PROTOCOLS
-    from .datasets import Protocol as Protocol
-    from .datasets import ReidDataset as ReidDataset
-    from .datasets import Sample as Sample
-    from .datasets import draw_gallery as draw_gallery
     from .datasets import open_dataset as open_dataset
+    from .draws import PROTOCOLS as PROTOCOLS
+    from .draws import Protocol as Protocol
+    from .draws import Sample as Sample
+    from .draws import draw_gallery as draw_gallery
+    from .draws import read_permutations as read_permutations
     from .files import is_image_name as is_image_name
     from .files import open_image as open_image
     from .loading import eval_loader as eval_loader
     from .loading import train_loader as train_loader
+    from .reader import Fault as Fault
+    from .reader import ReidDataset as ReidDataset
     from .sampler import IdentitySampler as IdentitySampler
+    from .synthetic import synthesize as synthesize
     from .transforms import eval_transform as eval_transform
     from .transforms import train_transform as train_transform
 

@@ -220,36 +220,36 @@ def _check_strays(
     """What lies in the folder and is in no split."""
     known = {*samples, *(fault.where for fault in report.faults)}
     unused: dict[str, list[str]] = {}
-    for relative in _walk(dataset.root, {sub.split("/")[0] for sub in dataset.folders}):
+    for kind, relative in _walk(dataset.root, {sub.split("/")[0] for sub in dataset.folders}):
         if relative in known:
             continue
         if is_image_name(relative.rsplit("/", 1)[-1]) and dataset.belongs(relative):
             unused.setdefault(relative.split("/")[0], []).append(relative)
         else:
-            kind = "empty folder" if relative.endswith("/") else "stray"
             report.notes.append(Fault(kind, relative, "not part of the dataset; ignored"))
     for folder, names in unused.items():
         detail = f"{len(names)} images in no split, such as {names[0]}; ignored"
         report.notes.append(Fault("unused", f"{folder}/", detail))
 
 
-def _walk(root: str, folders: set[str]) -> Iterator[str]:
-    """Files, empty folders and foreign folders (both with a slash), sorted, below the root."""
+def _walk(root: str, folders: set[str]) -> Iterator[tuple[str, str]]:
+    """(kind, path below the root) of files, foreign folders and empty ones, sorted."""
     for place, subs, files in os.walk(root, followlinks=True):
         relative = os.path.relpath(place, root).replace(os.sep, "/")
         prefix = "" if relative == "." else f"{relative}/"
         if prefix in ("exp/", "idx/"):
+            subs.clear()
             continue
         subs.sort()
-        yield from (prefix + name for name in sorted(files))
+        yield from (("stray", prefix + name) for name in sorted(files))
         if not prefix:
-            yield from (f"{sub}/" for sub in subs if sub not in folders)
+            yield from (("stray", f"{sub}/") for sub in subs if sub not in folders)
             subs[:] = [sub for sub in subs if sub in folders]
         elif prefix.count("/") > 3:  # deeper than any layout; a link may point back up
-            yield from (f"{prefix}{sub}/" for sub in subs)
+            yield from (("stray", f"{prefix}{sub}/") for sub in subs)
             subs.clear()
         elif not (subs or files) and prefix.count("/") > 1:
-            yield prefix
+            yield "empty folder", prefix
 
 
 def _check_images(

@@ -1,0 +1,315 @@
+"""Readers of the three layouts, and the decoding of image files."""
+
+from __future__ import annotations
+
+import os
+import random
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from deen_zoo.data import Sample, open_dataset, open_image
+from deen_zoo.errors import UserError
+
+from . import trees
+from .reference import needs_official, official
+
+NAMES = ("sysu", "regdb", "llcm")
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    place = tmp_path_factory.mktemp("data")
+    return {name: trees.MAKERS[name](place / name) for name in NAMES}
+
+
+def test_sysu_samples(roots):
+    dataset = open_dataset("sysu", roots["sysu"])
+    train = dataset.train()
+    assert {s.identity for s in train} == set(trees.TRAIN)
+    assert {s.identity for s in dataset.test("visible")} == set(trees.TEST)
+    for sample in [*train, *dataset.test("infrared"), *dataset.test("visible")]:
+        camera, identity, name = Path(sample.path).relative_to(roots["sysu"]).parts
+        assert camera == f"cam{sample.camera}" and int(identity) == sample.identity
+        assert sample.modality == ("infrared" if sample.camera in (3, 6) else "visible")
+        assert os.path.isfile(sample.path)
+    on_disk = list(roots["sysu"].glob("cam*/*/*.jpg"))
+    assert len(on_disk) == len(train + dataset.test("infrared") + dataset.test("visible"))
+
+
+def test_regdb_samples(roots):
+    dataset = open_dataset("regdb", roots["regdb"])
+    splits = set()
+    for trial in range(1, 11):
+        train = dataset.train(trial)
+        test = dataset.test("visible", trial) + dataset.test("infrared", trial)
+        ids = frozenset(s.identity for s in train)
+        assert ids.isdisjoint({s.identity for s in test})
+        assert len({s.path for s in train + test}) == 24
+        assert {(s.modality, s.camera) for s in train + test} == {("visible", 1), ("infrared", 2)}
+        assert dataset.query("regdb-ir2vis", trial) == dataset.gallery("regdb-vis2ir", trial)
+        splits.add(ids)
+    assert len(splits) > 3
+    for call in (dataset.train, lambda trial: dataset.test("visible", trial)):
+        with pytest.raises(UserError, match="RegDB has trials 1 to 10, not 11"):
+            call(11)
+
+
+def test_llcm_samples(roots):
+    dataset = open_dataset("llcm", roots["llcm"])
+    train = dataset.train()
+    assert {(s.identity, s.modality) for s in train} == {
+        (i, m) for i in trees.TRAIN for m in ("visible", "infrared")
+    }
+    for sample in train + dataset.test("visible") + dataset.test("infrared"):
+        identity, camera = Path(sample.path).name.split("_")[:2]
+        assert (int(identity), int(camera[1:])) == (sample.identity, sample.camera)
+        assert sample.path.endswith("_vis.jpg" if sample.modality == "visible" else "_nir.jpg")
+    assert {s.camera for s in dataset.test("infrared")} <= set(trees.NIR_CAMERAS)
+
+
+@needs_official
+def test_regdb_lists_equal_the_reference(roots):
+    manager = official("data_manager")
+    dataset = open_dataset("regdb", roots["regdb"])
+    for trial in range(1, 11):
+        for modality, theirs in (("visible", "visible"), ("infrared", "thermal")):
+            paths, labels = manager.process_test_regdb(f"{roots['regdb']}/", trial, theirs)
+            ours = dataset.test(modality, trial)
+            assert [s.path for s in ours] == [os.path.normpath(path) for path in paths]
+            pairs = set(zip((s.identity for s in ours), labels.tolist(), strict=True))
+            assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_the_part_below_the_root_is_parsed(tmp_path, name, roots):
+    elsewhere = trees.MAKERS[name](tmp_path / "cam5" / "vis" / "Thermal_0007_c09_x")
+    link = tmp_path / "link to cam2"
+    link.symlink_to(elsewhere)
+    plain = open_dataset(name, roots[name])
+    for root in (elsewhere, link, str(link), f"{link}/", tmp_path / "cam5" / ".." / link.name):
+        dataset = open_dataset(name, root)
+        assert [s[1:] for s in dataset.train()] == [s[1:] for s in plain.train()]
+        assert [dataset.relative(s.path) for s in dataset.test("infrared")] == [
+            plain.relative(s.path) for s in plain.test("infrared")
+        ]
+        assert dataset.fingerprint() == plain.fingerprint()
+
+
+def test_the_root_may_be_relative_or_in_the_home_folder(roots, monkeypatch):
+    monkeypatch.chdir(roots["sysu"].parent)
+    assert os.path.isfile(open_dataset("sysu", "sysu").train()[0].path)
+    monkeypatch.setenv("HOME", str(roots["sysu"].parent))
+    assert os.path.isfile(open_dataset("sysu", "~/sysu").train()[0].path)
+
+
+def test_index_files_may_have_been_edited(tmp_path):
+    clean, edited = trees.sysu(tmp_path / "a"), trees.sysu(tmp_path / "b")
+    (edited / "exp/test_id.txt").write_bytes(b"\xef\xbb\xbf010, 3,,\r\n6 ,\r\n\r\n")
+    (edited / "exp/train_id.txt").write_bytes(b"2,1,2,\n")
+    a, b = open_dataset("sysu", clean), open_dataset("sysu", edited)
+    assert a.fingerprint() == b.fingerprint()
+    assert [s[1:] for s in a.query("sysu-all")] == [s[1:] for s in b.query("sysu-all")]
+
+    clean, edited = trees.regdb(tmp_path / "c"), trees.regdb(tmp_path / "d")
+    for index in (edited / "idx").iterdir():
+        lines = index.read_text().replace("/", "\\").splitlines()
+        index.write_bytes("\r\n".join(["", *(f"  {line}  " for line in lines), ""]).encode())
+    a, b = open_dataset("regdb", clean), open_dataset("regdb", edited)
+    assert a.fingerprint() == b.fingerprint()
+
+
+def test_names_may_differ_in_the_case_of_their_extension(tmp_path):
+    root = trees.llcm(tmp_path / "llcm")
+    for path in root.rglob("*.jpg"):
+        path.rename(path.with_suffix(".JPG"))
+    dataset = open_dataset("llcm", root)
+    samples = dataset.train() + dataset.test("infrared")
+    assert samples and all(os.path.isfile(s.path) and s.path.endswith(".JPG") for s in samples)
+    root = trees.sysu(tmp_path / "sysu")
+    count = len(open_dataset("sysu", root).train())
+    for path in root.rglob("*.jpg"):
+        path.rename(path.with_suffix(".JPG"))
+    assert len(open_dataset("sysu", root).train()) == count
+
+
+def test_nothing_but_names_is_read(roots, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("an image was opened")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    for name in NAMES:
+        dataset = open_dataset(name, roots[name])
+        dataset.train(), dataset.test("visible"), dataset.fingerprint()
+
+
+def test_the_fingerprint_is_of_names_and_counts(tmp_path):
+    root = trees.sysu(tmp_path)
+    before = open_dataset("sysu", root).fingerprint()
+    assert before["images"] == len(list(root.glob("cam*/*/*.jpg")))
+    assert before["counts"]["train"]["identities"] == 3
+    (root / "cam1/0006/Thumbs.db").write_bytes(b"x")
+    assert open_dataset("sysu", root).fingerprint() == before
+    (root / "cam1/0006/0001.jpg").rename(root / "cam1/0006/0077.jpg")
+    renamed = open_dataset("sysu", root).fingerprint()
+    assert renamed["counts"] == before["counts"] and renamed["sha256"] != before["sha256"]
+
+
+def test_wrong_folders_are_told_what_to_give_instead(tmp_path, roots):
+    for name in NAMES:
+        inside = next(path for path in sorted(roots[name].iterdir()) if path.is_dir())
+        with pytest.raises(UserError, match=f"did you mean {roots[name]}"):
+            open_dataset(name, roots[name].parent)
+        with pytest.raises(UserError, match=f"did you mean {roots[name]}"):
+            open_dataset(name, inside)
+        if name == "sysu":
+            with pytest.raises(UserError, match=f"did you mean {roots[name]}"):
+                open_dataset(name, inside / "0001")
+        for other in NAMES:
+            if other != name:
+                with pytest.raises(UserError, match=f"looks like .*: name it '{name}'"):
+                    open_dataset(other, roots[name])
+        with pytest.raises(UserError, match=r"there is no such folder; .* on request only"):
+            open_dataset(name, tmp_path / "absent")
+        with pytest.raises(UserError, match="it has no folder .*copy it again from the source"):
+            open_dataset(name, tmp_path)
+    with pytest.raises(UserError, match="dataset 'market'; known are sysu, regdb, llcm"):
+        open_dataset("market", tmp_path)
+    with pytest.raises(UserError, match="modality 'thermal'; it is 'visible' or 'infrared'"):
+        open_dataset("sysu", roots["sysu"]).test("thermal")
+
+
+def test_all_public_names_of_data_exist():
+    import deen_zoo.data
+
+    for name in deen_zoo.data.__all__:
+        assert getattr(getattr(deen_zoo.data, name), "__name__", name) == name
+    assert Sample._fields == ("path", "identity", "camera", "modality")
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        deen_zoo.data.nonsense  # noqa: B018
+
+
+# open_image
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(mode: str = "RGB", size: tuple[int, int] = (24, 48)) -> Image.Image:
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    return Image.frombytes(mode, size, random.Random(0).randbytes(size[0] * size[1] * bands))
+
+
+def decoded(path: Path, data: bytes) -> np.ndarray:
+    path.write_bytes(data)
+    image = open_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read")  # Pillow warns before it raises
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP", "TIFF"])
+def test_every_truncation_is_noticed_or_harmless(tmp_path, kind):
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    data = encode(noise(), kind)
+    path = tmp_path / "x.img"
+    whole, refused = decoded(path, data), 0
+    for end in sorted({*range(0, len(data), 97), *range(len(data) - 40, len(data))}):
+        try:
+            part = decoded(path, data[:end])
+        except UserError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+            refused += 1
+        else:
+            assert np.array_equal(part, whole), f"{end} of {len(data)} bytes pass in silence"
+    assert refused > 10
+
+
+def test_what_is_wrong_with_a_file_is_said(tmp_path):
+    data = encode(noise(), "JPEG")
+    path = tmp_path / "x.jpg"
+    for content, words in (
+        (b"", "an empty file"),
+        (b"not an image at all", "not an image"),
+        (data[: len(data) // 2], "truncated"),
+        (encode(noise(), "PNG")[:-60], "truncated"),
+    ):
+        with pytest.raises(UserError, match=f"x.jpg: {words}; copy it again"):
+            decoded(path, content)
+    corrupt = bytearray(encode(noise(), "PNG"))
+    corrupt[60] ^= 0xFF
+    with pytest.raises(UserError, match="x.jpg: broken"):
+        decoded(path, bytes(corrupt))
+    with pytest.raises(UserError, match="there is no such file"):
+        open_image(tmp_path / "absent.jpg")
+    for make in (os.mkdir, os.mkfifo):  # opening a pipe would wait for ever
+        make(tmp_path / make.__name__)
+        with pytest.raises(UserError, match=f"{make.__name__}: not a file"):
+            open_image(tmp_path / make.__name__)
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    with pytest.raises(UserError, match="there is no such file"):
+        open_image(tmp_path / "link.jpg")
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr"])
+def test_other_modes_become_rgb(tmp_path, mode):
+    image = noise("L" if mode == "L" else "RGB").convert(mode)
+    kind = "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"
+    expected = np.asarray(image.convert("RGB"))
+    assert np.array_equal(decoded(tmp_path / "x.img", encode(image, kind)), expected)
+
+
+def test_one_channel_becomes_three_equal_ones(tmp_path):
+    gray = noise("L")
+    pixels = decoded(tmp_path / "x.bmp", encode(gray, "BMP"))
+    assert np.array_equal(pixels, np.stack([np.asarray(gray)] * 3, -1))
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    wide = np.array([[0, 128, 129, 257, 32768, 65406, 65407, 65535]], np.uint16)
+    image = Image.fromarray(wide)
+    pixels = decoded(tmp_path / "x.png", encode(image, "PNG"))
+    assert pixels[0, :, 0].tolist() == [0, 0, 1, 1, 128, 254, 255, 255]
+    assert np.array_equal(decoded(tmp_path / "x.tif", encode(image, "TIFF")), pixels)
+    rows = np.round(wide / 65535 * 255).astype(np.uint8)
+    assert np.array_equal(pixels[..., 0], rows)
+    path = tmp_path / "y.tif"
+    path.write_bytes(encode(Image.fromarray(np.array([[1 << 20]], np.int32)), "TIFF"))
+    with pytest.raises(UserError, match=r"y\.tif: pixels exceed 16 bits"):
+        open_image(path)
+    path.write_bytes(encode(Image.fromarray(np.array([[0.5]], np.float32)), "TIFF"))
+    with pytest.raises(UserError, match=r"y\.tif: pixels are floats"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_pixels_lie_over_black(tmp_path, mode):
+    image = noise(mode)
+    pixels = decoded(tmp_path / "x.png", encode(image, "PNG")).astype(float)
+    rgba = np.asarray(image.convert("RGBA")).astype(float)
+    assert np.abs(pixels - rgba[..., :3] * rgba[..., 3:] / 255).max() <= 1
+
+
+def test_a_transparent_palette_colour_is_black(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([200, 100, 50, 10, 20, 30])
+    image.putpixel((1, 0), 1)
+    pixels = decoded(tmp_path / "x.png", encode(image, "PNG", transparency=0))
+    assert pixels.tolist() == [[[0, 0, 0], [10, 20, 30]]]
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = noise(size=(8, 16))
+    turns = {1: 0, 3: 180, 6: -90, 8: 90}
+    for orientation, angle in turns.items():
+        turned = image.rotate(angle, expand=True)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        pixels = decoded(tmp_path / "x.png", encode(image, "PNG", exif=exif))
+        assert np.array_equal(pixels, np.asarray(turned)), orientation
