@@ -1,9 +1,7 @@
 """Synthetic datasets on disk, in the very layouts of SYSU-MM01, RegDB and LLCM.
 
-:func:`synthesize` writes them; who and what is on the pictures is in ``synthetic_world.py``, how
-they are drawn in ``synthetic_drawing.py``. The stream of random numbers of each picture is named by
-what it shows, so a tree is the same to the byte for any number of worker processes (given the same
-versions of Pillow and NumPy).
+The stream of random numbers of each picture is named by what it shows, so a tree is the same to
+the byte for any number of worker processes (with the same versions of Pillow and NumPy).
 """
 
 from __future__ import annotations
@@ -25,9 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from ..errors import UserError
-from .synthetic_drawing import draw
-from .synthetic_world import Camera, Person, Pose, stream
+from ...errors import UserError
+from .picture import draw
+from .world import Camera, Person, Pose, stream
 
 __all__ = ["LAYOUTS", "SyntheticTree", "contact_sheet", "picture", "synthesize"]
 
@@ -320,6 +318,8 @@ def _sysu_index(root: Path, seed: int, paths: _Paths, test: Sequence[int]) -> No
     rest = [identity for identity in everyone if identity not in set(test)]
     val = stream(seed, _SPLIT, 1).permutation(rest)[: len(rest) // 4].tolist()
     (root / "exp").mkdir()
+    for camera in range(1, 7):
+        (root / f"cam{camera}").mkdir(exist_ok=True)
     (root / "exp/test_id.txt").write_text(_ids(test))
     (root / "exp/val_id.txt").write_text(_ids(val))
     (root / "exp/train_id.txt").write_text(_ids(sorted(set(rest) - set(val))))
@@ -382,6 +382,9 @@ def _regdb_index(root: Path, seed: int, paths: _Paths, test: Sequence[int]) -> N
 
 def _llcm_index(root: Path, seed: int, paths: _Paths, test: Sequence[int]) -> None:
     (root / "idx").mkdir()
+    for kind, cameras in (("vis", range(1, 10)), ("nir", (1, 2, *range(4, 10)))):
+        for camera in cameras:  # there, if only to be empty: the reader takes none for missing
+            (root / f"test_{kind}/cam{camera}").mkdir(parents=True, exist_ok=True)
     train = sorted({shot.identity for shot in paths} - set(test))
     (root / "idx/train_vis.txt").write_text(_labelled(paths, "visible", train))
     (root / "idx/train_nir.txt").write_text(_labelled(paths, "infrared", train))

@@ -1,4 +1,4 @@
-"""The synthetic world's people and cameras, as numbers; ``synthetic.py`` draws them.
+"""The synthetic world's people and cameras, as numbers; ``figure.py`` draws them.
 
 What tells two people apart (build, cut of the clothes, textures, bags, hair, shoes) looks the same
 in visible light and in infrared. What does not carry over is brightness: a cloth's infrared
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 __all__ = ["TEXTURES", "Camera", "Cloth", "Person", "Pose", "stream"]
 
 Array = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 RGB = tuple[float, float, float]
 
 _PERSON, _CAMERA = 1, 2  # names of random streams
@@ -48,48 +49,6 @@ def stream(seed: int, *names: int) -> np.random.Generator:
     return np.random.default_rng((seed, *names))
 
 
-# Textures: (u across, v along, in body heights) -> 0 for the ground, 1 for the motif.
-# ``p`` is the period, ``d`` the motif's share of it, ``o`` an offset.
-def _wave(x: Array, p: float, d: float, o: float) -> Array:
-    return ((x / p + o) % 1.0 < d).astype(np.float32)
-
-
-TEXTURES: dict[str, Callable[[Array, Array, float, float, float], Array]] = {
-    "plain": lambda u, v, p, d, o: np.zeros(np.broadcast(u, v).shape, np.float32),
-    "hoops": lambda u, v, p, d, o: _wave(v + 0 * u, p, d, o),
-    "stripes": lambda u, v, p, d, o: _wave(u + 0 * v, p, d, d / 2),
-    "checks": lambda u, v, p, d, o: np.abs(_wave(u, p, 0.5, 0.25) - _wave(v, p, 0.5, o)),
-    "tartan": lambda u, v, p, d, o: np.maximum(_wave(u, p, 0.3, 0.15), _wave(v, p, 0.3, o)),
-    "slant": lambda u, v, p, d, o: _wave(u + v, p * 1.3, d, o),
-    "chevron": lambda u, v, p, d, o: _wave(v - np.abs(u), p * 1.2, d, o),
-    "dots": lambda u, v, p, d, o: (
-        ((u / p + 0.5) % 1.0 - 0.5) ** 2 + ((v / p + o) % 1.0 - 0.5) ** 2 < 0.08 + 0.1 * d
-    ).astype(np.float32),
-    "yoke": lambda u, v, p, d, o: (v + 0 * u < 0.06 + 0.2 * o).astype(np.float32),
-    "halves": lambda u, v, p, d, o: (u + 0 * v > 0.03 * (o - 0.5)).astype(np.float32),
-    "band": lambda u, v, p, d, o: (np.abs(v - 0.07 - 0.16 * o + 0 * u) < 0.5 * p * d + 0.01).astype(
-        np.float32
-    ),
-    "sash": lambda u, v, p, d, o: (np.abs(u - v + 0.13) < 0.5 * p * d + 0.015).astype(np.float32),
-    "disc": lambda u, v, p, d, o: (np.hypot(u, v - 0.14) < 0.03 + 0.04 * o).astype(np.float32),
-    "ring": lambda u, v, p, d, o: (np.abs(np.hypot(u, v - 0.14) - 0.05) < 0.012 + 0.01 * o).astype(
-        np.float32
-    ),
-    "diamond": lambda u, v, p, d, o: (np.abs(u) + np.abs(v - 0.15) < 0.045 + 0.05 * o).astype(
-        np.float32
-    ),
-    "cross": lambda u, v, p, d, o: (
-        (np.minimum(np.abs(u), np.abs(v - 0.14)) < 0.018)
-        & (np.maximum(np.abs(u), np.abs(v - 0.14)) < 0.05 + 0.03 * o)
-    ).astype(np.float32),
-    "pinline": lambda u, v, p, d, o: (
-        (np.abs(np.abs(u) - 0.025) < 0.01 + 0.006 * o).astype(np.float32) + 0 * v
-    ),
-}
-_TOP_TEXTURES = tuple(TEXTURES)[:-1]
-_BOTTOM_TEXTURES = ("plain", "plain", "plain", "hoops", "checks", "slant", "pinline", "dots")
-
-
 @dataclass(frozen=True)
 class Cloth:
     """One material: colours and infrared brightness (0..1) of its ground and of its motif."""
@@ -107,6 +66,49 @@ class Cloth:
         return np.asarray(np.float32(255 * light) * np.array(pair, np.float32))
 
 
+def _wave(x: Array, cloth: Cloth, offset: float, stretch: float = 1.0) -> Mask:
+    return np.less((x / (stretch * cloth.period) + offset) % 1.0, cloth.share)
+
+
+def _print(u: Array, v: Array, size: float) -> tuple[Array, Array]:
+    """Distances from the middle of the chest, in units of ``size``."""
+    return np.abs(u) / size, np.abs(v - 0.14) / size
+
+
+def _dots(u: Array, v: Array, c: Cloth) -> Mask:
+    x, y = (u / c.period + 0.5) % 1.0 - 0.5, (v / c.period + c.offset) % 1.0 - 0.5
+    return x * x + y * y < 0.08 + 0.1 * c.share
+
+
+def _cross(u: Array, v: Array, c: Cloth) -> Mask:
+    x, y = _print(u, v, 0.05 + 0.03 * c.offset)
+    return (np.minimum(x, y) < 0.3) & (np.maximum(x, y) < 1)
+
+
+# Where the motif is: u runs across the part and v along it, both in body heights.
+TEXTURES: dict[str, Callable[[Array, Array, Cloth], Mask]] = {
+    "plain": lambda u, v, c: (u + v) > 9,
+    "hoops": lambda u, v, c: _wave(v + 0 * u, c, c.offset),
+    "stripes": lambda u, v, c: _wave(u + 0 * v, c, c.share / 2),
+    "checks": lambda u, v, c: _wave(u, c, c.share / 2) ^ _wave(v, c, c.offset),
+    "tartan": lambda u, v, c: _wave(u, c, c.share / 2, 1.3) | _wave(v, c, c.offset, 1.3),
+    "slant": lambda u, v, c: _wave(u + v, c, c.offset, 1.3),
+    "chevron": lambda u, v, c: _wave(v - np.abs(u), c, c.offset, 1.2),
+    "dots": _dots,
+    "yoke": lambda u, v, c: v + 0 * u < 0.06 + 0.2 * c.offset,
+    "halves": lambda u, v, c: u + 0 * v > 0.03 * (c.offset - 0.5),
+    "band": lambda u, v, c: np.abs(v - 0.07 - 0.16 * c.offset + 0 * u) < 0.35 * c.period + 0.01,
+    "sash": lambda u, v, c: np.abs(u - v + 0.13) < 0.3 * c.period + 0.015,
+    "disc": lambda u, v, c: np.hypot(*_print(u, v, 0.035 + 0.045 * c.offset)) < 1,
+    "ring": lambda u, v, c: np.abs(np.hypot(*_print(u, v, 0.045 + 0.035 * c.offset)) - 1) < 0.3,
+    "diamond": lambda u, v, c: sum(_print(u, v, 0.05 + 0.05 * c.offset)) < 1,
+    "cross": _cross,
+    "side line": lambda u, v, c: np.abs(np.abs(u) - 0.025) + 0 * v < 0.01 + 0.006 * c.offset,
+}
+_TOP_TEXTURES = tuple(name for name in TEXTURES if name != "side line")
+_BOTTOM_TEXTURES = ("plain", "plain", "plain", "hoops", "checks", "slant", "side line", "dots")
+
+
 def _cloth(rng: np.random.Generator, textures: Sequence[str] = ("plain",)) -> Cloth:
     """Ground and motif differ clearly in either modality, by separate draws."""
 
@@ -119,7 +121,7 @@ def _cloth(rng: np.random.Generator, textures: Sequence[str] = ("plain",)) -> Cl
     return Cloth(
         visible=pair(lambda: _DYES[rng.integers(len(_DYES))], 0.25),
         infrared=pair(lambda: float(rng.uniform(0.12, 0.95)), 0.3),
-        texture=textures[rng.integers(len(textures))],
+        texture=textures[int(rng.integers(len(textures)))],
         period=float(rng.choice([0.055, 0.075, 0.1, 0.13])),
         share=float(rng.choice([0.3, 0.5, 0.65])),
         offset=float(rng.random()),
@@ -263,9 +265,9 @@ class Camera:
             modality=modality,
             scene=(seed, number),
             size=(int(size[0] * scale * slim), int(size[1] * scale)),
-            zoom=float(rng.uniform(0.86, 0.97)),
-            shift=(float(rng.uniform(-0.04, 0.04)), float(rng.uniform(-0.02, 0.03))),
-            tilt=float(rng.normal(0, 0.025)),
+            zoom=float(rng.uniform(0.8, 0.96)),
+            shift=(float(rng.uniform(-0.05, 0.05)), float(rng.uniform(-0.025, 0.025))),
+            tilt=float(rng.normal(0, 0.03)),
             pitch=float(rng.uniform(0.0, 0.22)),
             light=float(rng.uniform(0.75, 1.0) - (0.4 * low_light if visible else 0.0)),
             tint=(1 + warm, 1.0, 1 - warm) if visible else (1.0, 1.0, 1.0),
