@@ -1,0 +1,89 @@
+"""Several processes, as ``torchrun`` starts them; without it, one process and no overhead."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["World", "join"]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that work together.
+
+    Attributes:
+        device: Of this process.
+        rank: 0..size-1; rank 0 writes the files and speaks.
+        size: Number of processes.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes and speaks."""
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module with its gradients averaged over all processes."""
+        if self.size == 1:
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids)
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give every process rank 0's buffers: each has its own BN statistics while training."""
+        if self.size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
+
+    def shard(self, total: int) -> range:
+        """The rows of ``total`` that are this process's: every ``size``-th from its rank on."""
+        return range(self.rank, total, self.size)
+
+    def gather_rows(self, rows: Tensor, total: int) -> Tensor:
+        """All processes' shards put together: rows of :meth:`shard` to (total, ...), on the CPU."""
+        if self.size == 1:
+            return rows.cpu()
+        most = -(-total // self.size)
+        mine = torch.zeros(most, *rows.shape[1:], dtype=rows.dtype, device=self.device)
+        mine[: len(rows)] = rows.to(self.device)
+        shards = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(shards, mine)
+        out = torch.stack([shard.cpu() for shard in shards], dim=1).flatten(0, 1)
+        return out[:total]  # row i of shard r is row i * size + r
+
+    def barrier(self) -> None:
+        """Wait for the others."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def join(device: torch.device) -> Iterator[World]:
+    """Join the processes that ``torchrun`` started, each on its own GPU (nccl), or the CPU (gloo).
+
+    Without ``torchrun`` this is a world of one.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(device, dist.get_rank(), size)
+    finally:
+        dist.destroy_process_group()
