@@ -11,7 +11,7 @@ import pytest
 
 from deen_zoo.data import PROTOCOLS, Sample, draw_gallery, open_dataset
 from deen_zoo.data.datasets import read_permutations
-from deen_zoo.errors import UserError
+from deen_zoo.errors import MissingExtraError, UserError
 
 from . import trees
 from .reference import needs_official, official
@@ -150,6 +150,10 @@ def test_multi_shot_takes_ten_or_all_of_each_identity_and_camera(images, each):
     assert images <= 10 or drawn != draw_gallery(samples, 1, shots=10)
 
 
+def test_a_trial_may_be_an_integer_of_numpy():
+    assert draw_gallery(side(6), np.int64(4)) == draw_gallery(side(6), 4)
+
+
 def test_shots_must_be_positive():
     with pytest.raises(UserError, match="shots is 0"):
         draw_gallery(side(2), 0, shots=0)
@@ -204,6 +208,16 @@ def test_official_draw_errors(tmp_path):
         dataset.gallery("sysu-all", draw="official", shots=10)
     with pytest.raises(UserError, match="has no trial 10"):
         draw_gallery(dataset.test("visible"), 10, permutations=read_permutations(tmp_path))
+
+
+def test_official_draw_without_scipy_names_the_extra(tmp_path, monkeypatch):
+    import sys
+
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp/rand_perm_cam.mat").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'deen-zoo\[mat\]'"):
+        read_permutations(tmp_path)
 
 
 def test_draw_arguments_are_checked(tmp_path):

@@ -82,7 +82,7 @@ def draw_gallery(
     groups: dict[tuple[int, int], list[int]] = {}
     for i in sorted(range(len(samples)), key=lambda i: samples[i].path):
         groups.setdefault((samples[i].identity, samples[i].camera), []).append(i)
-    rng = random.Random(trial)
+    rng = random.Random(int(trial))  # NumPy's integers are no seeds
     drawn: list[int] = []
     for key, group in sorted(groups.items()):
         if permutations is not None:

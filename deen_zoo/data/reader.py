@@ -185,7 +185,7 @@ class ReidDataset:
         if faults:
             found = (
                 f"{self.title} at {self.root}: {len(faults)} faults in the {split} set, "
-                f"as {faults[0].where}: {faults[0].detail}"
+                f"such as {faults[0].where}: {faults[0].detail}"
             )
             if not self.skip_broken:
                 raise UserError(
