@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from torch import nn
 
 OFFICIAL = os.environ.get("DEEN_OFFICIAL")
 needs_official = pytest.mark.skipif(
@@ -33,3 +34,13 @@ def official(name: str) -> ModuleType:
         for n in _NAMES:
             sys.modules.pop(n, None)
         sys.modules.update(kept)
+
+
+def official_net(num_classes: int, dataset: str) -> nn.Module:
+    """The reference's ``embed_net`` with dropout off and fresh weights (it would download some)."""
+    module = official("model")
+    build = module.resnet50
+    module.resnet50 = lambda pretrained, **kwargs: build(pretrained=False, **kwargs)
+    net: nn.Module = module.embed_net(num_classes, dataset)
+    net.DEE.dropout.p = 0.0
+    return net

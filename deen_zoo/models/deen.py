@@ -23,6 +23,7 @@ from timm.models import (
     generate_default_cfgs,
     register_model,
     register_notrace_function,
+    register_notrace_module,
 )
 from timm.models._features import feature_take_indices
 
@@ -36,7 +37,7 @@ Modality = Union[str, torch.Tensor, None]
 
 
 @register_notrace_function
-def _product(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+def triple_product(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """``a @ b @ c`` of (N, i, j), (N, j, k), (N, k, l), bracketed for the fewer multiplications."""
     i, j, k, l = a.shape[1], a.shape[2], c.shape[1], c.shape[2]  # noqa: E741
     if i * j * k + i * k * l <= j * k * l + i * j * l:
@@ -45,7 +46,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
 
 
 @register_notrace_function
-def _infrared_rows(x: torch.Tensor, modality: Modality, default: str) -> torch.Tensor:
+def infrared_rows_of(x: torch.Tensor, modality: Modality, default: str) -> torch.Tensor:
     """The rows of ``x`` that are infrared, as a bool tensor (N,); checks what was said."""
     if modality is None:
         modality = default
@@ -63,7 +64,7 @@ def _infrared_rows(x: torch.Tensor, modality: Modality, default: str) -> torch.T
 
 
 @register_notrace_function
-def _check_images(x: torch.Tensor, in_chans: int, fused: int) -> None:
+def check_images(x: torch.Tensor, in_chans: int, fused: int) -> None:
     """PNL reads two channels as one row, so each fused stage needs an even number of positions."""
     if x.dim() != 4 or x.shape[1] != in_chans:
         raise ValueError(f"images must be (N, {in_chans}, H, W): got {x.shape}")
@@ -164,7 +165,7 @@ class PNL(nn.Module):
         theta = self.theta(high)  # (N, low/2, h, w)
         phi = self._rows(self.phi(low))
         g = self._rows(self.g(low)).transpose(1, 2)  # (N, HW/2, low)
-        y = _product(self._rows(theta).transpose(1, 2), phi, g) / phi.shape[2]  # (N, hw/2, low)
+        y = triple_product(self._rows(theta).transpose(1, 2), phi, g) / phi.shape[2]  # (N, hw/2, low)
         return self.proj(y.transpose(1, 2).reshape(theta.shape)) + high
 
 
@@ -179,6 +180,7 @@ class FusedStage(nn.Module):
         return self.pnl(self.cnl(self.blocks(x), x), x)
 
 
+@register_notrace_module
 class BNNeck(nn.BatchNorm1d):
     """BatchNorm1d whose bias is a buffer frozen at zero; weight ~ N(1, 0.01)."""
 
@@ -344,8 +346,8 @@ class DEEN(nn.Module):
         without rows gets zero gradients). In eval a named modality runs one stem; a tensor runs
         both and chooses, which keeps shapes static.
         """
-        _check_images(x, self.in_chans, self.num_fused)
-        infrared = _infrared_rows(x, modality, self.modality)
+        check_images(x, self.in_chans, self.num_fused)
+        infrared = infrared_rows_of(x, modality, self.modality)
         if self.training:
             visible_rows, infrared_rows = (~infrared).nonzero()[:, 0], infrared.nonzero()[:, 0]
             out = torch.cat([

@@ -1,0 +1,143 @@
+"""Both networks on the same weights and images, reduced to what can be compared and stored.
+
+``python -m tests.parity`` with DEEN_OFFICIAL set writes tests/golden/model.npz anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import deen_zoo
+from deen_zoo.models.checkpoint import from_official
+from tests import seeded
+
+GOLDEN = Path(__file__).with_name("golden") / "model.npz"
+IDENTITIES = 7
+MODELS = {"llcm": "deen_resnet50_llcm", "regdb": "deen_resnet50_regdb"}
+SIZES = [(384, 144), (128, 64)]
+BATCHES = {"visible": [False, False], "infrared": [True, True], "mixed": [False, True]}
+CASES = list(itertools.product(MODELS, SIZES, BATCHES))
+
+
+def case_name(dataset: str, size: tuple[int, int], batch: str) -> str:
+    return f"{dataset}-{size[0]}x{size[1]}-{batch}"
+
+
+def images(size: tuple[int, int]) -> torch.Tensor:
+    """Two images of different contrast, brightness and coarseness, so that BN's spread is wide."""
+    noise = seeded.tensor("images", (2, 3, *size)) * np.sqrt(3 * size[0] * size[1] / 1.5)
+    coarse = nn.functional.interpolate(noise[1:, :, ::32, ::16], size)
+    return torch.cat([0.5 * noise[:1] - 1, coarse + 1])
+
+
+def objective(pool: torch.Tensor, logits: torch.Tensor, ort: torch.Tensor) -> torch.Tensor:
+    """A scalar that every output has a share in."""
+    along = seeded.tensor("pool direction", tuple(pool.shape)).to(pool)
+    across = seeded.tensor("logit direction", tuple(logits.shape)).to(pool)
+    return (pool * along).sum() + (logits * across).sum() + 0.01 * ort
+
+
+def ours(dataset: str, dtype: torch.dtype) -> nn.Module:
+    model = deen_zoo.create_model(MODELS[dataset], num_classes=IDENTITIES, drop_rate=0.0)
+    seeded.fill(model)
+    return model.to(dtype)
+
+
+def run_ours(
+    model: nn.Module, size: tuple[int, int], batch: str, train: bool
+) -> dict[str, torch.Tensor]:
+    from deen_zoo.losses import orthogonality_loss
+
+    model.train(train).zero_grad()
+    x = images(size).to(next(model.parameters()))
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.set_grad_enabled(train):
+        pool, bn = model.forward_branches(x, torch.tensor(BATCHES[batch]))
+        out = {"pool": pool, "bn": bn, "logits": model.classifier(bn)}
+        if train:
+            out["ort"] = orthogonality_loss(pool)
+            objective(pool, out["logits"], out["ort"]).backward()
+            out |= {f"grad {k}": p.grad for k, p in model.named_parameters()}
+            out |= {k: v for k, v in model.state_dict().items() if "running" in k}
+            model.load_state_dict(state)
+    return {k: v.detach().double().clone() for k, v in out.items()}
+
+
+def theirs(dataset: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, str]]:
+    """The reference's network and {its key: ours} for the keys that we have."""
+    from tests.reference import official_net
+
+    net = official_net(IDENTITIES, dataset)
+    stages = 3 if dataset == "regdb" else 4
+    names = {key: key for key in net.state_dict()}
+    rename = {}
+    for key in names:
+        translated = from_official({key: torch.empty(0)}, stages)
+        rename.update({key: ours for ours in translated})
+    seeded.fill(net, rename=rename)
+    return net.to(dtype), rename
+
+
+def run_theirs(
+    net: nn.Module, rename: dict[str, str], size: tuple[int, int], batch: str, train: bool
+) -> dict[str, torch.Tensor]:
+    net.train(train).zero_grad(set_to_none=True)
+    x = images(size).to(next(net.parameters()))
+    infrared = torch.tensor(BATCHES[batch])
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    seen: dict[str, torch.Tensor] = {}
+    hook = net.bottleneck.register_forward_hook(
+        lambda module, args, bn: seen.update(pool=args[0], bn=bn)
+    )
+    with torch.set_grad_enabled(train):
+        modal = {"mixed": 0, "visible": 1, "infrared": 2}[batch]
+        rows = (x[~infrared], x[infrared]) if modal == 0 else (x, x)
+        result = net(*rows, modal=modal)
+    hook.remove()
+    out = {"pool": seen["pool"], "bn": seen["bn"], "logits": net.classifier(seen["bn"])}
+    if train:
+        out["ort"] = result[2]
+        objective(seen["pool"], result[1], result[2]).backward()
+        grads = {k: p.grad for k, p in net.named_parameters() if k in rename}
+        out |= {f"grad {rename[k]}": g for k, g in grads.items() if g is not None}
+        running = {k: v for k, v in net.state_dict().items() if "running" in k and k in rename}
+        out |= {rename[k]: v for k, v in running.items()}
+        net.load_state_dict(state)
+    return {k: v.detach().double().clone() for k, v in out.items()}
+
+
+def summary(out: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Outputs thinned out; of each gradient its norm and its product with a seeded direction."""
+    small = {k: out[k][:, :: max(1, out[k].shape[1] // 16)] for k in ("pool", "bn", "logits")}
+    if "ort" in out:
+        small["ort"] = out["ort"].reshape(1)
+        names = sorted(k for k in out if k.startswith("grad "))
+        rows = []
+        for name in names:
+            direction = seeded.tensor(name, tuple(out[name].shape))
+            direction /= direction.norm()
+            rows.append([out[name].norm(), (out[name] * direction).sum()])
+        small["gradients"] = torch.tensor(rows, dtype=torch.float64)
+    return {k: v.double().numpy() for k, v in small.items()}
+
+
+def write_golden() -> None:
+    arrays = {}
+    for dataset, size, batch in CASES:
+        net, rename = theirs(dataset, torch.float64)
+        for train in (False, True):
+            mode = "train" if train else "eval"
+            result = run_theirs(net, rename, size, batch, train)
+            for key, value in summary(result).items():
+                arrays[f"{case_name(dataset, size, batch)}-{mode}/{key}"] = value
+        print(case_name(dataset, size, batch))
+    np.savez_compressed(GOLDEN, **arrays)
+
+
+if __name__ == "__main__":
+    write_golden()
