@@ -73,6 +73,13 @@ ADVERSARIAL = {
     ),
 }
 
+LIVE = {
+    **ADVERSARIAL,
+    "random": random_case(20),
+    "float32": random_case(21, dtype=np.float32),
+    "large": random_case(22, queries=300, gallery=400, identities=90, cameras=9),
+}
+
 
 def oracle(case: Case, rule: str, max_rank: int = 20) -> tuple[np.ndarray, float, float]:
     """The definition, one query and one image at a time."""
@@ -149,14 +156,10 @@ def test_adversarial_cases_equal_the_oracle(rule, name):
 
 @needs_official
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", [*ADVERSARIAL, "random", "float32", "large"])
+@pytest.mark.parametrize("name", LIVE)
 def test_equal_to_the_reference_live(rule, name):
     """The CMC bit for bit when rounded to the reference's float32; mAP and mINP to 1e-12."""
-    case = ADVERSARIAL.get(name) or {
-        "random": random_case(20),
-        "float32": random_case(21, dtype=np.float32),
-        "large": random_case(22, queries=300, gallery=400, identities=90, cameras=9),
-    }[name]
+    case = LIVE[name]
     try:
         curve, precision, penalty = reference(case, rule)
     except AssertionError:

@@ -150,9 +150,6 @@ def _read(path: Path) -> FeatureTable:
     if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
         raise UserError(f"{path}: paths is not a list of strings")
     labels = {name: arrays[name] for name in _LABELS if name in arrays}
-    for name, values in {"paths": paths, **labels}.items():
-        if len(values) != len(features):
-            raise UserError(f"{path}: {len(values)} {name} for {len(features)} rows of features")
     for name, values in labels.items():
         wanted = "(N,) bool" if name == "infrared" else "(N,) integers"
         whole = not (values.is_floating_point() or values.is_complex())
@@ -160,6 +157,9 @@ def _read(path: Path) -> FeatureTable:
             raise UserError(
                 f"{path}: {name} is {tuple(values.shape)} {values.dtype}; store {wanted}"
             )
+    for name, values in {"paths": paths, **labels}.items():
+        if len(values) != len(features):
+            raise UserError(f"{path}: {len(values)} {name} for {len(features)} rows of features")
     return FeatureTable(str(path), features, paths, labels)
 
 
