@@ -12,7 +12,7 @@ from .figure import Figure
 from .paint import SUPERSAMPLING, Painter
 from .world import Array, Camera, Person, Pose, stream
 
-_SCENE = 3  # name of the random stream of places
+_SCENE = 4  # name of the random stream of places
 
 
 def draw(person: Person, camera: Camera, pose: Pose, rng: np.random.Generator) -> Image.Image:
@@ -33,10 +33,7 @@ def draw(person: Person, camera: Camera, pose: Pose, rng: np.random.Generator) -
     place = scene[dy : dy + height, dx : dx + width]
 
     feet = (painter.origin + (0, 0.985 * painter.scale)) / SUPERSAMPLING
-    shadow = (
-        _bump(width, feet[0], 0.2 * height)[None, :]
-        * _bump(height, feet[1], 0.02 * height)[:, None]
-    )
+    shadow = np.outer(_bump(height, feet[1], 0.02 * height), _bump(width, feet[0], 0.2 * height))
     soft = _array(mask.filter(ImageFilter.BoxBlur(height * 0.025)))
     rim = np.roll(soft, -2, 1) - np.roll(soft, 2, 1)  # the lamp is on the left
     picture = figure * (0.66 + 0.34 * soft - 0.25 * rim)
@@ -51,7 +48,7 @@ def draw(person: Person, camera: Camera, pose: Pose, rng: np.random.Generator) -
 def _array(image: Image.Image) -> Array:
     """(H, W, channels) in 0..1."""
     pixels = np.asarray(image, np.float32) / np.float32(255)
-    return pixels if pixels.ndim == 3 else pixels[..., None]
+    return np.asarray(pixels if pixels.ndim == 3 else pixels[..., None])
 
 
 def _image(picture: Array) -> Image.Image:
@@ -61,24 +58,22 @@ def _image(picture: Array) -> Image.Image:
 
 def _bump(length: int, centre: float, width: float) -> Array:
     away = (np.arange(length, dtype=np.float32) - np.float32(centre)) / np.float32(width)
-    return np.exp(-away * away)
+    return np.asarray(np.exp(-away * away))
 
 
 @lru_cache(maxsize=64)
 def _light(camera: Camera) -> Array:
     """(H, W, channels): a street lamp to one side, or the camera's own infrared spot."""
-    width, height = camera.size
-    rng = stream(camera.scene[0], _SCENE, camera.scene[1], 1)
-    if camera.modality == "visible":
-        side = rng.uniform(-0.5, 1.5)
-        spot = _bump(width, side * width, 1.6 * width)[None, :] * np.ones((height, 1), np.float32)
+    (width, height), visible = camera.size, camera.modality == "visible"
+    if visible:
+        side = stream(camera.scene[0], _SCENE, camera.scene[1], 1).uniform(-0.5, 1.5)
+        across, down = _bump(width, side * width, 1.6 * width), np.ones(height, np.float32)
     else:
-        spot = (
-            _bump(width, width / 2, 0.8 * width)
-            * _bump(height, 0.4 * height, 0.7 * height)[:, None]
-        )
-    tint = np.array(camera.tint[: 3 if camera.modality == "visible" else 1], np.float32)
-    return np.float32(camera.light) * (0.6 + 0.45 * spot[..., None]) * tint
+        across = _bump(width, 0.5 * width, 0.8 * width)
+        down = _bump(height, 0.4 * height, 0.7 * height)
+    spot = np.outer(down, across)[..., None]
+    tint = np.array(camera.tint[: 3 if visible else 1], np.float32)
+    return np.asarray((0.6 + 0.45 * spot) * tint * np.float32(camera.light))
 
 
 @lru_cache(maxsize=64)

@@ -25,7 +25,7 @@ Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 RGB = tuple[float, float, float]
 
-_PERSON, _CAMERA = 1, 2  # names of random streams
+_PERSON, _CAMERA, _POSE = 1, 2, 3  # names of random streams
 
 _DYES: tuple[RGB, ...] = (
     (0.93, 0.92, 0.88), (0.78, 0.79, 0.80), (0.45, 0.47, 0.50), (0.16, 0.17, 0.19),
@@ -67,12 +67,13 @@ class Cloth:
 
 
 def _wave(x: Array, cloth: Cloth, offset: float, stretch: float = 1.0) -> Mask:
-    return np.less((x / (stretch * cloth.period) + offset) % 1.0, cloth.share)
+    return np.asarray((x / (stretch * cloth.period) + offset) % 1.0 < cloth.share)
 
 
 def _print(u: Array, v: Array, size: float) -> tuple[Array, Array]:
     """Distances from the middle of the chest, in units of ``size``."""
-    return np.abs(u) / size, np.abs(v - 0.14) / size
+    one = np.float32(1 / size)
+    return np.abs(u) * one, np.abs(v - np.float32(0.14)) * one
 
 
 def _dots(u: Array, v: Array, c: Cloth) -> Mask:
@@ -85,25 +86,25 @@ def _cross(u: Array, v: Array, c: Cloth) -> Mask:
     return (np.minimum(x, y) < 0.3) & (np.maximum(x, y) < 1)
 
 
-# Where the motif is: u runs across the part and v along it, both in body heights.
+# Where the motif is, (H, W): u runs across the part and v along it, in body heights.
 TEXTURES: dict[str, Callable[[Array, Array, Cloth], Mask]] = {
-    "plain": lambda u, v, c: (u + v) > 9,
-    "hoops": lambda u, v, c: _wave(v + 0 * u, c, c.offset),
-    "stripes": lambda u, v, c: _wave(u + 0 * v, c, c.share / 2),
+    "plain": lambda u, v, c: np.zeros(u.shape, bool),
+    "hoops": lambda u, v, c: _wave(v, c, c.offset),
+    "stripes": lambda u, v, c: _wave(u, c, c.share / 2),
     "checks": lambda u, v, c: _wave(u, c, c.share / 2) ^ _wave(v, c, c.offset),
     "tartan": lambda u, v, c: _wave(u, c, c.share / 2, 1.3) | _wave(v, c, c.offset, 1.3),
     "slant": lambda u, v, c: _wave(u + v, c, c.offset, 1.3),
     "chevron": lambda u, v, c: _wave(v - np.abs(u), c, c.offset, 1.2),
     "dots": _dots,
-    "yoke": lambda u, v, c: v + 0 * u < 0.06 + 0.2 * c.offset,
-    "halves": lambda u, v, c: u + 0 * v > 0.03 * (c.offset - 0.5),
-    "band": lambda u, v, c: np.abs(v - 0.07 - 0.16 * c.offset + 0 * u) < 0.35 * c.period + 0.01,
+    "yoke": lambda u, v, c: v < 0.06 + 0.2 * c.offset,
+    "halves": lambda u, v, c: u > 0.03 * (c.offset - 0.5),
+    "band": lambda u, v, c: np.abs(v - 0.07 - 0.16 * c.offset) < 0.35 * c.period + 0.01,
     "sash": lambda u, v, c: np.abs(u - v + 0.13) < 0.3 * c.period + 0.015,
     "disc": lambda u, v, c: np.hypot(*_print(u, v, 0.035 + 0.045 * c.offset)) < 1,
     "ring": lambda u, v, c: np.abs(np.hypot(*_print(u, v, 0.045 + 0.035 * c.offset)) - 1) < 0.3,
-    "diamond": lambda u, v, c: sum(_print(u, v, 0.05 + 0.05 * c.offset)) < 1,
+    "diamond": lambda u, v, c: np.less(np.add(*_print(u, v, 0.05 + 0.05 * c.offset)), 1),
     "cross": _cross,
-    "side line": lambda u, v, c: np.abs(np.abs(u) - 0.025) + 0 * v < 0.01 + 0.006 * c.offset,
+    "side line": lambda u, v, c: np.abs(np.abs(u) - 0.025) < 0.01 + 0.006 * c.offset,
 }
 _TOP_TEXTURES = tuple(name for name in TEXTURES if name != "side line")
 _BOTTOM_TEXTURES = ("plain", "plain", "plain", "hoops", "checks", "slant", "side line", "dots")
@@ -218,8 +219,9 @@ class Pose:
     lean: float = 0.0
 
     @classmethod
-    def make(cls, rng: np.random.Generator) -> Pose:
-        """A walking pose, within 45 degrees of facing the camera or (1 in 3) of turning away."""
+    def make(cls, seed: int, identity: int, camera: int, modality: str, take: int) -> Pose:
+        """A walking pose, within 43 degrees of facing the camera or (1 in 3) of turning away."""
+        rng = stream(seed, _POSE, identity, camera, int(modality == "infrared"), take)
         yaw = rng.uniform(-0.75, 0.75) + (math.pi if rng.random() < 1 / 3 else 0.0)
         return cls(float(yaw), float(rng.uniform(0, 2 * math.pi)), float(rng.normal(0, 0.015)))
 

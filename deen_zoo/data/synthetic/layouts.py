@@ -1,0 +1,163 @@
+"""The three layouts: which cameras there are, what the files are called, the index files."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .world import Person, Pose, stream
+
+_FRAME, _SPLIT, _DRAW = 10, 11, 12  # names of random streams
+TRIALS = 10
+
+
+class Layout(NamedTuple):
+    """A dataset's shape; the numbers are near the real ones'."""
+
+    size: tuple[int, int]  # typical (width, height) of a crop
+    same_size: bool
+    low_light: float  # 0 is day, 1 is night
+    visible: tuple[int, ...]  # cameras
+    infrared: tuple[int, ...]
+    sighted: float  # share of the cameras that see an identity
+    test_fraction: float
+    images_per_camera: int
+
+
+_NINE = tuple(range(1, 10))
+LAYOUTS = {
+    "sysu": Layout((72, 192), False, 0.3, (1, 2, 4, 5), (3, 6), 0.8, 96 / 491, 4),
+    "regdb": Layout((64, 128), True, 0.2, (1,), (2,), 1.0, 0.5, 10),
+    "llcm": Layout((72, 192), False, 0.8, _NINE, _NINE, 0.5, 351 / 1064, 2),
+}
+
+
+class Shot(NamedTuple):
+    """One picture to take."""
+
+    identity: int
+    camera: int
+    modality: str
+    take: int  # counts the pictures of one identity in one camera and modality
+
+
+Paths = dict[Shot, str]
+
+
+def split(seed: int, identities: Iterable[int], size: int, trial: int = 1) -> set[int]:
+    """``size`` identities to test on."""
+    drawn = stream(seed, _SPLIT, trial).permutation(sorted(identities))[:size]
+    return set(drawn.tolist())
+
+
+def path_of(layout: str, seed: int, shot: Shot, test: bool) -> str:
+    """Where a picture lies, below the root."""
+    identity, camera, modality, take = shot
+    if layout == "sysu":
+        return f"cam{camera}/{identity:04d}/{take + 1:04d}.jpg"
+    if layout == "regdb":
+        folder = "Visible" if modality == "visible" else "Thermal"
+        view = "back" if Pose.make(seed, *shot).back else "front"
+        who, frame = Person.make(seed, identity).gender, (1000 * identity + 7 * take) % 100_000
+        return f"{folder}/{identity}/{who}_{view}_{folder[0].lower()}_{frame:05d}_{identity}.bmp"
+    kind = "vis" if modality == "visible" else "nir"
+    rng = stream(seed, _FRAME, identity, camera, int(kind == "nir"))
+    clock = "{:02d}{:02d}{:02d}".format(*rng.integers((18, 0, 0), (23, 60, 60)))
+    folder = f"test_{kind}/cam{camera}" if test else kind
+    frame = int(rng.integers(100, 9000)) + 15 * take
+    name = f"{identity:04d}_c{camera:02d}_s{clock}_f{frame}_{kind}.jpg"
+    return f"{folder}/{identity:04d}/{name}"
+
+
+def _ids(identities: Iterable[int]) -> str:
+    return ",".join(map(str, sorted(identities))) + "\n"
+
+
+def _labelled(paths: Paths, modality: str, chosen: set[int]) -> str:
+    """Lines ``path label``; labels number the chosen identities from 0."""
+    label = {identity: n for n, identity in enumerate(sorted(chosen))}
+    rows = sorted(s for s in paths if s.modality == modality and s.identity in chosen)
+    return "".join(f"{paths[shot]} {label[shot.identity]}\n" for shot in rows)
+
+
+def _index_sysu(root: Path, seed: int, paths: Paths, test: set[int]) -> None:
+    everyone = {shot.identity for shot in paths}
+    rest = everyone - test
+    val = split(seed, rest, len(rest) // 4, trial=2)
+    (root / "exp").mkdir()
+    for name, chosen in (("train", rest - val), ("val", val), ("test", test)):
+        (root / f"exp/{name}_id.txt").write_text(_ids(chosen))
+    counts = np.zeros((6, max(everyone)), int)
+    for shot in paths:
+        counts[shot.camera - 1, shot.identity - 1] += 1
+    rng = stream(seed, _DRAW)
+
+    def draws(n: int) -> NDArray[np.int_]:  # one row a trial
+        return (
+            np.stack([rng.permutation(n) + 1 for _ in range(TRIALS)])
+            if n
+            else np.zeros((0, 0), int)
+        )
+
+    cells = [[draws(n) for n in row] for row in counts.tolist()]
+    (root / "exp/rand_perm_cam.mat").write_bytes(_mat_file("rand_perm_cam", cells))
+
+
+def _mat_file(name: str, cells: list[list[NDArray[np.int_]]]) -> bytes:
+    """A MATLAB 5 file of one cell array of cell arrays of uint16 matrices.
+
+    Written here since ``scipy.io.savemat`` stamps the time of day into its files.
+    """
+
+    def element(kind: int, data: bytes) -> bytes:
+        return struct.pack("<II", kind, len(data)) + data + b"\0" * (-len(data) % 8)
+
+    def array(kind: int, shape: tuple[int, ...], data: bytes, name: bytes = b"") -> bytes:
+        head = element(6, struct.pack("<II", kind, 0)) + element(5, struct.pack("<2i", *shape))
+        return element(14, head + element(1, name) + data)
+
+    cell, uint16 = 1, 11
+    rows = [
+        array(
+            cell,
+            (len(row), 1),
+            b"".join(array(uint16, m.shape, element(4, m.astype("<u2").tobytes("F"))) for m in row),
+        )
+        for row in cells
+    ]
+    header = b"MATLAB 5.0 MAT-file, synthetic".ljust(124) + b"\x00\x01IM"
+    return header + array(cell, (len(cells), 1), b"".join(rows), name.encode())
+
+
+def _index_regdb(root: Path, seed: int, paths: Paths, test: set[int]) -> None:
+    (root / "idx").mkdir()
+    everyone = {shot.identity for shot in paths}
+    for trial in range(1, TRIALS + 1):
+        held_out = test if trial == 1 else split(seed, everyone, len(test), trial)
+        for side, chosen in (("train", everyone - held_out), ("test", held_out)):
+            for word, modality in (("visible", "visible"), ("thermal", "infrared")):
+                text = _labelled(paths, modality, chosen)
+                (root / f"idx/{side}_{word}_{trial}.txt").write_text(text)
+
+
+def _index_llcm(root: Path, seed: int, paths: Paths, test: set[int]) -> None:
+    (root / "idx").mkdir()
+    for kind, cameras in (("vis", range(1, 10)), ("nir", (1, 2, *range(4, 10)))):
+        for camera in cameras:  # there, if only to be empty: the reader takes none for missing
+            (root / f"test_{kind}/cam{camera}").mkdir(parents=True, exist_ok=True)
+    train = {shot.identity for shot in paths} - test
+    (root / "idx/train_vis.txt").write_text(_labelled(paths, "visible", train))
+    (root / "idx/train_nir.txt").write_text(_labelled(paths, "infrared", train))
+    (root / "idx/test_id.txt").write_text(_ids(test))
+
+
+write_index: dict[str, Callable[[Path, int, Paths, set[int]], None]] = {
+    "sysu": _index_sysu,
+    "regdb": _index_regdb,
+    "llcm": _index_llcm,
+}
