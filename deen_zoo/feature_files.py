@@ -1,0 +1,357 @@
+"""Feature files, of this package's models or of any other: ``.safetensors`` or ``.npz``.
+
+==========  ================================  ==================================================
+name        type and shape                    in a ``.safetensors`` file
+==========  ================================  ==================================================
+features    (N, D) floats                     tensor
+paths       N strings, each image once        uint8 tensor, or a metadata entry: a JSON list
+identity    (N,) integers, -1 unknown         tensor
+camera      (N,) integers, -1 unknown         tensor
+infrared    (N,) bool                         tensor; False is visible
+unreadable  {path: reason} of other images    uint8 tensor: a JSON object
+provenance  what made the features            the other metadata entries (npz: a JSON object)
+==========  ================================  ==================================================
+
+All but the first two may be missing. Written by any program in one line::
+
+    np.savez("features.npz", features=features, paths=paths,
+             identity=identity, camera=camera, infrared=infrared)
+
+or ``safetensors.torch.save_file({"features": ..., "identity": ...}, "features.safetensors",
+metadata={"paths": json.dumps(paths)})``. When the dataset itself is at hand, the labels can be read
+from there: :meth:`FeatureTable.of_dataset`. A safetensors file is mapped, not read: rows take
+memory when they are used, so files larger than the memory can be searched. Its metadata holds at
+most 100 MB, which a million paths exceed; so this package writes them as a tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from .data.draws import Sample
+from .data.reader import ReidDataset
+from .errors import UserError
+
+__all__ = ["FeatureTable", "check_comparable", "read_feature_table", "write_feature_table"]
+
+_LABELS = ("identity", "camera", "infrared")
+# What two files must share for their rows to be comparable.
+_COMPARED = ("weights_sha256", "preprocessing", "descriptor", "branches", "flip", "normalize")
+_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+_DTYPES |= {torch.int64: "I64", torch.bool: "BOOL", torch.uint8: "U8"}
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """Rows of features and the images they are of.
+
+    Attributes:
+        source: The file, for messages.
+        features: (N, D) floats.
+        paths: N names.
+        labels: Those of ``identity``, ``camera`` (int64) and ``infrared`` (bool) that are known,
+            each (N,).
+        provenance: What made the features: ``model``, ``weights_sha256``, ``preprocessing``, ...;
+            empty in files of other programs.
+        unreadable: Images that were asked for and have no row, with the reason.
+    """
+
+    source: str
+    features: Tensor
+    paths: Sequence[str]
+    labels: dict[str, Tensor]
+    provenance: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def select(self, rows: Tensor) -> FeatureTable:
+        """The rows of an index or bool tensor."""
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero()[:, 0]
+        labels = {name: values[rows] for name, values in self.labels.items()}
+        paths = [self.paths[i] for i in rows.tolist()]
+        return replace(self, features=self.features[rows], paths=paths, labels=labels)
+
+    def label(self, name: str) -> Tensor:
+        """(N,) identities, cameras or whether infrared.
+
+        Raises:
+            UserError: It is not in the file, or not of every row.
+        """
+        if name not in self.labels:
+            raise UserError(
+                f"{self.source}: no {name} in it; store it (a CSV file of path,identity,camera,"
+                "modality labels the images that 'deen-zoo extract' reads)"
+            )
+        values = self.labels[name]
+        unknown = int((values < 0).sum()) if values.dtype != torch.bool else 0
+        if unknown:
+            raise UserError(f"{self.source}: {name} is unknown (-1) for {unknown} of {len(self)}")
+        return values
+
+    def samples(self) -> list[Sample]:
+        """The rows as samples.
+
+        Raises:
+            UserError: The file has not all three labels of every row.
+        """
+        absent = [name for name in _LABELS if name not in self.labels]
+        if absent:
+            raise UserError(
+                f"{self.source}: no {', '.join(absent)} in it; store them, or give the dataset's "
+                "root (--data-root), which has them"
+            )
+        columns = (self.label(name).tolist() for name in _LABELS)
+        return [
+            Sample(path, identity, camera, "infrared" if infrared else "visible")
+            for path, identity, camera, infrared in zip(self.paths, *columns, strict=True)
+        ]
+
+    def of_dataset(self, dataset: ReidDataset, split: int = 1) -> tuple[Tensor, list[Sample]]:
+        """Features and samples of the dataset's test images, labelled by the dataset. Rows are
+        found by path: absolute, or below the root. Other rows are left out.
+
+        Raises:
+            UserError: A test image has no row.
+        """
+        samples = dataset.test("visible", split) + dataset.test("infrared", split)
+        root = Path(dataset.root).resolve()
+        rows = {str((root / path).resolve()): i for i, path in enumerate(self.paths)}
+        found = [rows.get(str(Path(sample.path).resolve()), -1) for sample in samples]
+        if -1 in found:
+            first = samples[found.index(-1)].path
+            raise UserError(
+                f"{self.source}: {found.count(-1)} of {len(samples)} test images have no row, as "
+                f"{first}; the paths in the file must be absolute or relative to {dataset.root}"
+            )
+        return self.features[torch.tensor(found)], samples
+
+
+def check_comparable(a: FeatureTable, b: FeatureTable) -> None:
+    """Whether dot products of rows of one table with rows of the other mean anything.
+
+    Raises:
+        UserError: They were made by other weights or in another way, or one does not say.
+    """
+    if a.features.shape[1] != b.features.shape[1]:
+        raise UserError(
+            f"{b.source} has features of {b.features.shape[1]} numbers, {a.source} of "
+            f"{a.features.shape[1]}; they must be of one model"
+        )
+    for silent, other in ((a, b), (b, a)):
+        if other.provenance.keys() & set(_COMPARED) > silent.provenance.keys() & set(_COMPARED):
+            raise UserError(
+                f"{silent.source} does not say what made its features, {other.source} is of "
+                f"{other.provenance.get('model')}; extract both with one model"
+            )
+    for key in _COMPARED:
+        ours, theirs = a.provenance.get(key, ""), b.provenance.get(key, "")
+        if ours != theirs:
+            what = "weights" if key == "weights_sha256" else key
+            raise UserError(
+                f"{a.source} and {b.source} are not comparable: {what} {ours[:60]!r} and "
+                f"{theirs[:60]!r}; extract both in one way, with one model"
+            )
+
+
+def read_feature_table(*files: str | os.PathLike[str]) -> FeatureTable:
+    """Read feature files; several, such as one of each modality, are joined row by row.
+
+    One safetensors file is mapped, several are copied into memory.
+
+    Raises:
+        UserError: A file is missing, broken or not of the schema above, or two do not fit.
+    """
+    if not files:
+        raise UserError("no feature file; give at least one .safetensors or .npz")
+    tables = [_read(Path(file)) for file in files]
+    for table in tables[1:]:
+        check_comparable(tables[0], table)
+    paths = [path for table in tables for path in table.paths]
+    _check_once(paths, tables[0].source)
+    if len(tables) == 1:
+        return tables[0]
+    return FeatureTable(
+        ", ".join(table.source for table in tables),
+        torch.cat([table.features for table in tables]),
+        paths,
+        _join_labels(tables),
+        tables[0].provenance,
+        {path: reason for table in tables for path, reason in table.unreadable.items()},
+    )
+
+
+def _check_once(paths: Sequence[str], source: str) -> None:
+    if len(set(paths)) < len(paths):
+        twice = min(path for path, n in Counter(paths).items() if n > 1)
+        raise UserError(f"{source}: {twice} comes twice in paths; give each image once")
+
+
+def _join_labels(tables: Sequence[FeatureTable]) -> dict[str, Tensor]:
+    """Labels of all tables; -1 where one of them has no identities or cameras."""
+    out = {}
+    for name in _LABELS:
+        parts = [t.labels.get(name, torch.full((len(t.paths),), -1)) for t in tables]
+        absent = [name not in table.labels for table in tables]
+        if not (all(absent) or (name == "infrared" and any(absent))):
+            out[name] = torch.cat(parts)
+    return out
+
+
+def write_feature_table(file: str | os.PathLike[str], *tables: FeatureTable) -> None:
+    """Write tables as one feature file, row after row; the provenance is the first one's.
+
+    The file appears whole or not at all. Features are written table by table, so mapped ones need
+    no memory.
+
+    Raises:
+        UserError: The name ends neither in ``.safetensors`` nor in ``.npz``, an image comes twice,
+            or there is no row.
+    """
+    file = Path(file)
+    if file.suffix not in (".safetensors", ".npz"):
+        raise UserError(f"{file}: unknown kind of feature file; name it .safetensors or .npz")
+    paths = [path for table in tables for path in table.paths]
+    _check_once(paths, str(file))
+    unreadable = {path: why for table in tables for path, why in table.unreadable.items()}
+    if not paths:
+        raise UserError(
+            f"{file}: none of the images can be read: {next(iter(unreadable.values()), 'no image')}"
+        )
+    labels = {
+        name: values
+        for name, values in _join_labels(tables).items()
+        if name == "infrared" or not bool((values == -1).all())
+    }
+    features, provenance = [table.features for table in tables], tables[0].provenance
+    partial = file.with_name(f"{file.name}.partial")
+    with open(partial, "wb") as out:
+        if file.suffix == ".npz":
+            import numpy as np
+
+            extra = {"unreadable": json.dumps(unreadable)} if unreadable else {}
+            extra |= {"provenance": json.dumps(provenance)} if provenance else {}
+            arrays = {name: values.numpy() for name, values in labels.items()}
+            joined = features[0] if len(features) == 1 else torch.cat(features)
+            np.savez(out, features=joined.numpy(), paths=paths, **arrays, **extra)  # type: ignore[arg-type]
+        else:
+            columns = {"paths": [_encode(paths)], **{k: [v] for k, v in labels.items()}}
+            columns |= {"unreadable": [_encode(unreadable)]} if unreadable else {}
+            _write_safetensors(out, {"features": features, **columns}, provenance)
+    os.replace(partial, file)
+
+
+def _encode(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _write_safetensors(
+    out: BinaryIO, columns: dict[str, list[Tensor]], metadata: dict[str, str]
+) -> None:
+    """The format of safetensors, for columns that come in pieces, so that no piece is copied."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    place = 0
+    for name, pieces in columns.items():
+        shape = [sum(len(piece) for piece in pieces), *pieces[0].shape[1:]]
+        end = place + sum(piece.nbytes for piece in pieces)
+        dtype = _DTYPES[pieces[0].dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    out.write(len(text).to_bytes(8, "little") + text)
+    for pieces in columns.values():
+        for piece in pieces:
+            out.write(piece.contiguous().view(torch.uint8).numpy().data)
+
+
+def _read(path: Path) -> FeatureTable:
+    readers = {".safetensors": _read_safetensors, ".npz": _read_npz}
+    if path.suffix not in readers:
+        raise UserError(f"{path}: unknown kind of feature file; give .safetensors or .npz")
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    arrays = readers[path.suffix](path)
+    for name in ("features", "paths"):
+        if name not in arrays:
+            raise UserError(
+                f"{path}: no {name!r} in it, only {', '.join(sorted(arrays)) or 'nothing'}"
+            )
+    features, paths = arrays["features"], arrays["paths"]
+    if features.ndim != 2 or not features.is_floating_point() or 0 in features.shape:
+        raise UserError(
+            f"{path}: features have shape {tuple(features.shape)} and type {features.dtype}; "
+            "store (images, D) floats"
+        )
+    if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
+        raise UserError(f"{path}: paths is not a list of strings")
+    labels = {name: arrays[name] for name in _LABELS if name in arrays}
+    if len(paths) != len(features):
+        raise UserError(f"{path}: {len(paths)} paths for {len(features)} rows of features")
+    for name, values in labels.items():
+        wanted = "(N,) bool" if name == "infrared" else "(N,) integers"
+        whole = not (values.is_floating_point() or values.is_complex())
+        if values.ndim != 1 or not whole or (values.dtype == torch.bool) != (name == "infrared"):
+            raise UserError(
+                f"{path}: {name} is {tuple(values.shape)} {values.dtype}; store {wanted}"
+            )
+        if len(values) != len(features):
+            raise UserError(f"{path}: {len(values)} {name} for {len(features)} rows of features")
+    provenance, unreadable = (arrays.get(name, {}) for name in ("provenance", "unreadable"))
+    if not isinstance(provenance, dict) or not isinstance(unreadable, dict):
+        raise UserError(f"{path}: provenance and unreadable are JSON objects; leave others out")
+    return FeatureTable(str(path), features, paths, labels, provenance, unreadable)
+
+
+def _decode(path: Path, name: str, value: Any) -> Any:
+    try:
+        return json.loads(value.numpy().tobytes() if isinstance(value, Tensor) else value)
+    except ValueError as error:
+        raise UserError(f"{path}: its {name} are not JSON ({error})") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            arrays: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise UserError(
+            f"{path}: not a readable safetensors file ({error}); write it again"
+        ) from error
+    arrays |= {"paths": metadata.pop("paths")} if "paths" in metadata else {}
+    for name in {"paths", "unreadable"} & set(arrays):
+        arrays[name] = _decode(path, name, arrays[name])
+    return {**arrays, "provenance": {k: v for k, v in metadata.items() if k != "format"}}
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    import numpy as np
+
+    arrays: dict[str, Any] = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for name in {"features", "paths", *_LABELS} & set(file.files):
+                values = file[name]
+                arrays[name] = values.tolist() if name == "paths" else torch.from_numpy(values)
+            for name in {"provenance", "unreadable"} & set(file.files):
+                arrays[name] = _decode(path, name, str(file[name]))
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, ValueError, TypeError, EOFError) as error:
+        raise UserError(f"{path}: not a readable npz file ({error}); write it again") from error
+    return arrays
