@@ -6,16 +6,21 @@ from typing import Any
 
 import timm
 
+from ..errors import UserError
+from . import weights
 from .checkpoint import save_pretrained as save_pretrained
 from .deen import DEEN as DEEN
 
 
-def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> DEEN:
-    """``timm.create_model`` for the models of this package.
+def create_model(
+    name: str, pretrained: bool = False, revision: str | None = None, **kwargs: Any
+) -> DEEN:
+    """``timm.create_model`` for the models of this package, with the Hub's errors explained.
 
     Args:
         name: One of :func:`list_models`, ``"local-dir:FOLDER"`` or ``"hf-hub:ORG/NAME@REVISION"``.
         pretrained: Load the weights as well.
+        revision: Branch, tag or commit of the model's repository on the Hub.
         **kwargs: To :class:`DEEN` and to timm: ``num_classes``, ``modality``, ``backbone``, ...
 
     Raises:
@@ -24,13 +29,23 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> DEEN:
     >>> create_model("test_deen_resnet", num_classes=10).num_classes
     10
     """
-    from ..errors import UserError
-
+    source, _, place = name.partition(":")
+    if source in ("hf-hub", "hf_hub"):
+        place = f"{place}@{revision}" if revision else place
+        name = "hf-hub:" + weights.hub_config(place, cache_dir=kwargs.get("cache_dir"))[1]
+    elif source == "local-dir":
+        weights.local_config(place)
     if ":" not in name and name.split(".")[0] not in list_models():
         raise UserError(
             f"no model {name!r}: choose one of {', '.join(list_models())}, "
             f"'local-dir:FOLDER' or 'hf-hub:ORG/NAME'"
         )
+    if revision and source not in ("hf-hub", "hf_hub"):
+        overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+        repo = overlay.get("hf_hub_id") or getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
+        if not repo:
+            raise UserError(f"revision {revision!r}: {name} is not on the Hub, so it has none")
+        kwargs["pretrained_cfg_overlay"] = {**overlay, "hf_hub_id": f"{repo}@{revision}"}
     model = timm.create_model(name, pretrained=pretrained, **kwargs)
     return model
 

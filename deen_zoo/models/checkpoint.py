@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import UserError
+from .weights import CONFIG, FORMAT, WEIGHTS, sha256
 
 StateDict = dict[str, torch.Tensor]
 
@@ -131,25 +132,37 @@ def save_pretrained(model: torch.nn.Module, folder: str | os.PathLike[str]) -> P
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / WEIGHTS
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    save_file(tensors, f"{weights}.partial", metadata={"format": "pt"})
+    config = json.dumps(model_config(model, sha256(f"{weights}.partial")), indent=2) + "\n"
+    os.replace(f"{weights}.partial", weights)
+    target = folder / CONFIG
+    Path(f"{target}.partial").write_text(config, encoding="utf-8")
+    os.replace(f"{target}.partial", target)
+    return folder
+
+
+def model_config(model: torch.nn.Module, weights_sha256: str) -> dict[str, Any]:
+    """``config.json`` of a model: what builds it again, and the digest of its weights' file."""
+    from .. import __version__
+
     cfg = dict(model.pretrained_cfg)
     architecture = cfg.pop("architecture")
     for source in ("url", "file", "state_dict", "hf_hub_id", "source", "tag"):
         cfg.pop(source, None)
     cfg["num_classes"] = model.num_classes
     cfg["input_size"] = [model.in_chans, *cfg["input_size"][1:]]
-    config = {
+    return {
         "architecture": architecture,
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         "global_pool": model.global_pool,
         "model_args": model.model_args,
         "pretrained_cfg": cfg,
+        "deen_zoo": {
+            "format": FORMAT,
+            "version": __version__,
+            "weights_sha256": weights_sha256,
+        },
     }
-    weights = folder / "model.safetensors"
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    save_file(tensors, f"{weights}.partial", metadata={"format": "pt"})
-    os.replace(f"{weights}.partial", weights)
-    target = folder / "config.json"
-    Path(f"{target}.partial").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(f"{target}.partial", target)
-    return folder

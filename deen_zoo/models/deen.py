@@ -28,7 +28,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 
 from .checkpoint import checkpoint_filter_fn
-from .weights import HUB_ORGANISATION, TINY_WEIGHTS, explain_missing_weights
+from .weights import HUB_ORGANISATION, TINY_WEIGHTS, backbone_weights, safe_source
 
 __all__ = ["DEEN"]
 
@@ -169,7 +169,23 @@ class PNL(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(theta.shape)) + high
 
 
-class FusedStage(nn.Module):
+class Deployable:
+    """A part that ``timm.utils.reparameterize_model`` replaces by its deploy form."""
+
+    def fuse(self) -> nn.Module:
+        from .deploy import deploy
+        return deploy(self)
+
+
+class Stem(Deployable, nn.Sequential):
+    """A ResNet's first convolution to its max-pooling."""
+
+
+class Stage(Deployable, nn.Sequential):
+    """A ResNet stage as ``blocks``, after ``dee`` if it is the last."""
+
+
+class FusedStage(Deployable, nn.Module):
     """A ResNet stage followed by MFA: CNL then PNL fuse the stage's input into its output."""
 
     def __init__(self, blocks: nn.Module, cnl: CNL, pnl: PNL):
@@ -257,18 +273,20 @@ class DEEN(nn.Module):
             backbone=backbone, backbone_args=backbone_args, num_stages=num_stages, dee=dee, mfa=mfa,
             modality=modality, drop_rate=drop_rate)
 
+        overlay = dict(file=backbone_weights(backbone)) if pretrained_backbone else None
+
         def resnet() -> nn.Module:
             net = timm.create_model(
-                backbone, pretrained=pretrained_backbone, in_chans=in_chans, num_classes=0,
-                **(backbone_args or {}), **dd)
+                backbone, pretrained=pretrained_backbone, pretrained_cfg_overlay=overlay,
+                in_chans=in_chans, num_classes=0, **(backbone_args or {}), **dd)
             if not isinstance(net, timm.models.ResNet):
                 raise ValueError(f"backbone must be a timm ResNet such as 'resnet50': {backbone} is "
                                  f"a {type(net).__name__}")
             return net
 
-        def stem(net: nn.Module) -> nn.Sequential:
+        def stem(net: nn.Module) -> Stem:
             names = ("conv1", "bn1", "act1", "maxpool")
-            return nn.Sequential(OrderedDict((name, getattr(net, name)) for name in names))
+            return Stem(OrderedDict((name, getattr(net, name)) for name in names))
 
         trunk = resnet()
         self.visible_stem, self.infrared_stem = stem(trunk), stem(resnet())
@@ -284,13 +302,13 @@ class DEEN(nn.Module):
             if i == num_stages:
                 blocks = _without_stride(blocks, backbone) if i == 4 else blocks
                 expand = [("dee", DEE(low, drop_rate, **dd))] if dee else []
-                stages.append(nn.Sequential(OrderedDict([*expand, ("blocks", blocks)])))
+                stages.append(Stage(OrderedDict([*expand, ("blocks", blocks)])))
                 high *= self.num_branches
             elif mfa:
                 cnl = CNL(high, low, stride=1 if i == 1 else 2, **dd)
                 stages.append(FusedStage(blocks, cnl, PNL(high, low, **dd)))
             else:
-                stages.append(nn.Sequential(OrderedDict(blocks=blocks)))
+                stages.append(Stage(OrderedDict(blocks=blocks)))
             self.feature_info.append(
                 dict(num_chs=high, reduction=reduction, module=f"stages.{i - 1}"))
         self.stages = nn.Sequential(*stages)
@@ -490,10 +508,10 @@ default_cfgs = generate_default_cfgs({
 
 def _create_deen(variant: str, pretrained: bool = False, **kwargs: Any) -> DEEN:
     out_indices = tuple(range(kwargs.get("num_stages", 4) + 1))
-    with explain_missing_weights(variant):
-        return build_model_with_cfg(
-            DEEN, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=dict(out_indices=out_indices, feature_cls="getter"), **kwargs)
+    return build_model_with_cfg(
+        DEEN, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        **safe_source(variant, pretrained, kwargs))
 
 
 @register_model
@@ -505,7 +523,7 @@ def deen_resnet50_sysu(pretrained: bool = False, **kwargs: Any) -> DEEN:
 @register_model
 def deen_resnet50_regdb(pretrained: bool = False, **kwargs: Any) -> DEEN:
     """DEEN for RegDB: 206 training identities, no fourth stage, C = 1024."""
-    return _create_deen("deen_resnet50_regdb", pretrained, **dict(num_stages=3, **kwargs))
+    return _create_deen("deen_resnet50_regdb", pretrained, **{"num_stages": 3, **kwargs})
 
 
 @register_model

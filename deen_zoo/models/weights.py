@@ -1,38 +1,312 @@
-"""Where pretrained weights come from, and what to say when there are none."""
+"""Where pretrained weights come from, and what to say when they cannot be had.
+
+timm falls back on a pickle when there is no safetensors file, trusts a download's length, and
+reports the Hub client's errors as they are. Here every source ends in a local safetensors file
+whose digest has been compared with the one it was published with, or in one line that says why not
+and what to do; nothing is ever unpickled.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import constants, errors, hf_hub_download
+from safetensors import SafetensorError, safe_open
+from timm.models import resolve_pretrained_cfg
+from timm.models._pretrained import PretrainedCfg
 
 from ..errors import UserError
 
-HUB_ORGANISATION = os.environ.get("DEEN_ZOO_HUB_ORG", "deen-zoo")
+HUB_ORGANISATION = os.environ.get("DEEN_ZOO_HUB_ORG") or "deen-zoo"  # read once, on import
 TINY_WEIGHTS = str(Path(__file__).with_name("test_deen_resnet.safetensors"))
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+FORMAT = 1  # of config.json; a version that older ones must not read raises it
+
+NOT_PUBLISHED = (
+    "No SYSU, RegDB or LLCM weights have been published yet: train with 'deen-zoo reproduce', "
+    "convert an official file with 'deen-zoo convert', or name another repository "
+    "(DEEN_ZOO_HUB_ORG, or create_model('hf-hub:ORG/NAME'))"
+)
+LOGIN = "log in with 'hf auth login', or set HF_TOKEN"
+UPGRADE = "pip install -U deen-zoo"
+
+
+def safe_source(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Replace the source of ``build_model_with_cfg``'s arguments by a verified local file.
+
+    A Hub id is pinned to the commit that was found, in ``pretrained_cfg["hf_hub_id"]``.
+
+    Raises:
+        UserError: The weights cannot be had or must not be loaded; the message says what to do.
+    """
+    given, cache_dir = kwargs.get("pretrained_cfg"), kwargs.get("cache_dir")
+    overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
+    config: dict[str, Any] = {}
+    if isinstance(given, dict) and given.get("source") == "local-dir":
+        config = local_config(given["file"], variant)
+    elif isinstance(given, dict) and given.get("source") == "hf-hub":
+        config, overlay["hf_hub_id"] = hub_config(given["hf_hub_id"], variant, cache_dir)
+    cfg = resolve_pretrained_cfg(variant, given, overlay).to_dict()
+    if not pretrained:
+        return kwargs
+    filename = cfg.get("hf_hub_filename") or WEIGHTS
+    if cfg.get("source") == "local-dir":
+        file = str(Path(cfg["file"]) / WEIGHTS)
+    elif cfg.get("state_dict") and cfg.get("source") != "hf-hub":
+        return kwargs
+    elif cfg.get("file") and cfg.get("source") != "hf-hub":
+        file = str(cfg["file"])
+    elif cfg.get("hf_hub_id"):
+        if not config:
+            config, overlay["hf_hub_id"] = hub_config(cfg["hf_hub_id"], variant, cache_dir)
+        file = str(fetch(overlay["hf_hub_id"], filename, cache_dir))
+    else:
+        raise UserError(
+            f"no weights for {variant}: give pretrained_cfg_overlay=dict(hf_hub_id='ORG/NAME') or "
+            f"dict(file='FILE.safetensors')"
+        )
+    _check_file(Path(file), config)
+    return {**kwargs, "pretrained_cfg_overlay": {**overlay, "file": file, "source": ""}}
+
+
+def backbone_weights(name: str) -> str:
+    """The ImageNet weights of a timm backbone as a verified local safetensors file.
+
+    Raises:
+        UserError: It has none on the Hub, or they cannot be had.
+    """
+    cfg = timm.models.get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id:
+        raise UserError(f"backbone {name} has no weights on the Hub: use e.g. 'resnet50.tv_in1k'")
+    file = fetch(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS)
+    _check_file(file, {})
+    return str(file)
+
+
+def hub_config(
+    repo: str, variant: str = "", cache_dir: str | None = None
+) -> tuple[dict[str, Any], str]:
+    """A repository's checked ``config.json``, and ``ORG/NAME@COMMIT`` of the commit it is of.
+
+    Args:
+        repo: ``ORG/NAME`` or ``ORG/NAME@REVISION``: a branch, a tag or a commit.
+        variant: The model that it must be of; any of this package if empty.
+        cache_dir: In place of the Hub client's cache.
+
+    Raises:
+        UserError: It cannot be had, or is of another model or of a newer version.
+    """
+    path = fetch(repo, CONFIG, cache_dir)
+    config = _read_config(path)
+    _check_config(config, repo, variant)
+    return config, f"{repo.partition('@')[0]}@{path.parent.name}"
+
+
+def local_config(folder: str | os.PathLike[str], variant: str = "") -> dict[str, Any]:
+    """The checked ``config.json`` of a folder; see :func:`hub_config`."""
+    config = _read_config(Path(folder) / CONFIG)
+    _check_config(config, str(folder), variant)
+    return config
+
+
+def fetch(repo: str, filename: str, cache_dir: str | None = None) -> Path:
+    """A file of a Hub repository, from the cache or downloaded, whose digest has been checked.
+
+    The cache names a large file by its SHA-256 and a small one by its git object id, as the Hub
+    stated them; what differs is removed.
+
+    Raises:
+        UserError: It cannot be had, or has been altered on the way.
+        OSError: It cannot be written.
+    """
+    if not filename.endswith((".safetensors", ".json")):
+        raise UserError(
+            f"{repo}/{filename} is not loaded: only safetensors files are, since a pickle runs "
+            f"code; 'deen-zoo convert' opens an official .t file that you trust"
+        )
+    name, _, revision = repo.partition("@")
+    with hub_errors(name, revision, filename):
+        path = Path(hf_hub_download(name, filename, revision=revision or None, cache_dir=cache_dir))
+    stated = Path(os.readlink(path)).name if path.is_symlink() else ""
+    found = stated
+    if re.fullmatch("[0-9a-f]{64}", stated):
+        found = sha256(path)
+    elif re.fullmatch("[0-9a-f]{40}", stated):
+        found = sha256(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size))
+    if found != stated:
+        _discard(path)
+        raise UserError(
+            f"{repo}/{filename} was cut or altered on its way: its digest is {found[:12]}..., the "
+            f"Hub says {stated[:12]}...; it has been removed: try again, or look at your proxy"
+        )
+    return path
+
+
+def sha256(path: str | os.PathLike[str], digest: Any = None) -> str:
+    """SHA-256 (or another, begun ``digest``) of a file, in hex."""
+    digest = digest or hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return str(digest.hexdigest())
+
+
+def _discard(path: Path) -> None:
+    """Remove a cached file: its entry, the blob it points to, and the blob's shared store."""
+    for entry in (path.resolve(), path.parent / os.readlink(path), path):
+        entry.unlink(missing_ok=True)
+
+
+def _check_file(path: Path, config: dict[str, Any]) -> None:
+    if path.suffix != ".safetensors":
+        raise UserError(
+            f"{path} is not loaded: only safetensors files are; 'deen-zoo convert' turns an "
+            f"official .t file into one"
+        )
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file, and no pickle is loaded in its place")
+    wanted = (config.get("deen_zoo") or {}).get("weights_sha256")
+    found = sha256(path) if wanted else None
+    if found != wanted:
+        raise UserError(
+            f"{path} is not the file that its {CONFIG} was written for: its SHA-256 is "
+            f"{str(found)[:12]}..., not {wanted[:12]}...: get both anew"
+        )
+    try:
+        with safe_open(str(path), framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}): get it anew") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path.parent} has no {CONFIG}: give a folder that deen_zoo.save_pretrained, "
+            f"'deen-zoo reproduce' (its 'checkpoint') or 'deen-zoo convert' wrote"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): get it anew") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a model's configuration: it holds {type(config).__name__}")
+    return config
+
+
+def _check_config(config: dict[str, Any], where: str, variant: str) -> None:
+    """Refuse what this version cannot build, and what would load something else on the way."""
+    from .deen import DEEN
+
+    own = config.get("deen_zoo") or {}
+    args = config.get("model_args") or {}
+    cfg = config.get("pretrained_cfg") or {}
+    if own.get("format", FORMAT) > FORMAT:
+        raise UserError(
+            f"{where} was written by a newer deen_zoo ({own.get('version')}), whose format "
+            f"{own['format']} this one does not know: {UPGRADE}"
+        )
+    models, architecture = timm.list_models(module="deen"), config.get("architecture")
+    if architecture not in models:
+        raise UserError(
+            f"{where} is of architecture {architecture!r}, which is none of {', '.join(models)}: "
+            f"load it with timm, or, if it is newer than this deen_zoo: {UPGRADE}"
+        )
+    if variant not in ("", architecture):
+        raise UserError(
+            f"{where} holds a {architecture}, not a {variant}: "
+            f"create_model('{architecture}', ...) or create_model('hf-hub:...') builds it"
+        )
+    known = {
+        "model_args": set(inspect.signature(DEEN).parameters)
+        - {"pretrained_backbone", "device", "dtype"},
+        "backbone_args": set(inspect.signature(timm.models.ResNet).parameters),
+        "pretrained_cfg": {field.name for field in fields(PretrainedCfg)} - {"file", "state_dict"},
+    }
+    found = {
+        "model_args": args,
+        "backbone_args": args.get("backbone_args") or {},
+        "pretrained_cfg": cfg,
+    }
+    unknown = [f"{part}.{key}" for part in known for key in set(found[part]) - known[part]]
+    if ":" in str(args.get("backbone", "")):
+        unknown.append("model_args.backbone")
+    if unknown:
+        raise UserError(
+            f"{where} has in its {CONFIG} what this deen_zoo does not take from one: "
+            f"{', '.join(sorted(unknown))}; if it is newer: {UPGRADE}"
+        )
 
 
 @contextmanager
-def explain_missing_weights(variant: str) -> Iterator[None]:
-    """Say in one line why ``variant`` could not be had from the Hub, and what to do.
+def hub_errors(repo: str, revision: str = "", filename: str = "") -> Iterator[None]:
+    """Turn what the Hub client raises into a :class:`UserError` in the user's language.
 
-    Raises:
-        UserError: The Hub client found no repository, no file, no access or no network.
+    An ``OSError`` of the file system, such as a full disk, passes as it is.
     """
+    transport: type[Exception] = getattr(errors, "HTTPError", OSError)  # of its HTTP library
     try:
         yield
-    except UserError:
-        raise
-    except OSError as error:
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        if not isinstance(error, (HfHubHTTPError, LocalEntryNotFoundError)):
+    except (OSError, errors.HFValidationError, transport) as error:
+        if isinstance(error, OSError) and error.errno is not None:
             raise
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"no weights for {variant}: {reason} No SYSU, RegDB or LLCM weights have been "
-            f"published yet: train with 'deen-zoo reproduce', convert an official file with "
-            f"'deen-zoo convert', or name another repository (DEEN_ZOO_HUB_ORG, or "
-            f"timm.create_model('hf-hub:ORG/NAME'))"
-        ) from error
+        raise UserError(_explain(error, repo, revision, filename)) from error
+
+
+def _explain(error: BaseException, repo: str, revision: str, filename: str) -> str:
+    at = f"{repo}@{revision}" if revision else repo
+    hub = constants.ENDPOINT
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    cause = error.__cause__
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo!r} is no repository: give ORG/NAME or ORG/NAME@REVISION ({_brief(error)})"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"HF_HUB_OFFLINE is set: unset it to reach {hub}/{repo}"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        if isinstance(cause, errors.HfHubHTTPError):
+            return _explain(cause, repo, revision, filename)
+        why = f"{hub} cannot be reached ({_brief(cause)})" if cause else f"{hub} cannot be reached"
+        if constants.is_offline_mode():
+            why = "HF_HUB_OFFLINE is set"
+        return (
+            f"{at}/{filename} is not in the cache {constants.HF_HUB_CACHE}, and {why}: load it "
+            f"once with a connection, or from a folder with create_model('local-dir:FOLDER')"
+        )
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo} is gated: ask for access on {hub}/{repo}, then {LOGIN}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        ours = f" {NOT_PUBLISHED}." if repo.startswith(f"{HUB_ORGANISATION}/deen_") else ""
+        return f"there is no {repo} on {hub} for you.{ours} If it is private, {LOGIN}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return (
+            f"{repo} has no revision {revision!r}: choose a branch, tag or commit of "
+            f"{hub}/{repo}/tree/main, or none for the newest"
+        )
+    if isinstance(error, errors.EntryNotFoundError):
+        return (
+            f"{at} has no {filename}: it is no model that deen_zoo published, and nothing else is "
+            f"loaded from it (a pickle never is)"
+        )
+    if status == 401:
+        return f"the Hub does not accept your token for {repo}: {LOGIN} with a valid one"
+    if status == 403:
+        return f"your token must not do this with {repo}: {LOGIN} with one that may"
+    if status is not None:
+        return f"{hub} answered {status} for {at}: {_brief(error)}; try again later"
+    return f"{at}/{filename} could not be had whole, nothing was kept ({_brief(error)}): try again"
+
+
+def _brief(error: BaseException | None) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
