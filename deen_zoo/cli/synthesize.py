@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
     )
     if args.sheet:
-        contact_sheet(args.layout, args.seed, min(args.identities, 8)).save(args.sheet)
+        sheet = contact_sheet(args.layout, args.seed, min(args.identities, 6))
+        sheet.save(args.sheet, optimize=True)
     if args.json:
         print(json.dumps(tree.to_dict(), indent=2))
     else:
