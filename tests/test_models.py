@@ -1,0 +1,425 @@
+"""Properties of every model in the registry: timm's own, and what the calls promise."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from timm.layers import set_scriptable
+from timm.models import FeatureInfo, get_notrace_functions, get_notrace_modules
+from timm.models._manipulate import group_parameters
+from torch.nn.functional import normalize
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+import deen_zoo
+from deen_zoo.errors import UserError
+from tests import seeded
+
+TINY = "test_deen_resnet"
+BIG = [pytest.param(n, marks=pytest.mark.slow) for n in deen_zoo.list_models("deen_*")]
+every_model = pytest.mark.parametrize("name", [*BIG, TINY])
+CASES = [pytest.param(*p.values, (128, 64), marks=p.marks) for p in BIG] + [(TINY, (96, 64))]
+
+
+def make(name=TINY, seed=0, **kwargs):
+    """A model with no block that starts as the identity."""
+    model = deen_zoo.create_model(name, **kwargs)
+    seeded.fill(model, seed)
+    return model.eval()
+
+
+def batch(n=4, size=(96, 64), channels=3):
+    torch.manual_seed(1)
+    return torch.randn(n, channels, *size)
+
+
+MIXED = torch.tensor([True, False, False, True])
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return make()
+
+
+# timm's properties, over the registry
+
+
+@every_model
+def test_registered_with_timm(name):
+    assert name in timm.list_models() and timm.is_model(name)
+    assert timm.get_pretrained_cfg(name).has_weights
+    cfg = deen_zoo.create_model(name).pretrained_cfg
+    data = resolve_model_data_config(timm.create_model(name))
+    assert (data["crop_mode"], data["crop_pct"], data["interpolation"]) == ("squash", 1, "lanczos")
+    assert data["input_size"] == cfg["input_size"]
+
+
+@pytest.mark.parametrize("name, size", CASES)
+def test_shapes(name, size):
+    model = make(name, num_classes=11)
+    x = batch(2, size)
+    maps = model.forward_features(x)
+    width = model.num_branches * model.branch_features
+    assert maps.shape == (2, width, size[0] // 16, size[1] // 16)
+    assert model.num_features == model.head_hidden_size == width
+    assert model(x).shape == model.forward_head(maps).shape == (2, 11)
+    assert model.forward_head(maps, pre_logits=True).shape == (2, width)
+    pool, bn = model.forward_branches(x)
+    assert pool.shape == bn.shape == (3 * 2, model.branch_features)
+    assert model.forward_embedding(x).shape == (2, 2 * width)
+    assert torch.allclose(model(x), model.forward_head(maps))
+
+
+@every_model
+def test_default_cfg(name):
+    """As timm's test_model_default_cfgs: sizes at the registered input, heads removed."""
+    model = make(name)
+    cfg = model.default_cfg
+    height, width = cfg["input_size"][1:]
+    assert cfg["pool_size"] == (height // 16, width // 16)
+    keys = model.state_dict()
+    assert f"{cfg['classifier']}.weight" in keys
+    assert all(f"{conv}.weight" in keys for conv in cfg["first_conv"])
+    x = batch(1, (128, 64))
+    pre = model.forward_head(model.forward_features(x), pre_logits=True)
+    model.reset_classifier(0)
+    assert torch.equal(model(x), pre)
+    model.reset_classifier(0, "")
+    assert model(x).shape == (1, model.num_features, 8, 4)
+    bare = deen_zoo.create_model(name, num_classes=0, global_pool="")
+    assert bare.eval()(x).shape == (1, model.num_features, 8, 4)
+
+
+@every_model
+def test_backward_reaches_every_parameter(name):
+    """Also of the stem that saw no row, so that DDP needs no search for unused parameters."""
+    model = deen_zoo.create_model(name, num_classes=42).train()
+    out = model(batch(2, (128, 128)))
+    assert out.shape == (2, 42)
+    out.mean().backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+
+
+@every_model
+def test_torchscript(name):
+    with set_scriptable(True):
+        model = make(name)
+    x = batch(2, (128, 64))
+    scripted = torch.jit.script(model)
+    assert torch.allclose(scripted(x), model(x), atol=1e-5)
+    mask = torch.tensor([True, False])
+    assert torch.allclose(scripted(x, mask), model(x, mask), atol=1e-5)
+
+
+@every_model
+def test_fx(name):
+    model = make(name)
+    tracer = {
+        "leaf_modules": get_notrace_modules(),
+        "autowrap_functions": get_notrace_functions(),
+        "param_shapes_constant": True,
+    }
+    train, evaluation = get_graph_node_names(model, tracer_kwargs=tracer)
+    graph = create_feature_extractor(
+        model, train_return_nodes=train[-1:], eval_return_nodes=evaluation[-1:],
+        tracer_kwargs=tracer,
+    )
+    x = batch(2, (128, 64))
+    assert torch.equal(next(iter(graph.eval()(x).values())), model(x))
+    next(iter(graph.train()(x).values())).sum().backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+
+
+@every_model
+def test_intermediates(name):
+    model = make(name)
+    x = batch(2, (128, 64))
+    info = FeatureInfo(model.feature_info, len(model.feature_info))
+    final, maps = model.forward_intermediates(x)
+    assert torch.equal(final, model.forward_features(x)) and torch.equal(maps[-1], final)
+    for got, channels, reduction in zip(maps, info.channels(), info.reduction(), strict=True):
+        assert got.shape == (2, channels, 128 // reduction, 64 // reduction)
+    only = model.forward_intermediates(x, indices=[1, 2], intermediates_only=True, stop_early=True)
+    assert [torch.equal(a, b) for a, b in zip(only, maps[1:3], strict=True)] == [True, True]
+    model.set_grad_checkpointing()
+    assert torch.allclose(model.forward_intermediates(x)[0], final, atol=1e-5)
+
+
+@every_model
+def test_features_only(name):
+    net = timm.create_model(name, features_only=True).eval()
+    maps = net(batch(1, (96, 96)))
+    assert [m.shape[1] for m in maps] == net.feature_info.channels()
+    assert [96 // m.shape[2] for m in maps] == net.feature_info.reduction()
+    two = timm.create_model(name, features_only=True, out_indices=(1, 2)).eval()
+    assert len(two(batch(1, (96, 96)))) == 2
+    assert sum(p.numel() for p in two.parameters()) < sum(p.numel() for p in net.parameters())
+
+
+@every_model
+def test_grad_checkpointing_changes_nothing(name):
+    model = make(name, num_classes=5)
+    x = batch(2, (128, 64))
+    plain = torch.autograd.grad(model(x).sum(), model.parameters(), allow_unused=True)
+    model.set_grad_checkpointing()
+    saved = torch.autograd.grad(model(x).sum(), model.parameters(), allow_unused=True)
+    assert all(a is b is None or torch.allclose(a, b) for a, b in zip(plain, saved, strict=True))
+
+
+@every_model
+def test_group_matcher_orders_stem_to_head(name):
+    model = deen_zoo.create_model(name)
+    for coarse in (True, False):
+        groups = group_parameters(model, model.group_matcher(coarse), reverse=True)
+        assert set(groups) == {n for n, _ in model.named_parameters()}
+        assert groups["visible_stem.bn1.weight"] == groups["infrared_stem.bn1.weight"] == 0
+        assert groups["stages.1.cnl.g.weight"] < groups["stages.2.blocks.0.conv1.weight"] or coarse
+        assert groups["classifier.weight"] >= max(groups.values()) - 1
+
+
+# what the calls promise
+
+
+def test_channels_of_a_branch_are_side_by_side(tiny):
+    x = batch()
+    maps, (pool, bn) = tiny.forward_features(x, MIXED), tiny.forward_branches(x, MIXED)
+    width = tiny.branch_features
+    for b in range(3):
+        rows = maps[:, b * width : (b + 1) * width].mean((2, 3))
+        assert torch.allclose(pool[4 * b : 4 * b + 4], rows)
+    logits = tiny.classifier(bn).reshape(3, 4, -1).mean(0)
+    assert torch.allclose(tiny(x, MIXED), logits, atol=1e-6)
+
+
+def test_descriptor_is_the_sum_of_six_similarities(tiny):
+    x = batch()
+    descriptor = tiny.forward_embedding(x, MIXED)
+    six = torch.zeros(4, 4)
+    for part in tiny.forward_branches(x, MIXED):
+        for branch in part.chunk(3):
+            six += normalize(branch) @ normalize(branch).T
+    assert torch.allclose(descriptor @ descriptor.T, six, atol=1e-5)
+    flipped = tiny.forward_embedding(x.flip(3), MIXED)
+    assert torch.allclose(
+        tiny.forward_embedding(x, MIXED, flip=True), descriptor + flipped, atol=1e-6
+    )
+
+
+def test_each_image_goes_through_its_own_stem(tiny):
+    x = batch()
+    mixed = tiny(x, MIXED)
+    assert torch.allclose(mixed[MIXED], tiny(x[MIXED], "infrared"), atol=1e-5)
+    assert torch.allclose(mixed[~MIXED], tiny(x[~MIXED], "visible"), atol=1e-5)
+    assert torch.equal(tiny(x), tiny(x, "visible"))
+    assert not torch.allclose(tiny(x, "visible"), tiny(x, "infrared"), atol=1e-3)
+    as_infrared = make(modality="infrared")
+    assert torch.equal(as_infrared(x), tiny(x, "infrared"))
+
+
+def test_a_stem_learns_from_its_own_rows_only():
+    model, visible = make().train(), make().train()
+    x = batch()
+    model.forward_stems(x, MIXED)
+    visible.forward_stems(x[~MIXED], "visible")
+    for key, value in visible.visible_stem.state_dict().items():
+        assert torch.allclose(model.visible_stem.state_dict()[key], value), key
+    before = make().infrared_stem.bn1.running_mean
+    assert torch.equal(visible.infrared_stem.bn1.running_mean, before)
+
+
+@pytest.mark.parametrize(
+    "modality, message",
+    [
+        ("thermal", "must be 'visible', 'infrared' or a bool tensor"),
+        (torch.tensor([True]), "one entry an image"),
+        (torch.zeros(4), "must be bool"),
+        (torch.zeros(4, 1, dtype=torch.bool), "one entry an image"),
+    ],
+    ids=["name", "length", "dtype", "shape"],
+)
+@pytest.mark.parametrize("train", [False, True])
+def test_wrong_modality(modality, message, train):
+    with pytest.raises(ValueError, match=message):
+        make().train(train)(batch(), modality)
+
+
+@pytest.mark.parametrize("size", [(100, 52), (336, 144), (97, 64), (16, 16)])
+def test_odd_sizes(tiny, size):
+    with pytest.raises(ValueError, match="even number of positions"):
+        tiny(batch(1, size))
+
+
+def test_sizes_that_work_for_some_only():
+    """Without MFA any size will do; with three stages the third need not be even."""
+    assert make(mfa=False)(batch(1, (97, 65))).shape == (1, 64)
+    assert make(num_stages=3)(batch(1, (48, 48))).shape == (1, 64)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 96, 64), (3, 96, 64), (1, 96, 64, 3)])
+def test_wrong_channels(tiny, shape):
+    with pytest.raises(ValueError, match=r"images must be \(N, 3, H, W\)"):
+        tiny(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"modality": "ir"}, "modality must be"),
+        ({"num_stages": 2}, "num_stages must be 3"),
+        ({"backbone": "vit_tiny_patch16_224", "backbone_args": {}}, "must be a timm ResNet"),
+        ({"backbone": "resnetblur50", "backbone_args": {}}, "choose a plain ResNet"),
+        ({"global_pool": "max"}, "global_pool must be"),
+        ({"global_pool": ""}, "a classifier needs pooled features"),
+    ],
+)
+def test_wrong_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        deen_zoo.create_model(TINY, **kwargs)
+
+
+def test_unknown_name():
+    with pytest.raises(UserError, match="choose one of deen_resnet50_llcm"):
+        deen_zoo.create_model("deen_resnet50_market")
+
+
+# variants and ablation
+
+
+@pytest.mark.parametrize("dee", [True, False])
+@pytest.mark.parametrize("mfa", [True, False])
+def test_ablation(dee, mfa):
+    model = make(dee=dee, mfa=mfa)
+    assert model.num_branches == (3 if dee else 1)
+    names = {n.split(".")[2] for n, _ in model.named_parameters() if n.startswith("stages")}
+    assert names == {"blocks"} | ({"dee"} if dee else set()) | ({"cnl", "pnl"} if mfa else set())
+    assert model.forward_embedding(batch(), MIXED).shape == (4, 2 * model.num_features)
+
+
+@pytest.mark.parametrize(
+    "backbone", ["resnet18", pytest.param("resnet101", marks=pytest.mark.slow), "resnet26d"]
+)
+def test_backbones(backbone):
+    model = make(backbone=backbone, backbone_args=None).train()
+    x = batch(2)
+    assert model.forward_features(x).shape[2:] == (6, 4)
+    model(x, torch.tensor([False, True])).sum().backward()
+    trunk = timm.create_model(backbone)
+    own = sum(p.numel() for n, p in model.named_parameters() if ".blocks." in n)
+    assert own == sum(p.numel() for n, p in trunk.named_parameters() if n.startswith("layer"))
+
+
+def test_last_stride_is_one_and_not_dilated():
+    last = make(backbone="resnet18", backbone_args=None).stages[-1].blocks
+    convs = [m for m in last.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert {m.stride for m in convs} == {m.dilation for m in convs} == {(1, 1)}
+
+
+def test_pretrained_backbone_goes_into_both_stems(tmp_path):
+    """ImageNet weights can't be downloaded here: a file stands in for them."""
+    torch.manual_seed(3)
+    resnet = timm.create_model("resnet18")
+    file = tmp_path / "resnet18.pt"
+    torch.save(resnet.state_dict(), file)
+    backbone_args = {"pretrained_cfg_overlay": {"file": str(file)}}
+    model = deen_zoo.create_model(
+        TINY, backbone="resnet18", backbone_args=backbone_args, pretrained_backbone=True
+    )
+    for stem in (model.visible_stem, model.infrared_stem):
+        assert torch.equal(stem.conv1.weight, resnet.conv1.weight)
+    for i in range(4):
+        wanted = getattr(resnet, f"layer{i + 1}").state_dict()
+        got = model.stages[i].blocks.state_dict()
+        assert all(torch.equal(got[key], value) for key, value in wanted.items())
+
+
+def test_bn_neck_bias_is_a_buffer_at_zero(tiny):
+    assert "bias" not in dict(tiny.bottleneck.named_parameters())
+    assert not tiny.bottleneck.state_dict()["bias"].any()
+
+
+def test_one_channel_images():
+    model = make(in_chans=1)
+    assert model(batch(2, channels=1)).shape == (2, 64)
+
+
+# number formats, compilers, exporters
+
+
+def test_bf16_and_channels_last(tiny):
+    x = batch()
+    plain = tiny.forward_embedding(x, MIXED)
+    last = make().to(memory_format=torch.channels_last)
+    assert torch.allclose(
+        last.forward_embedding(x.to(memory_format=torch.channels_last), MIXED), plain, atol=1e-5
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = tiny.forward_embedding(x, MIXED).float()
+    whole = make().bfloat16().forward_embedding(x.bfloat16(), MIXED).float()
+    for low in (mixed, whole):
+        assert torch.cosine_similarity(low, plain).min() > 0.999
+
+
+def test_device_and_dtype_arguments():
+    model = deen_zoo.create_model(TINY, dtype=torch.float64, device="cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    meta = deen_zoo.create_model(TINY, device="meta")
+    assert {p.device.type for p in meta.parameters()} == {"meta"}
+
+
+@pytest.mark.slow
+def test_compile(tiny):
+    compiled = torch.compile(tiny, fullgraph=True)
+    x = batch()
+    for modality in ("visible", MIXED):
+        assert torch.allclose(compiled(x, modality), tiny(x, modality), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_export_with_dynamic_batch(tiny):
+    dynamic = ({0: torch.export.Dim("batch", min=2, max=64)}, {0: torch.export.Dim.AUTO})
+    program = torch.export.export(tiny, (batch(), MIXED), dynamic_shapes=dynamic)
+    for n in (2, 7):
+        x, modality = batch(n), torch.arange(n) % 2 == 0
+        assert torch.allclose(program.module()(x, modality), tiny(x, modality), atol=1e-5)
+
+
+# drop-in use with the real thing
+
+
+def test_transform_from_the_model_config(tiny):
+    from PIL import Image
+
+    transform = create_transform(**resolve_model_data_config(tiny))
+    image = Image.effect_noise((70, 200), 60).convert("RGB")
+    x = transform(image)
+    assert x.shape == (3, 128, 64)
+    whole = image.resize((64, 128), Image.Resampling.LANCZOS)
+    assert torch.equal(x, transform(whole))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"dee": False, "modality": "infrared"}])
+def test_saved_folder_in_timm(tmp_path, kwargs):
+    model = make(num_classes=9, **kwargs)
+    folder = deen_zoo.save_pretrained(model, tmp_path / "folder")
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert torch.equal(again(batch()), model(batch()))
+    assert again.modality == model.modality and again.num_classes == 9
+
+
+@pytest.mark.slow
+def test_saved_folder_in_transformers(tmp_path):
+    from transformers import TimmWrapperForImageClassification, TimmWrapperModel
+
+    model = make(num_classes=9)
+    folder = deen_zoo.save_pretrained(model, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == TINY
+    wrapped = TimmWrapperModel.from_pretrained(folder).eval()
+    x = batch(2, (128, 64))
+    got = wrapped(x)
+    assert torch.allclose(got.last_hidden_state, model.forward_features(x), atol=1e-5)
+    classifier = TimmWrapperForImageClassification.from_pretrained(folder).eval()
+    assert torch.allclose(classifier(x).logits, model(x), atol=1e-5)
