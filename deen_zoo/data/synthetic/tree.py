@@ -240,4 +240,5 @@ def contact_sheet(
                 image = picture(layout, seed, place + 1, cameras[n % len(cameras)], modality, n)
                 left = x + (side * views + n) * width + 4 * side
                 sheet.paste(image.convert("RGB").resize((width, height)), (left, y))
-    return sheet.quantize(128, kmeans=3, dither=Image.Dither.NONE)
+    palette = sheet.reduce(3).quantize(128, kmeans=3)
+    return sheet.quantize(palette=palette, dither=Image.Dither.NONE)
