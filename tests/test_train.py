@@ -1,0 +1,344 @@
+"""The task beside the reference, one step and its optimiser; the loop, killed and resumed."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import deen_zoo
+from deen_zoo.data import Sample, open_dataset, train_loader
+from deen_zoo.data.transforms import TrainTransform
+from deen_zoo.distributed import World
+from deen_zoo.recipes import RECIPES
+from deen_zoo.train import PARTS, Diverged, Run, Task, make_optimizer, train
+
+from . import parity, seeded
+from .reference import needs_official, official
+
+GOLDEN = Path(__file__).parent / "golden" / "step.npz"
+OFFICIAL = RECIPES["official"]
+SIZE = (128, 64)
+LABELS = torch.tensor([2, 2, 5, 5, 0, 0]).repeat(2)
+INFRARED = torch.arange(12) >= 6
+
+
+def batch() -> torch.Tensor:
+    return 50 * seeded.tensor("batch", (12, 3, *SIZE)) * np.sqrt(3 * SIZE[0] * SIZE[1]) / 50
+
+
+def our_step(dataset: str) -> dict[str, torch.Tensor]:
+    """Parts of the loss, gradients and updated weights of one step with the official recipe."""
+    model = parity.ours(dataset, torch.float64)
+    model.train()
+    optimizer = make_optimizer(model, OFFICIAL)
+    for group in optimizer.param_groups:
+        group["lr"] = OFFICIAL.lr(3) * group["lr_factor"]
+    parts = Task(model, OFFICIAL)(batch(), LABELS, INFRARED)
+    parts.sum().backward()
+    out = {"parts": parts.detach()}
+    out |= {f"grad {name}": p.grad for name, p in model.named_parameters()}
+    optimizer.step()
+    return out | {name: p.detach() for name, p in model.named_parameters()}
+
+
+def reference_step(dataset: str) -> dict[str, torch.Tensor]:
+    """The same as the reference's train.py makes it, under our names."""
+    net, rename = parity.theirs(dataset, torch.float64)
+    net.train()
+    lr, loss = 0.1 * (3 + 1) / 10, official("loss")
+    head = [*net.bottleneck.parameters(), *net.classifier.parameters()]
+    rest = [p for p in net.parameters() if all(p is not h for h in head)]
+    optimizer = torch.optim.SGD(
+        [
+            {"params": rest, "lr": 0.1 * lr},
+            {"params": net.bottleneck.parameters(), "lr": lr},
+            {"params": net.classifier.parameters(), "lr": lr},
+        ],
+        weight_decay=5e-4,
+        momentum=0.9,
+        nesterov=True,
+    )
+    x = batch()
+    features, logits, ort = net(x[:6], x[6:])
+    labels, cpm = LABELS, loss.CPMLoss(margin=0.2)
+    one, two, three = features.chunk(3)
+    pairs = cpm(torch.cat((one, two)), labels.repeat(2)) + cpm(
+        torch.cat((one, three)), labels.repeat(2)
+    )
+    parts = [
+        nn.CrossEntropyLoss()(logits, labels.repeat(3)),
+        loss.OriTripletLoss(batch_size=6, margin=0.3)(features, labels.repeat(3)),
+        0.8 * pairs,
+        0.01 * ort,
+    ]
+    sum(parts).backward()
+    ours = {name: p for name, p in net.named_parameters() if p.grad is not None}
+    out = {"parts": torch.stack(parts).detach()}
+    out |= {f"grad {rename[name]}": p.grad.clone() for name, p in ours.items()}
+    optimizer.step()
+    return out | {rename[name]: p.detach() for name, p in ours.items()}
+
+
+def summary(step: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """The parts; of every gradient and weight its norm and its product with a seeded direction."""
+    rows = []
+    for name in sorted(set(step) - {"parts"}):
+        direction = seeded.tensor(name, tuple(step[name].shape))
+        rows.append([step[name].norm(), (step[name] * direction).sum() / direction.norm()])
+    return {"parts": step["parts"].numpy(), "rest": torch.tensor(rows).numpy()}
+
+
+@needs_official
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This overload of addmm_:UserWarning")
+@pytest.mark.parametrize("dataset", ["llcm", "regdb"])
+def test_one_step_is_the_references(dataset):
+    ours, theirs = our_step(dataset), reference_step(dataset)
+    assert set(ours) == set(theirs)
+    assert (theirs["parts"] > 1e-3).all()
+    for name, tensor in theirs.items():
+        scale = max(1.0, tensor.abs().max().item())
+        assert (ours[name] - tensor).abs().max() < 1e-9 * scale, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["llcm", "regdb"])
+def test_one_step_is_the_references_by_golden_numbers(dataset):
+    golden, ours = np.load(GOLDEN), summary(our_step(dataset))
+    for key, values in ours.items():
+        assert values == pytest.approx(golden[f"{dataset}/{key}"], rel=1e-9, abs=1e-9), key
+
+
+def tiny(seed: int = 0, ids: int = 6, **kwargs) -> deen_zoo.DEEN:
+    torch.manual_seed(seed)
+    return deen_zoo.create_model("test_deen_resnet", num_classes=ids, **kwargs)
+
+
+def random_batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    images = torch.randn(12, 3, *SIZE, generator=torch.Generator().manual_seed(seed))
+    return images, LABELS, INFRARED
+
+
+@pytest.mark.parametrize("dee, cpm, ort", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (1, 1, 1)])
+def test_switched_off_terms_vanish(dee, cpm, ort):
+    recipe = replace(OFFICIAL, cpm_weight=0.8 * cpm, ort_weight=0.01 * ort)
+    parts = Task(tiny(dee=bool(dee)), recipe)(*random_batch())
+    assert [bool(part) for part in parts] == [True, True, bool(dee and cpm), bool(dee and ort)]
+
+
+def test_weights_and_margins_are_the_recipes():
+    parts = {}
+    for name, change in {
+        "plain": {},
+        "weights": {"cpm_weight": 1.6, "ort_weight": 0.1, "triplet_weight": 0.5},
+        "margins": {"triplet_margin": 9.0, "cpm_margin": 9.0},
+    }.items():
+        torch.manual_seed(1)  # dropout
+        parts[name] = Task(tiny(), replace(OFFICIAL, **change))(*random_batch()).detach()
+    assert torch.allclose(parts["weights"], parts["plain"] * torch.tensor([1, 0.5, 2, 10]))
+    assert parts["margins"][0] == parts["plain"][0]
+    assert (parts["margins"][1:3] > parts["plain"][1:3] + 1).all()
+
+
+def test_bfloat16_keeps_the_losses_in_float32():
+    exact, mixed = (Task(tiny(), OFFICIAL, p)(*random_batch()) for p in ("float32", "bfloat16"))
+    assert mixed.dtype == torch.float32
+    assert not torch.equal(exact, mixed) and torch.allclose(exact, mixed, rtol=0.2, atol=0.2)
+
+
+def test_neck_and_classifier_learn_at_the_full_rate():
+    model = tiny()
+    rest, head = make_optimizer(model, OFFICIAL).param_groups
+    assert {id(p) for p in head["params"]} == {
+        id(model.bottleneck.weight),
+        id(model.classifier.weight),
+    }
+    assert len(rest["params"]) + 2 == len(list(model.parameters()))
+    assert (rest["lr_factor"], head["lr_factor"]) == (0.1, 1.0)
+    assert (head["momentum"], head["nesterov"], head["weight_decay"]) == (0.9, True, 5e-4)
+
+
+def start(root: Path, folder: Path, seed: int = 0, **changes):
+    """A run of three steps an epoch: the arguments of ``train`` but for the epochs."""
+    folder.mkdir(exist_ok=True)
+    recipe = replace(OFFICIAL, identities=3, images=2, **changes)
+    model = tiny(seed)
+    transform = TrainTransform(4, erasing_area=(0.02, 0.4))
+    of_each: dict[tuple[int, str], list[Sample]] = {}
+    for sample in open_dataset("llcm", root).train():
+        of_each.setdefault((sample.identity, sample.modality), []).append(sample)
+    samples = [sample for images in of_each.values() for sample in images[:2]]
+    loader = train_loader(samples, SIZE, transform, 3, 2, seed, workers=0)
+    assert len(loader) == 3
+    task = Task(model, recipe)
+    return task, make_optimizer(model, recipe), loader, Run(folder, {"seed": seed})
+
+
+CPU = World(torch.device("cpu"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(llcm_tree, tmp_path):
+    task, optimizer, loader, run = start(llcm_tree, tmp_path)
+    train(task, optimizer, loader, run, CPU, 1)
+    good = (tmp_path / "last.safetensors").read_bytes()
+    seen = []
+
+    def poison(module, args):
+        seen.append(module)
+        return (args[0] * (torch.nan if len(seen) == 3 else 1), *args[1:])
+
+    task.register_forward_pre_hook(poison)
+    with pytest.raises(Diverged) as error:
+        train(task, optimizer, loader, run, CPU, 2)
+    message = str(error.value)
+    assert "epoch 1, step 2: identity nan, triplet nan, cpm nan, orthogonality nan" in message
+    assert f"last good checkpoint is {tmp_path / 'last.safetensors'}" in message
+    assert "\n" not in message and (tmp_path / "last.safetensors").read_bytes() == good
+
+
+def test_the_log_has_a_row_an_epoch(llcm_tree, tmp_path):
+    tests = iter([{"r1": 0.5, "mAP": 0.2}, {"r1": 0.75, "mAP": 0.3}, {"r1": 0.75, "mAP": 0.1}])
+    task, optimizer, loader, run = start(llcm_tree, tmp_path, test_every=2)
+    train(task, optimizer, loader, run, CPU, 5, test=lambda: next(tests))
+    head, *rows = (line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines())
+    assert head == ["epoch", "lr", "loss", *PARTS, "seconds", "r1", "mAP"]
+    assert [row[0] for row in rows] == list("01234")
+    assert [row[-2] for row in rows] == ["", "0.5", "", "0.75", "0.75"]
+    assert [float(row[1]) for row in rows] == [OFFICIAL.lr(epoch) for epoch in range(5)]
+    loss = [float(row[2]) for row in rows]
+    assert loss == pytest.approx([sum(map(float, row[3:7])) for row in rows])
+    assert run.best["epoch"] == 3  # the first of equals
+    assert list((tmp_path / "tensorboard").iterdir())
+    best = deen_zoo.create_model(f"local-dir:{tmp_path / 'best'}", pretrained=True)
+    assert not torch.equal(best.classifier.weight, task.model.classifier.weight)
+
+
+def test_clipping_bounds_the_gradient(llcm_tree, tmp_path):
+    norms = []
+    for clip in (None, 0.5):
+        task, optimizer, loader, run = start(llcm_tree, tmp_path / str(clip), clip=clip)
+        optimizer.register_step_pre_hook(
+            lambda *_, task=task: norms.append(
+                nn.utils.get_total_norm([p.grad for p in task.parameters()]).item()
+            )
+        )
+        train(task, optimizer, loader, run, CPU, 1)
+        assert (max(norms) < 0.5001) == (clip is not None)
+        norms.clear()
+
+
+def test_compile_is_a_flag(llcm_tree, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda task: compiled.append(task) or task)
+    for flag in (False, True):
+        task, optimizer, loader, run = start(llcm_tree, tmp_path / str(flag))
+        train(task, optimizer, loader, run, CPU, 1, compile=flag)
+        assert compiled == [task] * flag
+
+
+def test_a_run_is_resumed_with_the_same_settings_only(llcm_tree, tmp_path):
+    train(*start(llcm_tree, tmp_path, seed=0), CPU, 1)
+    with pytest.raises(deen_zoo.errors.UserError, match=r"a run with seed=0 \(now 1\): resume it"):
+        train(*start(llcm_tree, tmp_path, seed=1), CPU, 2, resume=True)
+
+
+KILLED = '''
+import os, signal, sys
+from pathlib import Path
+import torch
+from deen_zoo import train as module
+from tests.test_train import CPU, start
+
+torch.set_num_threads(1)
+tree, folder = map(Path, sys.argv[1:])
+
+def run(name, kill_at=None, kill_in_save=None, resume=False):
+    """Train in a child, which kills itself before a step or between two files' bytes."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    steps, saves = [], []
+    add, replace = module.Losses.add, os.replace
+    def counted(self, parts):
+        steps.append(0)
+        if len(steps) == kill_at:
+            die()
+        add(self, parts)
+    def replaced(source, target):
+        saves.append(0)
+        if len(saves) == kill_in_save:
+            die()
+        replace(source, target)
+    module.Losses.add, os.replace = counted, replaced
+    torch.manual_seed(0)
+    arguments = start(tree, folder / name, test_every=1)
+    if not resume:
+        torch.manual_seed(7)
+    def test():
+        return {"r1": float(arguments[0].model.classifier.weight[0, 0]), "mAP": 0.5}
+    module.train(*arguments, CPU, 3, test, resume=resume, save_every=2)
+    os._exit(0)
+
+assert run("whole") == 0
+total = 3 * int(sys.argv[0] and len(start(tree, folder / "count")[2]))
+cases = [dict(kill_at=n) for n in {1, 2, 3, total // 2, total - 1, total}]
+cases += [dict(kill_in_save=n) for n in (1, 2, 4, 7)]
+for n, case in enumerate(cases):
+    assert run(f"killed-{n}", **case) == -signal.SIGKILL, case
+    if not (folder / f"killed-{n}" / "last.safetensors").exists():
+        assert run(f"killed-{n}") == 0  # nothing to resume: from the start
+    else:
+        assert run(f"killed-{n}", resume=True) == 0
+print(len(cases), total)
+'''
+
+
+@pytest.mark.slow
+def test_killed_at_any_step_and_resumed_it_is_the_same_to_the_bit(llcm_tree, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(llcm_tree), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    cases, _ = map(int, done.stdout.split())
+    whole = (tmp_path / "whole" / "best" / "model.safetensors").read_bytes()
+    from deen_zoo.checkpoint import load_state
+
+    expected = load_state(tmp_path / "whole" / "last.safetensors")
+    for n in range(cases):
+        folder = tmp_path / f"killed-{n}"
+        state = load_state(folder / "last.safetensors")
+        for kind in ("model", "optimizer"):
+            flat = dict(_flat(state[kind]))
+            for key, tensor in _flat(expected[kind]):
+                assert torch.equal(tensor, flat[key]), (n, kind, key)
+        assert torch.equal(state["random"]["torch"], expected["random"]["torch"])
+        rows = [{**row, "seconds": 0} for row in state["history"]]
+        assert rows == [{**row, "seconds": 0} for row in expected["history"]]
+        assert (folder / "best" / "model.safetensors").read_bytes() == whole
+
+
+def _flat(value, key=""):
+    if isinstance(value, torch.Tensor):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _flat(item, f"{key}.{name}")
+
+
+if __name__ == "__main__":  # writes the golden numbers; needs DEEN_OFFICIAL
+    arrays = {}
+    for dataset in ("llcm", "regdb"):
+        for key, values in summary(reference_step(dataset)).items():
+            arrays[f"{dataset}/{key}"] = values
+    np.savez_compressed(GOLDEN, **arrays)
