@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from deen_zoo.cli import main
 from deen_zoo.data import open_dataset
 from deen_zoo.errors import UserError
-from deen_zoo.evaluation import evaluate, read_feature_table
+from deen_zoo.evaluation import evaluate
+from deen_zoo.feature_files import read_feature_table
 
 from .test_protocols import FEATURES, WORLD, features_of, write_names
 

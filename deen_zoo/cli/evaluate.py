@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     from ..data.datasets import open_dataset
     from ..data.draws import PROTOCOLS, read_permutations
     from ..errors import UserError
-    from ..evaluation import KReciprocal, evaluate, read_feature_table, terminal_table
+    from ..evaluation import KReciprocal, evaluate, terminal_table
+    from ..feature_files import read_feature_table
 
     terms = PROTOCOLS[args.protocol]
     if terms.sampled and args.split != 1:

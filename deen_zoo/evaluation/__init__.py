@@ -1,7 +1,5 @@
 """Ranking metrics, the named protocols, and reports beside the published numbers."""
 
-from ..feature_files import FeatureTable as FeatureTable
-from ..feature_files import read_feature_table as read_feature_table
 from .metrics import Ranking as Ranking
 from .metrics import evaluate_ranking as evaluate_ranking
 from .protocols import evaluate as evaluate

@@ -207,20 +207,23 @@ class _Comparison:
 
     def __call__(self, queries: Indices, gallery: Indices) -> Any:
         if not self.rerank:
-            rows, columns = self._at(queries, self.place[0]), self._at(gallery, self.place[1])
-            return self.product[rows][:, columns]
-        at = self._at(queries + gallery, self.place[0])
-        product = self.product[at][:, at]
+            part = _take(self.product, 1, [self.place[1][i] for i in gallery])
+            return _take(part, 0, [self.place[0][i] for i in queries])
+        images = [self.place[0][i] for i in queries + gallery]
+        product = _take(_take(self.product, 1, images), 0, images)
         norms = product.diagonal()
         distance = (norms[:, None] + norms[None] - 2 * product).clamp(min=0)
         return -k_reciprocal_distance(distance.cpu().numpy(), len(queries), self.rerank)
 
-    def _at(self, images: Indices, place: dict[int, int]) -> Tensor:
-        return torch.tensor([place[i] for i in images], device=self.product.device)
+
+def _take(matrix: Tensor, dim: int, indices: Indices) -> Tensor:
+    if indices == list(range(matrix.shape[dim])):
+        return matrix
+    return matrix.index_select(dim, torch.tensor(indices, device=matrix.device))
 
 
 def _pick(rows: Tensor, indices: Indices) -> Tensor:
-    picked = rows[torch.tensor(indices, device=rows.device)]
+    picked = _take(rows, 0, indices)
     return picked if picked.dtype in (torch.float32, torch.float64) else picked.float()
 
 
