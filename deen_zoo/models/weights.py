@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def safe_source(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> dict[
         config = local_config(given["file"], variant)
     elif isinstance(given, dict) and given.get("source") == "hf-hub":
         config, overlay["hf_hub_id"] = hub_config(given["hf_hub_id"], variant, cache_dir)
-    cfg = resolve_pretrained_cfg(variant, given, overlay).to_dict()
+    cfg = asdict(resolve_pretrained_cfg(variant, given, overlay))
     if not pretrained:
         return kwargs
     filename = cfg.get("hf_hub_filename") or WEIGHTS
@@ -176,11 +176,10 @@ def _check_file(path: Path, config: dict[str, Any]) -> None:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file, and no pickle is loaded in its place")
     wanted = (config.get("deen_zoo") or {}).get("weights_sha256")
-    found = sha256(path) if wanted else None
-    if found != wanted:
+    if wanted and wanted != (found := sha256(path)):
         raise UserError(
             f"{path} is not the file that its {CONFIG} was written for: its SHA-256 is "
-            f"{str(found)[:12]}..., not {wanted[:12]}...: get both anew"
+            f"{found[:12]}..., not {wanted[:12]}...: get both anew"
         )
     try:
         with safe_open(str(path), framework="pt"):
@@ -299,11 +298,13 @@ def _explain(error: BaseException, repo: str, revision: str, filename: str) -> s
             f"loaded from it (a pickle never is)"
         )
     if status == 401:
-        return f"the Hub does not accept your token for {repo}: {LOGIN} with a valid one"
+        return f"{hub} wants a valid login for {repo}: {LOGIN}"
     if status == 403:
-        return f"your token must not do this with {repo}: {LOGIN} with one that may"
+        return f"your login may not do this with {repo}: {LOGIN} of an account that may"
     if status is not None:
         return f"{hub} answered {status} for {at}: {_brief(error)}; try again later"
+    if not filename:
+        return f"{hub} could not be reached for {repo} ({_brief(error)}): try again"
     return f"{at}/{filename} could not be had whole, nothing was kept ({_brief(error)}): try again"
 
 

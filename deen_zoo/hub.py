@@ -1,0 +1,407 @@
+"""From a checkpoint folder to a model repository on the Hub, with a card and measured results."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+from huggingface_hub import (
+    CommitOperationAdd,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    constants,
+)
+
+from .data.datasets import DATASETS
+from .errors import UserError
+from .evaluation import report
+from .evaluation.results import METRICS
+from .models import DEEN, create_model
+from .models.checkpoint import model_config
+from .models.weights import CONFIG, WEIGHTS, hub_errors, sha256
+
+__all__ = ["Measured", "Publication", "measured", "publish"]
+
+RESULTS, CARD = "results.json", "README.md"
+TERMS = {
+    "sysu": "https://github.com/wuancong/SYSU-MM01",
+    "regdb": "http://dm.dongguk.edu/link.html",
+    "llcm": "https://github.com/ZYK100/LLCM",
+}
+TITLES = {"r1": "rank-1", "r5": "rank-5", "r10": "rank-10", "r20": "rank-20"}
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What :func:`publish` did.
+
+    Attributes:
+        repo: ``ORG/NAME``.
+        tag: Of this version; ``create_model("hf-hub:ORG/NAME@TAG")`` loads it.
+        url: Of the commit; None after a dry run.
+        folder: Of the dry run; None otherwise.
+        files: Name and size in bytes of each file.
+        left_out: Names in the checkpoint folder that were not published.
+        weights_sha256: Of ``model.safetensors``.
+    """
+
+    repo: str
+    tag: str
+    url: str | None
+    folder: str | None
+    files: dict[str, int]
+    left_out: list[str]
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The part of ``results.json`` that was measured with one file of weights.
+
+    Attributes:
+        which: ``"last"`` or ``"best"`` epoch; the latter was chosen on the test set.
+        epoch: Counted from 0; None when the weights were evaluated only.
+        split: Of RegDB; None elsewhere.
+        protocols: Entries as ``results.json`` has them, with this file's mean, std and trials.
+        drawn: The data is a synthetic world.
+    """
+
+    which: str
+    epoch: int | None
+    split: int | None
+    protocols: Sequence[Mapping[str, Any]]
+    drawn: bool
+
+
+def publish(
+    folder: str | os.PathLike[str],
+    repo: str,
+    *,
+    results: str | os.PathLike[str] | None = None,
+    tag: str | None = None,
+    private: bool = False,
+    dry_run: str | os.PathLike[str] | None = None,
+) -> Publication:
+    """Publish a checkpoint folder: its weights, its configuration, its results and a card.
+
+    The card's numbers are those of ``results.json`` and of these very weights; nothing else in
+    the folder is uploaded. Both are checked before anything is created on the Hub.
+
+    Args:
+        folder: With ``config.json`` and ``model.safetensors``, as ``reproduce`` or ``convert``
+            leaves it.
+        repo: ``ORG/NAME``; created if it does not exist.
+        results: The ``results.json`` measured with these weights; by default the folder's.
+        tag: Of this version; by default the next free of ``v1``, ``v2``, ...
+        private: Create the repository as a private one.
+        dry_run: Write what would be uploaded into this folder, and use no network.
+
+    Raises:
+        UserError: The folder does not load, its weights are not those that were measured, or the
+            Hub refuses; the message says what to do.
+        OSError: Something cannot be written.
+    """
+    folder = Path(folder)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UserError(f"{repo!r} is no repository to publish to: give ORG/NAME")
+    if tag is not None and not re.fullmatch(r"[\w.-]+", tag):
+        raise UserError(f"tag {tag!r}: give one such as v1, of letters, digits, '.', '-' and '_'")
+    model = _load(folder)
+    digest = sha256(folder / WEIGHTS)
+    content = _read_results(Path(results) if results else folder / RESULTS, folder)
+    found = measured(content, digest)
+    architecture = _cfg(model)["architecture"]
+    if not content["eval_only"] and content["model"] != architecture:
+        raise UserError(
+            f"{folder} holds a {architecture}, and the results are of {content['model']}: give "
+            f"the results.json of this model"
+        )
+    left_out = {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, RESULTS, CARD}
+
+    def stage(target: Path, tag: str) -> dict[str, int]:
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / WEIGHTS, target / WEIGHTS)
+        texts = {
+            CONFIG: json.dumps(model_config(model, digest), indent=2) + "\n",
+            RESULTS: json.dumps(_without_paths(content), indent=2) + "\n",
+            CARD: str(card(model, content, found, repo, tag, digest)),
+        }
+        for name, text in texts.items():
+            (target / name).write_text(text, encoding="utf-8")
+        return {name: (target / name).stat().st_size for name in (*texts, WEIGHTS)}
+
+    url = None
+    if dry_run is not None:
+        target = Path(dry_run)
+        if target.is_dir() and any(target.iterdir()):
+            raise UserError(f"{target} is not empty: name a new folder for --dry-run")
+        tag = tag or "v1"
+        files = stage(target, tag)
+    else:
+        with tempfile.TemporaryDirectory() as temporary, hub_errors(repo):
+            api = HfApi(library_name="deen_zoo")
+            tag = _prepare(api, repo, tag, private)
+            files = stage(Path(temporary), tag)
+            url = _upload(api, repo, tag, Path(temporary), files)
+    where = None if dry_run is None else str(dry_run)
+    return Publication(repo, tag, url, where, files, sorted(left_out), digest)
+
+
+def _load(folder: Path) -> DEEN:
+    if not (folder / CONFIG).is_file() and (folder / "checkpoint" / CONFIG).is_file():
+        raise UserError(f"{folder} is the folder of a run: give {folder / 'checkpoint'}")
+    model = create_model(f"local-dir:{folder}", pretrained=True)
+    broken = [k for k, t in model.state_dict().items() if not bool(torch.isfinite(t).all())]
+    if broken:
+        raise UserError(f"{folder / WEIGHTS} holds numbers that are not finite, in {broken[0]}")
+    return model
+
+
+def _cfg(model: DEEN) -> dict[str, Any]:
+    cfg: Any = model.pretrained_cfg
+    return dict(cfg)
+
+
+def _read_results(path: Path, folder: Path) -> dict[str, Any]:
+    how = (
+        f"measure with 'deen-zoo reproduce DATASET --data-root ROOT --eval-only {folder} "
+        f"--output RUN', then give --results RUN/{RESULTS}"
+    )
+    if not path.is_file():
+        raise UserError(
+            f"{path}: there is no such file, and nothing unmeasured is published: {how}"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): {how}") from error
+    needed = {"dataset", "model", "models", "protocols", "eval_only", "data", "versions", "recipe"}
+    if not isinstance(content, dict) or needed - set(content):
+        raise UserError(f"{path} is not the {RESULTS} of 'deen-zoo reproduce': {how}")
+    return content
+
+
+def measured(results: Mapping[str, Any], digest: str) -> Measured:
+    """What ``results.json`` says of the weights with this SHA-256.
+
+    Raises:
+        UserError: Nothing, or something that is no number between 0 and 1.
+    """
+    models = results["models"]
+    found = [
+        (which, model)
+        for which in ("last", "best")
+        for model in models
+        if model.get(which, {}).get("sha256") == digest
+    ]
+    if not found:
+        known = {m[which]["sha256"] for m in models for which in ("last", "best") if which in m}
+        raise UserError(
+            f"the weights (SHA-256 {digest[:12]}...) are not those that the results were measured "
+            f"with ({', '.join(str(k)[:12] for k in known)}): evaluate them with --eval-only"
+        )
+    which, model = found[0]
+    if which == "best" and len(models) > 1:
+        raise UserError(
+            "the results have the best epochs of several splits only as one mean, so these weights "
+            "have no numbers of their own: publish the last epoch, or a run with --trials N"
+        )
+    entries = []
+    for entry in results["protocols"].values():
+        own = dict(entry)
+        if which == "best":
+            own |= {"mean": entry["best"]["mean"], "std": entry["best"]["std"]}
+        elif len(models) > 1:
+            row = next(row for row in entry["trials"] if row["trial"] == model["trial"])
+            own |= {"mean": row, "std": dict.fromkeys(METRICS, 0.0), "trials": [row]}
+        for part in ("mean", "std"):
+            for key in METRICS:
+                value = own[part].get(key)
+                if not isinstance(value, float | int) or not 0 <= value <= 1:
+                    raise UserError(
+                        f"the results' {part} {key} of {entry['name']} is {value}, no number "
+                        f"between 0 and 1: evaluate again"
+                    )
+        entries.append(own)
+    if not entries:
+        raise UserError("the results are of no protocol: evaluate again")
+    split = model["trial"] if results["dataset"] == "regdb" else None
+    # A drawn world has no published counts, also where it stands in for a real dataset.
+    drawn = results["dataset"] == "synthetic" or not any(e["expected_counts"] for e in entries)
+    return Measured(which, model[which]["epoch"], split, entries, drawn)
+
+
+def _without_paths(results: Mapping[str, Any]) -> dict[str, Any]:
+    """``results.json`` without the folders of the machine that it was written on."""
+    content: dict[str, Any] = copy.deepcopy(dict(results))
+    for model in content["models"]:
+        for which in ("last", "best"):
+            if which in model:
+                model[which]["checkpoint"] = Path(model[which]["checkpoint"]).name
+    if content["eval_only"]:
+        content["eval_only"] = Path(content["eval_only"]).name
+    return content
+
+
+def card(
+    model: DEEN,
+    results: Mapping[str, Any],
+    found: Measured,
+    repo: str,
+    tag: str,
+    digest: str,
+) -> ModelCard:
+    """The model card: metadata that the Hub reads, then ``card.md`` filled in."""
+    dataset, cfg = results["dataset"], _cfg(model)
+    title = "a synthetic world" if found.drawn else DATASETS[dataset].title
+    licence, name, link, in_words = _licence(results, found, repo)
+    data = ModelCardData(
+        license=licence,
+        license_name=name,
+        license_link=link,
+        library_name="timm",
+        pipeline_tag="image-feature-extraction",
+        tags=["person-re-identification", "visible-infrared", "deen_zoo", "timm", "DEEN"],
+        model_name=repo.partition("/")[2],
+        eval_results=[
+            EvalResult(
+                task_type="image-feature-extraction",
+                task_name="Visible-infrared person re-identification",
+                dataset_type="synthetic" if found.drawn else dataset,
+                dataset_name=title,
+                dataset_config=entry["name"],
+                dataset_split="test" if found.split is None else f"test, split {found.split}",
+                metric_type=TITLES.get(key, key),
+                metric_name=f"{TITLES.get(key, key)}, a fraction",
+                metric_value=float(entry["mean"][key]),
+            )
+            for entry in found.protocols
+            for key in METRICS
+        ],
+    )
+    template = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
+    body = template.substitute(
+        title=repo.partition("/")[2],
+        repo=repo,
+        tag=tag,
+        architecture=cfg["architecture"],
+        parameters=f"{sum(p.numel() for p in model.parameters()):,}",
+        height=cfg["input_size"][1],
+        width=cfg["input_size"][2],
+        descriptor=f"{2 * model.num_branches * model.branch_features:,}",
+        identities=model.num_classes,
+        results_note=_results_note(found, title),
+        results=report(found.protocols),
+        training=_training(results, found),
+        data=_data(results, found, title),
+        licence=in_words,
+        sha256=digest,
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def _results_note(found: Measured, title: str) -> str:
+    notes = [f"Re-identification across modalities on {title}; per cent, with the counts found."]
+    if found.drawn:
+        notes.append("The people are drawn: these numbers say nothing about real cameras.")
+    if found.split is not None:
+        notes.append(
+            f"This model is that of split {found.split} and was tested on it; published numbers "
+            f"are means over ten splits, each with a model of its own."
+        )
+    if found.which == "best":
+        notes.append(
+            "The epoch was chosen by its rank-1 on the test set, as the reference does, which "
+            "flatters."
+        )
+    return " ".join(notes)
+
+
+def _training(results: Mapping[str, Any], found: Measured) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    if results["eval_only"]:
+        return (
+            "The weights come from elsewhere and were evaluated, not trained, with deen_zoo "
+            f"({versions}). How they were trained is for their author to say."
+        )
+    recipe = dict(results["recipe"])
+    name = recipe.pop("name")
+    epoch = "" if found.epoch is None else f"; these are the weights after epoch {found.epoch + 1}"
+    values = ", ".join(f"{key} {json.dumps(value)}" for key, value in recipe.items())
+    return (
+        f"Trained with `deen-zoo reproduce {results['dataset']} --recipe {name}`, seed "
+        f"{results['seed']}, {results['epochs']} epochs{epoch}. DEE {_on(results['dee'])}, MFA "
+        f"{_on(results['mfa'])}.\n\nThe recipe: {values}.\n\nOn {results['device']}, "
+        f"{results['processes']} process(es), precision {results['precision']}; {versions}."
+    )
+
+
+def _on(switch: bool) -> str:
+    return "on" if switch else "off"
+
+
+def _data(results: Mapping[str, Any], found: Measured, title: str) -> str:
+    facts = results["data"]
+    names = f"{facts['images']:,} images; SHA-256 of their names `{facts['sha256']}`."
+    if found.drawn:
+        return f"Pictures drawn by `deen-zoo synthesize`, which show no real person: {names}"
+    return (
+        f"{title}: {names} It is given out on a signed request only ({TERMS[results['dataset']]}), "
+        f"for research, and is not redistributed here. It shows real people: keep to the terms "
+        f"that you, too, would have to sign."
+    )
+
+
+def _licence(
+    results: Mapping[str, Any], found: Measured, repo: str
+) -> tuple[str, str | None, str | None, str]:
+    """Of the weights: the Hub's name for it, its own name and link, and all of it in words."""
+    code = "The code, deen_zoo, is under Apache-2.0."
+    if results["eval_only"]:
+        words = "That does not extend to the weights, whose terms are for their author to say."
+        return "other", "see-card", f"{constants.ENDPOINT}/{repo}#licence", f"{code} {words}"
+    if found.drawn:
+        words = "So are these weights, which come from drawn pictures alone."
+        return "apache-2.0", None, None, f"{code} {words}"
+    link = TERMS[results["dataset"]]
+    words = (
+        f"That does not extend to the weights: they are for research only, within the terms of "
+        f"the dataset that they were trained on ({link})."
+    )
+    return "other", "research-only", link, f"{code} {words}"
+
+
+def _prepare(api: HfApi, repo: str, tag: str | None, private: bool) -> str:
+    """Create the repository, if need be, and settle the tag."""
+    api.create_repo(repo, private=private, exist_ok=True)
+    taken = {ref.name for ref in api.list_repo_refs(repo).tags}
+    if tag in taken:
+        raise UserError(
+            f"{repo} has a version {tag} already ({', '.join(sorted(taken))}): name "
+            f"another with --tag, since a published version does not change"
+        )
+    return tag or next(f"v{n}" for n in range(1, len(taken) + 2) if f"v{n}" not in taken)
+
+
+def _upload(api: HfApi, repo: str, tag: str, folder: Path, files: Mapping[str, int]) -> str:
+    """One commit of exactly these files, then the tag on that commit."""
+    ModelCard((folder / CARD).read_text(encoding="utf-8")).validate()
+    commit = api.create_commit(
+        repo,
+        [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files],
+        commit_message=f"{tag}, by deen-zoo publish",
+    )
+    api.create_tag(repo, tag=tag, revision=commit.oid)
+    return f"{constants.ENDPOINT}/{repo}/tree/{tag}"
