@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,117 +180,136 @@ def read_feature_table(*files: str | os.PathLike[str]) -> FeatureTable:
     for table in tables[1:]:
         check_comparable(tables[0], table)
     paths = [path for table in tables for path in table.paths]
-    _check_once(paths, tables[0].source)
+    check_paths(paths, tables[0].source)
     if len(tables) == 1:
         return tables[0]
     return FeatureTable(
         ", ".join(table.source for table in tables),
         torch.cat([table.features for table in tables]),
         paths,
-        _join_labels(tables),
+        _join_labels([(table.labels, len(table)) for table in tables]),
         tables[0].provenance,
         {path: reason for table in tables for path, reason in table.unreadable.items()},
     )
 
 
-def _check_once(paths: Sequence[str], source: str) -> None:
+def check_paths(paths: Sequence[str], source: str) -> None:
+    """Whether each image comes once."""
     if len(set(paths)) < len(paths):
         twice = min(path for path, n in Counter(paths).items() if n > 1)
-        raise UserError(f"{source}: {twice} comes twice in paths; give each image once")
+        raise UserError(f"{source}: {twice} comes twice; give each image once")
 
 
-def _join_labels(tables: Sequence[FeatureTable]) -> dict[str, Tensor]:
-    """Labels of all tables; -1 where one of them has no identities or cameras."""
+def _join_labels(parts: Sequence[tuple[dict[str, Tensor], int]]) -> dict[str, Tensor]:
+    """Labels of all parts, (labels, rows); identities and cameras are -1 where a part has none."""
     out = {}
     for name in _LABELS:
-        parts = [t.labels.get(name, torch.full((len(t.paths),), -1)) for t in tables]
-        absent = [name not in table.labels for table in tables]
-        if not (all(absent) or (name == "infrared" and any(absent))):
-            out[name] = torch.cat(parts)
+        known = [name in labels for labels, _ in parts]
+        if all(known) or (any(known) and name != "infrared"):
+            out[name] = torch.cat(
+                [labels[name] if name in labels else torch.full((n,), -1) for labels, n in parts]
+            )
     return out
 
 
-def write_feature_table(file: str | os.PathLike[str], *tables: FeatureTable) -> None:
-    """Write tables as one feature file, row after row; the provenance is the first one's.
+def write_feature_table(
+    file: str | os.PathLike[str], tables: Sequence[FeatureTable], allow_empty: bool = False
+) -> None:
+    """Write tables as one feature file, row after row. They are of one provenance.
 
-    The file appears whole or not at all. Features are written table by table, so mapped ones need
-    no memory.
+    The file appears whole or not at all. A safetensors file is written table by table: a sequence
+    that reads them one at a time (it is gone through twice) is joined in the memory of one.
 
     Raises:
         UserError: The name ends neither in ``.safetensors`` nor in ``.npz``, an image comes twice,
-            or there is no row.
+            or there is no row, unless that is allowed.
     """
     file = Path(file)
-    if file.suffix not in (".safetensors", ".npz"):
-        raise UserError(f"{file}: unknown kind of feature file; name it .safetensors or .npz")
-    paths = [path for table in tables for path in table.paths]
-    _check_once(paths, str(file))
-    unreadable = {path: why for table in tables for path, why in table.unreadable.items()}
-    if not paths:
-        raise UserError(
-            f"{file}: none of the images can be read: {next(iter(unreadable.values()), 'no image')}"
-        )
-    labels = {
+    check_name(file)
+    paths: list[str] = []
+    unreadable: dict[str, str] = {}
+    labels: list[tuple[dict[str, Tensor], int]] = []
+    for table in tables:
+        paths += table.paths
+        unreadable |= table.unreadable
+        labels.append((table.labels, len(table)))
+        width, dtype, provenance = table.features.shape[1], table.features.dtype, table.provenance
+    check_paths(paths, str(file))
+    if not (paths or allow_empty):
+        reason = next(iter(unreadable.values()), "there is none")
+        raise UserError(f"{file}: none of the images can be read: {reason}")
+    columns = {
         name: values
-        for name, values in _join_labels(tables).items()
+        for name, values in _join_labels(labels).items()
         if name == "infrared" or not bool((values == -1).all())
     }
-    features, provenance = [table.features for table in tables], tables[0].provenance
     partial = file.with_name(f"{file.name}.partial")
     with open(partial, "wb") as out:
         if file.suffix == ".npz":
             import numpy as np
 
-            extra = {"unreadable": json.dumps(unreadable)} if unreadable else {}
-            extra |= {"provenance": json.dumps(provenance)} if provenance else {}
-            arrays = {name: values.numpy() for name, values in labels.items()}
-            joined = features[0] if len(features) == 1 else torch.cat(features)
-            np.savez(out, features=joined.numpy(), paths=paths, **arrays, **extra)  # type: ignore[arg-type]
+            features = torch.cat([table.features for table in tables])
+            texts = {"unreadable": unreadable, "provenance": provenance}
+            arrays: dict[str, Any] = {name: values.numpy() for name, values in columns.items()}
+            arrays |= {name: np.array(json.dumps(text)) for name, text in texts.items() if text}
+            np.savez(out, features=features.numpy(), paths=np.array(paths), **arrays)
         else:
-            columns = {"paths": [_encode(paths)], **{k: [v] for k, v in labels.items()}}
-            columns |= {"unreadable": [_encode(unreadable)]} if unreadable else {}
-            _write_safetensors(out, {"features": features, **columns}, provenance)
+            tensors = {"paths": _encode(paths), **columns}
+            tensors |= {"unreadable": _encode(unreadable)} if unreadable else {}
+            size = len(paths) * width * dtype.itemsize
+            header = _header({"features": (dtype, [len(paths), width], size)}, tensors, provenance)
+            out.write(header)
+            for table in tables:
+                out.write(_bytes(table.features))
+            for tensor in tensors.values():
+                out.write(_bytes(tensor))
     os.replace(partial, file)
+
+
+def check_name(file: Path) -> None:
+    """Whether a feature file may be called so."""
+    if file.suffix not in (".safetensors", ".npz"):
+        raise UserError(f"{file}: unknown kind of feature file; give .safetensors or .npz")
 
 
 def _encode(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
-def _write_safetensors(
-    out: BinaryIO, columns: dict[str, list[Tensor]], metadata: dict[str, str]
-) -> None:
-    """The format of safetensors, for columns that come in pieces, so that no piece is copied."""
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.contiguous().view(torch.uint8).numpy().data if tensor.numel() else b""
+
+
+def _header(
+    first: dict[str, tuple[torch.dtype, list[int], int]],
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+) -> bytes:
+    """The head of a safetensors file whose ``first`` tensor is still to come in pieces."""
+    layout = {**first, **{k: (t.dtype, list(t.shape), t.nbytes) for k, t in tensors.items()}}
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     place = 0
-    for name, pieces in columns.items():
-        shape = [sum(len(piece) for piece in pieces), *pieces[0].shape[1:]]
-        end = place + sum(piece.nbytes for piece in pieces)
-        dtype = _DTYPES[pieces[0].dtype]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, end]}
-        place = end
+    for name, (dtype, shape, size) in layout.items():
+        offsets = [place, place + size]
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": offsets}
+        place += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    out.write(len(text).to_bytes(8, "little") + text)
-    for pieces in columns.values():
-        for piece in pieces:
-            out.write(piece.contiguous().view(torch.uint8).numpy().data)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _read(path: Path) -> FeatureTable:
-    readers = {".safetensors": _read_safetensors, ".npz": _read_npz}
-    if path.suffix not in readers:
-        raise UserError(f"{path}: unknown kind of feature file; give .safetensors or .npz")
+    check_name(path)
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
-    arrays = readers[path.suffix](path)
+    arrays = (_read_npz if path.suffix == ".npz" else _read_safetensors)(path)
     for name in ("features", "paths"):
         if name not in arrays:
             raise UserError(
                 f"{path}: no {name!r} in it, only {', '.join(sorted(arrays)) or 'nothing'}"
             )
     features, paths = arrays["features"], arrays["paths"]
-    if features.ndim != 2 or not features.is_floating_point() or 0 in features.shape:
+    if features.ndim != 2 or not features.is_floating_point() or not features.shape[1]:
         raise UserError(
             f"{path}: features have shape {tuple(features.shape)} and type {features.dtype}; "
             "store (images, D) floats"

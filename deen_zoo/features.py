@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .data.cache import DecodedCache
 from .data.datasets import Sample
-from .data.loading import eval_loader
 from .data.transforms import eval_transform
-from .device import autocast
+from .device import autocast, choose_device
 from .distributed import World
-from .models import DEEN
+from .errors import UserError
+from .feature_files import (
+    FeatureTable,
+    check_name,
+    check_paths,
+    read_feature_table,
+    write_feature_table,
+)
+from .models import DEEN, create_model
+from .sources import Batch, Images, Source, collate, gather, infrared_of
 
-__all__ = ["data_config", "extract"]
+__all__ = ["FeatureExtractor", "data_config", "extract", "weights_sha256"]
+
+DESCRIPTORS, BRANCHES = ("official", "bn", "pool"), ("all", "original")
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+SHARD = 1024  # images whose rows are held in memory, and lost when an extraction is killed
 
 
 def data_config(model: DEEN) -> dict[str, Any]:
@@ -29,7 +48,60 @@ def data_config(model: DEEN) -> dict[str, Any]:
     }
 
 
+def weights_sha256(model: DEEN) -> str:
+    """SHA-256 of the ``model.safetensors`` that :func:`deen_zoo.save_pretrained` would write."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    return hashlib.sha256(safetensors.torch.save(tensors, {"format": "pt"})).hexdigest()
+
+
 @torch.inference_mode()
+def _embed(
+    model: DEEN,
+    images: Images,
+    batches: Sequence[range],
+    device: torch.device,
+    precision: str,
+    flip: bool,
+    workers: int,
+) -> Iterator[Batch]:
+    """Descriptors of the images of each batch, on the CPU; workers decode the next ones."""
+    training = model.training
+    model.eval()
+    loader = DataLoader(
+        images,
+        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of index sequences
+        num_workers=workers if sum(map(len, batches)) > 16 else 0,  # starting them takes longer
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # its own: the global state must not move
+    )
+    try:
+        for batch in loader:
+            if batch.indices:
+                rows = _run(model, batch.rows, batch.infrared, device, precision, flip)
+                batch = batch._replace(rows=rows)
+            yield batch
+    finally:
+        model.train(training)
+
+
+def _split(rows: range, size: int) -> list[range]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _run(
+    model: DEEN, images: Tensor, infrared: Tensor, device: torch.device, precision: str, flip: bool
+) -> Tensor:
+    """(n, 3, H, W) to (n, 2*B*C) float32 on the CPU; a batch of one modality needs one stem."""
+    modality: Tensor | str = infrared
+    if infrared.all() or not infrared.any():
+        modality = "infrared" if infrared[0] else "visible"
+    images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+    with autocast(device, precision):
+        rows: Tensor = model.forward_embedding(images, modality, flip)
+    return rows.float().cpu()
+
+
 def extract(
     model: DEEN,
     samples: Sequence[Sample],
@@ -57,25 +129,317 @@ def extract(
         progress: Show a bar where stderr is a terminal.
 
     Returns:
-        (N, 2*B*C) float32 on the CPU; row i is ``samples[i]``.
+        (N, 2*B*C) float32 on the CPU, not normalised as a whole; row i is ``samples[i]``.
+
+    Raises:
+        UserError: A file is missing or broken; the message names it.
     """
-    training = model.training
-    model.eval()
-    transform = eval_transform(data_config(model))
-    width: int = 2 * model.num_branches * model.branch_features  # type: ignore[assignment]
-    out = torch.empty(len(samples), width)
-    for modality in ("visible", "infrared"):
-        rows = [i for i, sample in enumerate(samples) if sample.modality == modality]
-        mine = [samples[rows[i]] for i in world.shard(len(rows))]
-        shard = torch.empty(len(mine), width)
-        loader = eval_loader(mine, transform, batch_size, workers if mine else 0, cache)
-        hidden = None if progress and world.main else True
-        for images, indices in tqdm(loader, f"extracting {modality}", disable=hidden):
-            with autocast(world.device, precision):
-                images = images.to(
-                    world.device, memory_format=torch.channels_last, non_blocking=True
+    images = Images(gather(samples, None), eval_transform(data_config(model)), cache)
+    mine = world.shard(len(samples))
+    out = torch.empty(len(mine), _width(model))
+    batches, done = _split(mine, batch_size), 0
+    results = _embed(model, images, batches, world.device, precision, flip, workers)
+    with _bar(len(mine), progress and world.main) as bar:
+        for batch in results:
+            if batch.unreadable:
+                raise UserError(batch.unreadable[0][1])
+            out[done : done + len(batch.indices)] = batch.rows
+            done += len(batch.indices)
+            bar.update(len(batch.indices))
+    return world.gather_rows(out, len(samples))
+
+
+def _bar(total: int, shown: bool) -> tqdm[Any]:
+    """A bar on stderr where that is a terminal."""
+    return tqdm(None, "extracting", total, unit="image", disable=None if shown else True)
+
+
+def _width(model: DEEN) -> int:
+    return int(2 * model.num_branches * model.branch_features)
+
+
+class FeatureExtractor:
+    """Images of any kind to descriptors, one row each, in their order.
+
+    What is called ``source`` below is one of, or a list of: paths of images, of folders (all images
+    at any depth, sorted) and of CSV files (:func:`deen_zoo.data.folder.read_csv`); PIL images;
+    uint8 or uint16 arrays (H, W), (H, W, 3) or (H, W, 4), or (N, H, W, C) for N images;
+    :class:`~deen_zoo.data.Sample`. Any size, mode and EXIF orientation will do.
+
+    ``modality`` is ``"visible"``, ``"infrared"``, a sequence of these (or a bool tensor, True for
+    infrared), one an image, or ``"auto"``: an image of three equal channels is infrared, which is
+    said on stderr. It has no default, as the wrong stem gives plausible nonsense; None is for
+    samples and CSV files, which have their own.
+
+    Args:
+        model: A model, or what :func:`deen_zoo.create_model` takes, or a checkpoint folder.
+        device: ``"auto"`` or a torch device.
+        precision: ``"auto"`` (bfloat16 on a GPU that has it), ``"float32"`` or ``"bfloat16"``.
+        flip: Add the descriptor of the mirrored image, as the reference's test does.
+        batch_size: Images at a time.
+        pretrained: Load the weights of a model given by name.
+        descriptor: ``"official"`` (pool and bn features), ``"bn"`` or ``"pool"``.
+        branches: ``"all"``, or ``"original"`` without the generated ones.
+        dtype: Of the rows: ``"float32"`` or ``"float16"``.
+        normalize: L2-normalise each row, so that products are cosine similarities. The reference
+            does not: its published numbers are of the sum of image and mirrored image as it is.
+        workers: Processes that decode while the model computes.
+        progress: Show a bar where stderr is a terminal.
+
+    Attributes:
+        dim: D, numbers in a row.
+        provenance: What the feature files say about how their rows were made.
+
+    Raises:
+        UserError: No such model, device or option.
+    """
+
+    def __init__(
+        self,
+        model: DEEN | str | os.PathLike[str],
+        device: str = "auto",
+        precision: str = "auto",
+        flip: bool = True,
+        batch_size: int = 64,
+        pretrained: bool = True,
+        *,
+        descriptor: str = "official",
+        branches: str = "all",
+        dtype: str = "float32",
+        normalize: bool = True,
+        workers: int = 4,
+        progress: bool = True,
+    ) -> None:
+        for name, value, valid in (
+            ("descriptor", descriptor, DESCRIPTORS),
+            ("branches", branches, BRANCHES),
+            ("dtype", dtype, tuple(DTYPES)),
+        ):
+            if value not in valid:
+                raise UserError(f"{name} {value!r}: choose from {', '.join(valid)}")
+        self.device = choose_device(device)
+        autocast(self.device, precision)
+        if not isinstance(model, torch.nn.Module):
+            name = os.fspath(model)
+            model = create_model(f"local-dir:{name}" if os.path.isdir(name) else name, pretrained)
+        config = data_config(model)
+        self.transform = eval_transform(config)
+        self.provenance = {
+            "model": str(getattr(model, "pretrained_cfg", {}).get("architecture", "DEEN")),
+            "weights_sha256": weights_sha256(model),
+            "preprocessing": json.dumps(config, sort_keys=True),
+            "descriptor": descriptor,
+            "branches": branches,
+            "flip": str(flip).lower(),
+            "normalize": str(normalize).lower(),
+            "precision": precision,
+            "dtype": dtype,
+            "deen_zoo": _version(),
+        }
+        self.model = model.to(self.device).to(memory_format=torch.channels_last)
+        self.precision, self.flip, self.batch_size = precision, flip, batch_size
+        self.normalize, self.dtype = normalize, DTYPES[dtype]
+        self.workers, self.progress = workers, progress
+        parts = {"official": slice(0, 2), "pool": slice(0, 1), "bn": slice(1, 2)}
+        chosen = slice(0, 1 if branches == "original" else None)
+        shape = (2, model.num_branches, _width(model) // (2 * model.num_branches))
+        self._numbers = torch.arange(_width(model)).view(shape)[parts[descriptor], chosen].flatten()
+        self.dim = len(self._numbers)
+
+    def __call__(self, source: Any, modality: Any = None) -> Tensor:
+        """Rows (N, D) on the CPU, in the order of the images.
+
+        Beside the sources above it takes a preprocessed batch, a tensor (N, 3, H, W), and a
+        ``DataLoader`` of such batches (or of tuples that begin with one).
+
+        Raises:
+            UserError: An image cannot be read, by name (:meth:`table` lists all of these and goes
+                on); a source that is nothing of the above; or its modality is not said.
+        """
+        if isinstance(source, (Tensor, DataLoader)):
+            return self._preprocessed(source, modality)
+        table = self._table(gather(source, modality), strict=True)
+        return table.features
+
+    def table(self, source: Any, modality: Any = None) -> FeatureTable:
+        """Rows with the images' paths (``image 0``, ... for those in memory), modality and labels.
+
+        Images that cannot be read have no row and stand in ``.unreadable``.
+        """
+        return self._table(gather(source, modality), strict=False)
+
+    def write(
+        self,
+        source: Any,
+        file: str | os.PathLike[str],
+        modality: Any = None,
+        world: World | None = None,
+        shard: int = SHARD,
+    ) -> FeatureTable:
+        """Extract to a feature file, in the memory of ``shard`` rows, however many images.
+
+        Rows are kept in ``FILE.parts`` until all are there; the same call goes on where a killed
+        one stopped. The file appears when it is complete, and replaces one of that name.
+
+        Args:
+            source: As above, files only.
+            file: ``.safetensors``, or ``.npz``, which is made in memory.
+            modality: As above.
+            world: Processes that share the work, from :func:`deen_zoo.distributed.join`.
+            shard: Images in a part.
+
+        Returns:
+            The table of the file, its rows mapped. ``.unreadable`` has the images without one.
+
+        Raises:
+            UserError: As above; no image can be read; or ``FILE.parts`` is of another extraction.
+        """
+        world, file = world or World(self.device), Path(file)
+        check_name(file)
+        found = gather(source, modality)
+        for place, item in enumerate(found.items):
+            if not isinstance(item, str):
+                raise UserError(f"image {place} is in memory; a feature file is of image files")
+        names = [os.path.abspath(str(item)) for item in found.items]
+        check_paths(names, "the source")
+        found = Source(names, found.infrared, found.labels)
+        parts = _Parts(file, shard, found, self.provenance)
+        if world.main:
+            parts.open()
+        world.barrier()
+        mine = [k for k in range(world.rank, len(parts), world.size) if not parts.path(k).exists()]
+        tables = self._tables(found, [parts.rows(k) for k in mine], world.main)
+        for k, table in zip(mine, tables, strict=True):
+            write_feature_table(parts.path(k), [table], allow_empty=True)
+        world.barrier()
+        if world.main:
+            write_feature_table(file, parts)
+            shutil.rmtree(parts.folder)
+        world.barrier()
+        table = read_feature_table(file)
+        if world.main:
+            found.say_auto(table.paths, table.labels["infrared"])
+        return table
+
+    def _preprocessed(self, source: Tensor | DataLoader[Any], modality: Any) -> Tensor:
+        out, training = [torch.empty(0, self.dim, dtype=self.dtype)], self.model.training
+        self.model.eval()
+        try:
+            for batch in [source] if isinstance(source, Tensor) else source:
+                images = batch[0] if isinstance(batch, (tuple, list)) else batch
+                if not isinstance(images, Tensor) or not images.is_floating_point():
+                    raise UserError(
+                        f"a batch of {getattr(images, 'dtype', type(images).__name__)}; give "
+                        "preprocessed float tensors (N, 3, H, W), or images"
+                    )
+                infrared = infrared_of(modality, len(images))
+                if None in infrared:
+                    raise UserError("modality 'auto' needs images; of a batch, say which it is")
+                kinds = torch.tensor(infrared, dtype=torch.bool)
+                for rows in _split(range(len(images)), self.batch_size):
+                    part, kind = images[rows.start : rows.stop], kinds[rows.start : rows.stop]
+                    with torch.inference_mode():
+                        raw = _run(self.model, part, kind, self.device, self.precision, self.flip)
+                    out.append(self._finish(raw))
+        finally:
+            self.model.train(training)
+        return torch.cat(out)
+
+    def _table(self, source: Source, strict: bool) -> FeatureTable:
+        if not source.items:
+            raise UserError("no images: the source is empty")
+        (table,) = self._tables(source, [range(len(source.items))], True, strict)
+        source.say_auto(table.paths, table.labels["infrared"])
+        return table
+
+    def _tables(
+        self, source: Source, shards: Sequence[range], shown: bool, strict: bool = False
+    ) -> Iterator[FeatureTable]:
+        """The rows of each shard, in order."""
+        batches = [batch for shard in shards for batch in _split(shard, self.batch_size)]
+        results = _embed(
+            self.model, Images(source, self.transform), batches, self.device, self.precision,
+            self.flip, self.workers,
+        )  # fmt: skip
+        with _bar(sum(map(len, shards)), self.progress and shown) as bar:
+            for shard in shards:
+                rows = torch.empty(len(shard), self.dim, dtype=self.dtype)
+                kept: list[int] = []
+                infrared: list[Tensor] = []
+                unreadable: dict[str, str] = {}
+                for _, batch in zip(_split(shard, self.batch_size), results, strict=False):
+                    if batch.unreadable and strict:
+                        raise UserError(f"{batch.unreadable[0][1]} (.table() lists all such)")
+                    if batch.indices:
+                        end = len(kept) + len(batch.indices)
+                        rows[len(kept) : end] = self._finish(batch.rows)
+                    kept += batch.indices
+                    infrared.append(batch.infrared)
+                    unreadable |= {source.name(i): reason for i, reason in batch.unreadable}
+                    bar.update(len(batch.indices) + len(batch.unreadable))
+                labels = torch.tensor([source.labels[i] for i in kept]).view(-1, 2)
+                columns = {"identity": labels[:, 0].clone(), "camera": labels[:, 1].clone()}
+                yield FeatureTable(
+                    source.name(0) if len(source.items) == 1 else f"{len(source.items)} images",
+                    rows[: len(kept)],
+                    [source.name(i) for i in kept],
+                    {**columns, "infrared": torch.cat(infrared)},
+                    self.provenance,
+                    unreadable,
                 )
-                shard[indices] = model.forward_embedding(images, modality, flip).float().cpu()
-        out[rows] = world.gather_rows(shard, len(rows))
-    model.train(training)
-    return out
+
+    def _finish(self, raw: Tensor) -> Tensor:
+        """(n, 2*B*C) to (n, D): the chosen numbers, normalised, as the dtype."""
+        rows = raw[:, self._numbers]
+        if self.normalize:
+            rows = torch.nn.functional.normalize(rows)
+        return rows.to(self.dtype)
+
+
+class _Parts(Sequence[FeatureTable]):
+    """The folder where an extraction keeps what it has; part k has images k*shard and on."""
+
+    def __init__(self, file: Path, shard: int, source: Source, provenance: dict[str, str]) -> None:
+        self.folder, self.shard = file.with_name(f"{file.name}.parts"), shard
+        self.total = len(source.items)
+        digest = hashlib.sha256()
+        for row in zip(source.items, source.infrared, source.labels, strict=True):
+            digest.update(f"{row}\n".encode(errors="surrogateescape"))
+        self.plan = {**provenance, "images": digest.hexdigest(), "shard": str(shard)}
+
+    def open(self) -> None:
+        """Make the folder, or find out that it is of this very extraction."""
+        plan = self.folder / "plan.json"
+        if not plan.exists():
+            self.folder.mkdir(exist_ok=True)
+            partial = plan.with_suffix(".partial")
+            partial.write_text(json.dumps(self.plan, indent=2), encoding="utf-8")
+            os.replace(partial, plan)
+            return
+        stored = json.loads(plan.read_text(encoding="utf-8"))
+        differs = [key for key, value in self.plan.items() if stored.get(key) != value]
+        if differs:
+            raise UserError(
+                f"{self.folder} is of a killed extraction with other {', '.join(differs)}: finish "
+                "that one, delete the folder, or choose another file"
+            )
+
+    def path(self, k: int) -> Path:
+        return self.folder / f"{k:07}.safetensors"
+
+    def rows(self, k: int) -> range:
+        return range(k * self.shard, min((k + 1) * self.shard, self.total))
+
+    def __len__(self) -> int:
+        return -(-self.total // self.shard)
+
+    def __getitem__(self, k: Any) -> Any:
+        if k >= len(self):
+            raise IndexError(k)
+        return read_feature_table(self.path(k))
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__

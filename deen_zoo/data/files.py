@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import UserError
 
-__all__ = ["IMAGE_EXTENSIONS", "is_image_name", "open_image"]
+__all__ = ["IMAGE_EXTENSIONS", "is_image_name", "open_image", "to_rgb"]
 
 IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -46,7 +46,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
             raise UserError("an empty file; copy it again from the source")
         with Image.open(path) as image:
             image.load()
-            return _to_rgb(image)
+            return to_rgb(image)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except UserError as error:
@@ -62,7 +62,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
         raise UserError(f"{path}: {what}; copy it again from the source") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """A decoded image of any mode as RGB, upright."""
     if image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)

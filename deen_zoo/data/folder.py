@@ -54,7 +54,7 @@ def read_csv(file: str | os.PathLike[str], modality: str | None = None) -> list[
         file: Columns ``path`` (absolute, or relative to the file's folder), ``modality``
             (``visible`` or ``infrared``), and, where they are known, ``identity`` and ``camera``:
             whole numbers from 0 on; left empty they are :data:`UNKNOWN`. Other columns are ignored.
-        modality: Of all images, for a table without that column.
+        modality: Of the images whose cell is empty or missing; ``"auto"`` is passed on.
 
     Raises:
         UserError: Not such a table; the message names the line.
@@ -62,15 +62,18 @@ def read_csv(file: str | os.PathLike[str], modality: str | None = None) -> list[
     samples = []
     for line, row in _rows(Path(file)):
         kind = row.get("modality") or modality
-        if kind not in (VISIBLE, INFRARED):
+        if kind not in (VISIBLE, INFRARED) and (row.get("modality") or kind != "auto"):
             raise UserError(
                 f"{file}, line {line}: modality {row.get('modality', '')!r}; "
                 "write 'visible' or 'infrared'"
             )
         if not row["path"]:
             raise UserError(f"{file}, line {line}: no path; name an image file")
-        labels = (_label(row.get(name, ""), name, f"{file}, line {line}") for name in COLUMNS[1:3])
-        samples.append(Sample(os.path.join(Path(file).parent, row["path"]), *labels, kind))
+        identity, camera = (
+            _label(row.get(name, ""), name, f"{file}, line {line}") for name in COLUMNS[1:3]
+        )
+        path = os.path.join(Path(file).parent, row["path"])
+        samples.append(Sample(path, identity, camera, str(kind)))
     if not samples:
         raise UserError(f"{file}: no rows; write one for each image")
     return samples

@@ -1,0 +1,181 @@
+"""Whatever may be given as images, as one list of known modality, decoded by workers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .data.cache import DecodedCache
+from .data.draws import Sample
+from .data.files import to_rgb
+from .data.folder import UNKNOWN, list_images, read_csv
+from .data.loading import read_image
+from .data.transforms import EvalTransform, Pixels, resize
+from .errors import UserError
+
+__all__ = ["Batch", "Images", "Source", "collate", "gather", "infrared_of", "three_equal_channels"]
+
+Item = Image.Image | np.ndarray[Any, Any] | str
+
+
+def three_equal_channels(image: Pixels) -> bool:
+    """Whether no pixel's channels differ by more than 2 of 255: how ``modality="auto"`` decides.
+
+    >>> three_equal_channels(np.full((4, 4, 3), 90, np.uint8))
+    True
+    """
+    return bool((image.max(axis=2) - image.min(axis=2)).max() <= 2)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images to extract, and what is known of them; ``infrared`` is None where it is to be seen."""
+
+    items: Sequence[Item]
+    infrared: Sequence[bool | None]
+    labels: Sequence[Sequence[int]]  # identity, camera
+
+    def name(self, index: int) -> str:
+        item = self.items[index]
+        return item if isinstance(item, str) else f"image {index}"
+
+    def say_auto(self, paths: Sequence[str], infrared: Tensor) -> None:
+        """Say on stderr what ``modality="auto"`` made of the readable images."""
+        undecided = {self.name(i) for i, kind in enumerate(self.infrared) if kind is None}
+        if undecided:
+            kinds = [x for p, x in zip(paths, infrared.tolist(), strict=True) if p in undecided]
+            print(
+                f"modality auto: {sum(kinds)} of {len(kinds)} images have three equal channels and "
+                "were taken as infrared, the others as visible",
+                file=sys.stderr,
+            )
+
+
+class Batch(NamedTuple):
+    """What became of one batch."""
+
+    indices: list[int]  # places in the source
+    rows: Tensor  # images (n, 3, H, W), or descriptors (n, D)
+    infrared: Tensor  # (n,) bool
+    unreadable: list[tuple[int, str]]  # (place, reason)
+
+
+class Images(Dataset[tuple[int, Tensor | str, bool]]):
+    """Decodes and transforms; an image that cannot be read is its reason."""
+
+    def __init__(
+        self, source: Source, transform: EvalTransform, cache: DecodedCache | None = None
+    ) -> None:
+        self.source, self.transform, self.cache = source, transform, cache
+
+    def __len__(self) -> int:
+        return len(self.source.items)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str, bool]:
+        item, infrared = self.source.items[index], self.source.infrared[index]
+        try:
+            if isinstance(item, str):
+                pixels = read_image(item, self.transform.size, self.cache)
+            else:
+                pixels = resize(_in_memory(item, f"image {index}"), self.transform.size)
+        except UserError as error:
+            return index, str(error), False
+        infrared = three_equal_channels(pixels) if infrared is None else infrared
+        return index, self.transform(pixels), infrared
+
+
+def _in_memory(item: Image.Image | np.ndarray[Any, Any], name: str) -> Image.Image:
+    if isinstance(item, np.ndarray):
+        shape, kind = item.shape, item.dtype
+        item = item[..., 0] if shape[2:] == (1,) else item
+        if kind == np.uint16:
+            item = ((item.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        if item.dtype != np.uint8 or not (item.ndim == 2 or shape[2:] in ((3,), (4,))):
+            raise UserError(
+                f"{name}: an array {shape} of {kind}; images are (H, W), (H, W, 3) or (H, W, 4) "
+                "of uint8 or uint16, preprocessed batches are tensors"
+            )
+        item = Image.fromarray(item)
+    try:
+        item.load()
+        return to_rgb(item)
+    except (UserError, OSError) as error:  # OSError: Pillow had not decoded it yet
+        raise UserError(f"{name}: {error}") from None
+
+
+def _flatten(source: Any, modality: Any) -> Iterator[tuple[Item, str | None, int, int]]:
+    """(image, its own modality if it has one, identity, camera) of whatever a source may be."""
+    if isinstance(source, Sample):
+        yield source.path, source.modality, source.identity, source.camera
+    elif isinstance(source, (str, os.PathLike)):
+        path = os.fspath(source)
+        if os.path.isdir(path):
+            images, _ = list_images(path)
+            if not images:
+                raise UserError(f"{path}: no image in this folder")
+            yield from ((image, None, UNKNOWN, UNKNOWN) for image in images)
+        elif path.lower().endswith(".csv"):
+            said = modality if isinstance(modality, str) else None
+            for sample in read_csv(path, said):
+                own = None if sample.modality == "auto" else sample.modality
+                yield sample.path, own, sample.identity, sample.camera
+        else:
+            yield path, None, UNKNOWN, UNKNOWN
+    elif isinstance(source, Image.Image) or isinstance(source, np.ndarray) and source.ndim != 4:
+        yield source, None, UNKNOWN, UNKNOWN
+    elif isinstance(source, Iterable) and not isinstance(source, Tensor):
+        for one in source:
+            yield from _flatten(one, modality)
+    else:
+        raise UserError(
+            f"a {type(source).__name__} is no source of images; give paths, folders, CSV files, "
+            "PIL images, uint8 arrays or samples"
+        )
+
+
+def gather(source: Any, modality: Any) -> Source:
+    found = list(_flatten(source, modality))
+    own = [None if kind is None else kind == "infrared" for _, kind, _, _ in found]
+    if modality is not None or None in own:
+        said = infrared_of(modality, len(found))
+        for (item, kind, *_), mine, theirs in zip(found, own, said, strict=True):
+            if None not in (mine, theirs) and mine != theirs:
+                raise UserError(f"{item} is {kind} by its own label; modality says otherwise")
+        own = [a if a is not None else b for a, b in zip(own, said, strict=True)]
+    return Source([item for item, *_ in found], own, [labels for _, _, *labels in found])
+
+
+def infrared_of(modality: Any, count: int) -> list[bool | None]:
+    """What ``modality`` says of each image: True for infrared, None for "auto"."""
+    kinds = {"visible": False, "infrared": True, "auto": None}
+    if isinstance(modality, str):
+        modality = [modality] * count
+    if isinstance(modality, Tensor) and modality.dtype == torch.bool:
+        modality = ["infrared" if x else "visible" for x in modality.tolist()]
+    if not isinstance(modality, Sequence) or not set(modality) <= set(kinds):
+        raise UserError(
+            f"modality {modality!r}; say 'visible', 'infrared' or 'auto' (three equal channels are "
+            "infrared), or a list with one for each image"
+        )
+    if len(modality) != count:
+        raise UserError(f"{len(modality)} modalities for {count} images; give one for each")
+    return [kinds[kind] for kind in modality]
+
+
+def collate(items: list[tuple[int, Tensor | str, bool]]) -> Batch:
+    good = [(i, x, infrared) for i, x, infrared in items if isinstance(x, Tensor)]
+    return Batch(
+        [i for i, _, _ in good],
+        torch.stack([x for _, x, _ in good]) if good else torch.empty(0),
+        torch.tensor([infrared for _, _, infrared in good], dtype=torch.bool),
+        [(i, x) for i, x, _ in items if isinstance(x, str)],
+    )
