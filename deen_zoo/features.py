@@ -321,6 +321,20 @@ class FeatureExtractor:
             found.say_auto(table.paths, table.labels["infrared"])
         return table
 
+    def preprocess(self, source: Any, modality: Any = None) -> tuple[Tensor, Tensor]:
+        """What the model is given: images (N, 3, H, W), and whether each is infrared, bool (N,).
+
+        Raises:
+            UserError: An image cannot be read, by name.
+        """
+        found = gather(source, modality)
+        images = Images(found, self.transform)
+        batch = collate([images[i] for i in range(len(images))])
+        if batch.unreadable:
+            raise UserError(batch.unreadable[0][1])
+        found.say_auto([found.name(i) for i in batch.indices], batch.infrared)
+        return batch.rows, batch.infrared
+
     def _preprocessed(self, source: Tensor | DataLoader[Any], modality: Any) -> Tensor:
         out, training = [torch.empty(0, self.dim, dtype=self.dtype)], self.model.training
         self.model.eval()

@@ -1,0 +1,141 @@
+"""Images or folders to a feature file with their paths, modality, labels and provenance.
+
+A killed extraction goes on where it stopped when the same command is given again. Images that
+cannot be read are named on stderr and in the file; the exit code is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from typing import Any
+
+EXAMPLES = """\
+  deen-zoo extract gallery/ -o gallery.safetensors --model test_deen_resnet --modality visible
+  deen-zoo extract night/*.jpg -o night.npz --model runs/llcm/checkpoint --modality infrared
+  deen-zoo extract images.csv -o own.safetensors --model deen-zoo/deen_resnet50_llcm
+  deen-zoo extract LLCM/ --layout llcm -o llcm.safetensors --model runs/llcm/checkpoint --raw
+  torchrun --nproc-per-node 4 -m deen_zoo extract big/ -o big.safetensors --dtype float16 \\
+      --model runs/llcm/checkpoint --modality auto
+
+A CSV file has a header line path,identity,camera,modality; all but the path may be left out.
+The layout "own" is ROOT/visible/IDENTITY/*.jpg and ROOT/infrared/IDENTITY/*.jpg."""
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+    """The options of a FeatureExtractor, shared by the verbs that make one."""
+    from ..device import PRECISIONS
+
+    add = parser.add_argument
+    add(
+        "--model",
+        required=required,
+        help="a name, a checkpoint folder, or hf-hub:ORG/NAME; its weights are loaded",
+    )
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--precision", choices=PRECISIONS, default="auto")
+    add("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
+    add("--workers", type=int, default=4, metavar="N", help="processes that decode (default: 4)")
+
+
+def extractor(args: argparse.Namespace, **options: Any) -> Any:
+    """The FeatureExtractor of the options above."""
+    from ..features import FeatureExtractor
+
+    common = {name: getattr(args, name) for name in ("precision", "batch_size", "workers")}
+    return FeatureExtractor(args.model, options.pop("device", args.device), **common, **options)
+
+
+def name_unreadable(unreadable: dict[str, str]) -> int:
+    """Name the images without a row on stderr; the exit code that says so."""
+    for reason in unreadable.values():
+        print(f"unreadable: {reason}", file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..features import BRANCHES, DESCRIPTORS, DTYPES
+
+    add = parser.add_argument
+    add("source", nargs="+", metavar="SOURCE", help="images, folders (at any depth), CSV files")
+    add("-o", "--output", required=True, metavar="FILE", help=".safetensors, or .npz (in memory)")
+    add("--modality", choices=("visible", "infrared", "auto"), help="auto: grey is infrared")
+    add(
+        "--layout",
+        choices=("sysu", "regdb", "llcm", "own"),
+        help="SOURCE is the root of such a tree: its test images, or all of 'own', with labels",
+    )
+    add("--split", type=int, default=1, metavar="N", help="RegDB's, 1 to 10 (default: 1)")
+    add_model_arguments(parser, required=True)
+    add("--descriptor", choices=DESCRIPTORS, default="official")
+    add("--branches", choices=BRANCHES, default="all")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--no-flip", action="store_true", help="half the time, without the mirrored image")
+    add(
+        "--raw",
+        action="store_true",
+        help="rows as the reference compares them, not L2-normalised: for evaluate",
+    )
+    add("--json", action="store_true", help="print what was written as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..device import choose_device
+    from ..distributed import join
+
+    source = _samples(args) if args.layout else args.source
+    with join(choose_device(args.device)) as world:
+        make = extractor(
+            args,
+            device=str(world.device),
+            flip=not args.no_flip,
+            descriptor=args.descriptor,
+            branches=args.branches,
+            dtype=args.dtype,
+            normalize=not args.raw,
+        )
+        if world.main:
+            _name_others(args)
+            print(f"extracting to {args.output} ...", file=sys.stderr, flush=True)
+        table = make.write(source, args.output, args.modality, world)
+        main = world.main
+    if not main:
+        return 0
+    code = name_unreadable(table.unreadable)
+    found = {"file": args.output, "rows": len(table), "dim": table.features.shape[1]}
+    found["unreadable"] = len(table.unreadable)
+    if args.json:
+        print(json.dumps({**found, "unreadable": table.unreadable, "provenance": table.provenance}))
+    else:
+        print(
+            "{file}: {rows} rows of {dim} numbers, {unreadable} images unreadable".format(**found)
+        )
+    return code
+
+
+def _samples(args: argparse.Namespace) -> Any:
+    from ..data import open_dataset
+    from ..data.folder import open_folder
+    from ..errors import UserError
+
+    if len(args.source) != 1:
+        raise UserError(f"--layout {args.layout} takes one root, not {len(args.source)} sources")
+    if args.layout == "own":
+        return open_folder(args.source[0])
+    dataset = open_dataset(args.layout, args.source[0])
+    return dataset.test("visible", args.split) + dataset.test("infrared", args.split)
+
+
+def _name_others(args: argparse.Namespace) -> None:
+    """Files of the folders that are no images by their names are counted, not passed over."""
+    from ..data.folder import list_images
+
+    folders = [] if args.layout else [path for path in args.source if os.path.isdir(path)]
+    others = [path for folder in folders for path in list_images(folder)[1]]
+    if others:
+        kinds = Counter(os.path.splitext(path)[1].lower() or "no suffix" for path in others)
+        listed = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+        print(f"left out, no images by their names: {listed}", file=sys.stderr)

@@ -1,0 +1,130 @@
+"""Ranked galleries for query images: table, JSON, picture; and the score to decide by.
+
+Either side is a feature file (see "deen-zoo extract") or images and folders, which need --model and
+their modality. Beside a feature file they are extracted as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .extract import add_model_arguments, extractor, name_unreadable
+
+if TYPE_CHECKING:
+    from ..feature_files import FeatureTable
+
+EXAMPLES = """\
+  deen-zoo search --query night.jpg --query-modality infrared \\
+      --gallery people/ --gallery-modality visible --model test_deen_resnet -o ranking.png
+  deen-zoo search --query night.safetensors --gallery people.safetensors -k 20 --json
+  deen-zoo search --gallery labelled.safetensors --calibrate 0.001
+  deen-zoo search --query night.safetensors --gallery people.safetensors --threshold 0.62
+  deen-zoo search --query night.safetensors --gallery million.safetensors --index ivfpq"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..search import INDEXES
+
+    modalities = ("visible", "infrared", "auto")
+    add = parser.add_argument
+    add("--query", nargs="+", metavar="SOURCE", help="feature files, or images and folders")
+    add("--gallery", nargs="+", metavar="SOURCE", required=True, help="the like, to be searched")
+    add("--query-modality", choices=modalities, help="of query images")
+    add("--gallery-modality", choices=modalities, help="of gallery images")
+    add("-k", type=int, default=8, metavar="N", help="hits a query (default: 8)")
+    add("-o", "--output", metavar="FILE", help="picture of the first ten rankings, .png or .svg")
+    add("--threshold", type=float, default=-math.inf, metavar="SCORE", help="leave out hits below")
+    add("--index", choices=INDEXES, default="exact", help="flat and ivfpq are FAISS's")
+    add(
+        "--calibrate",
+        type=float,
+        metavar="RATE",
+        help="do not search: the threshold for this false-match rate, from labelled features; "
+        "without --query, of the gallery's infrared rows against its visible ones",
+    )
+    add_model_arguments(parser, required=False)
+    add("--json", action="store_true", help="all of it as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..errors import UserError
+    from ..search import calibrate, search
+
+    if args.query is None and args.calibrate is None:
+        raise UserError("--query is missing: name the images or the feature file to search for")
+    query, gallery = _tables(args)
+    code = name_unreadable({**(query.unreadable if query else {}), **gallery.unreadable})
+    if args.calibrate is not None:
+        _print(args, calibrate(query or gallery, gallery if query else None, args.calibrate))
+        return code
+    assert query is not None
+    print(f"searching {len(gallery)} images for {len(query)} ...", file=sys.stderr, flush=True)
+    device = "cpu" if args.device == "auto" else args.device
+    result = search(query, gallery, args.k, args.index, device)
+    if args.output:
+        from ..visualize import ranking_sheet
+
+        ranking_sheet(result, args.output, threshold=args.threshold)
+    if args.json:
+        found = {"index": args.index, "provenance": gallery.provenance}
+        print(json.dumps({**found, "queries": result.to_dict(args.threshold)}, indent=2))
+    else:
+        print(result.table(args.threshold))
+    return code
+
+
+def _tables(args: argparse.Namespace) -> tuple[FeatureTable | None, FeatureTable]:
+    """Query and gallery, where images are extracted in the way of the other side's file."""
+    from ..errors import UserError
+    from ..feature_files import read_feature_table
+
+    sides = {"query": args.query, "gallery": args.gallery}
+    tables: dict[str, FeatureTable] = {}
+    for side, sources in sides.items():
+        files = [s.endswith((".safetensors", ".npz")) for s in sources or ()]
+        if any(files) and not all(files):
+            raise UserError(
+                f"--{side}: feature files and images together; extract the images first"
+            )
+        if any(files):
+            tables[side] = read_feature_table(*sources)
+    rest = [side for side, sources in sides.items() if sources and side not in tables]
+    if rest:
+        if args.model is None:
+            raise UserError(f"--{rest[0]} is of images: name the --model to extract them with")
+        like = next((table.provenance for table in tables.values()), {})
+        make = extractor(args, **_options(like))
+        for side in rest:
+            modality = getattr(args, f"{side}_modality")
+            tables[side] = make.table(sides[side], modality)
+    return tables.get("query"), tables["gallery"]
+
+
+def _options(provenance: dict[str, str]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name in ("descriptor", "branches", "flip", "normalize"):
+        if name in provenance:
+            value = provenance[name]
+            out[name] = value == "true" if name in ("flip", "normalize") else value
+    return out
+
+
+def _print(args: argparse.Namespace, found: Any) -> None:
+    if args.json:
+        print(json.dumps(vars(found), indent=2))
+        return
+    print(
+        f"threshold {found.threshold:.4f}: false-match rate {found.false_match_rate:.6f} of "
+        f"{found.different_pairs} pairs of two persons, true-match rate "
+        f"{found.true_match_rate:.4f} of {found.same_pairs} pairs of one"
+    )
+    if found.false_matches < 30:
+        print(
+            f"only {found.false_matches} false matches stand behind that rate: give more labelled "
+            "images before relying on it",
+            file=sys.stderr,
+        )
