@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import os
 import pickle
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import torch
 
 from .errors import UserError
 from .models import create_model, save_pretrained
-from .models.checkpoint import checkpoint_filter_fn, from_official, is_official
+from .models.checkpoint import checkpoint_filter_fn, is_official
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ def read_official(path: str | os.PathLike[str]) -> dict[str, Any]:
 @contextlib.contextmanager
 def _numpy_values_allowed() -> Iterator[None]:
     """The official file stores its scores as NumPy values, by old and new module names."""
-    core = np.core if np.lib.NumpyVersion(np.__version__) < "2.0.0" else np._core
-    scalar, reconstruct = core.multiarray.scalar, core.multiarray._reconstruct
+    core = "numpy._core" if hasattr(np, "_core") else "numpy.core"
+    multiarray = importlib.import_module(f"{core}.multiarray")
+    scalar, reconstruct = multiarray.scalar, multiarray._reconstruct
     allowed: list[Any] = [np.ndarray, np.dtype]
     allowed += [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")]
     for name, function in (("scalar", scalar), ("_reconstruct", reconstruct)):
@@ -141,7 +143,7 @@ def convert_official(
     save_pretrained(net, folder)
 
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
-    wanted = from_official(weights, net.model_args["num_stages"])
+    wanted = checkpoint_filter_fn(dict(weights), net)
     equal = sum(torch.equal(loaded[key], wanted[key]) for key in loaded)
     if equal != len(loaded):
         raise RuntimeError(f"{len(loaded) - equal} tensors of {folder} differ from {source}")

@@ -74,11 +74,10 @@ def theirs(dataset: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, str]]
 
     net = official_net(IDENTITIES, dataset)
     stages = 3 if dataset == "regdb" else 4
-    names = {key: key for key in net.state_dict()}
     rename = {}
-    for key in names:
-        translated = from_official({key: torch.empty(0)}, stages)
-        rename.update({key: ours for ours in translated})
+    for key in net.state_dict():
+        for name in from_official({key: torch.empty(0)}, stages):
+            rename[key] = name
     seeded.fill(net, rename=rename)
     return net.to(dtype), rename
 

@@ -17,7 +17,7 @@ from torch import nn
 
 OFFICIAL = os.environ.get("DEEN_OFFICIAL")
 needs_official = pytest.mark.skipif(
-    not OFFICIAL, reason="DEEN_OFFICIAL is not set to the DEEN folder of a checkout of the reference"
+    not OFFICIAL, reason="DEEN_OFFICIAL is not set to the DEEN folder of the reference's checkout"
 )
 _NAMES = ("model", "resnet", "loss", "eval_metrics", "data_manager", "random_erasing", "utils")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import timm
 
@@ -46,8 +46,8 @@ def create_model(
         if not repo:
             raise UserError(f"revision {revision!r}: {name} is not on the Hub, so it has none")
         kwargs["pretrained_cfg_overlay"] = {**overlay, "hf_hub_id": f"{repo}@{revision}"}
-    model = timm.create_model(name, pretrained=pretrained, **kwargs)
-    return model
+    model: Any = timm.create_model(name, pretrained=pretrained, **kwargs)
+    return cast(DEEN, model)
 
 
 def list_models(filter: str = "") -> list[str]:

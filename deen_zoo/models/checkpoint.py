@@ -65,7 +65,7 @@ def from_official(state_dict: StateDict, num_stages: int) -> StateDict:
     return out
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: torch.nn.Module) -> StateDict:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> StateDict:
     """timm's hook before loading: translate official files, then check the keys both ways.
 
     timm loads with ``strict=False`` when the class count differs, and a badly mapped checkpoint
@@ -99,8 +99,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: torch.nn.Module) -> 
         ours, theirs = expected[name].shape, state_dict[name].shape
         first_conv = re.match(r"(visible|infrared)_stem\.conv1\.(0\.)?weight", name)
         if first_conv and model.in_chans != 3:  # timm adapts it next
-            return ours[0] != theirs[0] or ours[2:] != theirs[2:]
-        return ours != theirs
+            ours, theirs = ours[:1] + ours[2:], theirs[:1] + theirs[2:]
+        return bool(ours != theirs)
 
     faults = {
         "missing": [n for n in expected if n not in state_dict],
@@ -124,7 +124,7 @@ def _some(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
-def save_pretrained(model: torch.nn.Module, folder: str | os.PathLike[str]) -> Path:
+def save_pretrained(model: Any, folder: str | os.PathLike[str]) -> Path:
     """Write ``config.json`` and ``model.safetensors``: a folder for timm and for transformers.
 
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` builds the same model from it, in a
@@ -143,7 +143,7 @@ def save_pretrained(model: torch.nn.Module, folder: str | os.PathLike[str]) -> P
     return folder
 
 
-def model_config(model: torch.nn.Module, weights_sha256: str) -> dict[str, Any]:
+def model_config(model: Any, weights_sha256: str) -> dict[str, Any]:
     """``config.json`` of a model: what builds it again, and the digest of its weights' file."""
     from .. import __version__
 

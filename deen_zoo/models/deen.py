@@ -22,204 +22,28 @@ from timm.models import (
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
-    register_notrace_function,
-    register_notrace_module,
 )
 from timm.models._features import feature_take_indices
 
+from .blocks import (
+    CNL,
+    DEE,
+    PNL,
+    BNNeck,
+    FusedStage,
+    Modality,
+    Stage,
+    Stem,
+    check_images,
+    infrared_rows_of,
+    without_stride,
+)
 from .checkpoint import checkpoint_filter_fn
 from .weights import HUB_ORGANISATION, TINY_WEIGHTS, backbone_weights, safe_source
 
 __all__ = ["DEEN"]
 
 MODALITIES = ("visible", "infrared")
-Modality = Union[str, torch.Tensor, None]
-
-
-@register_notrace_function
-def triple_product(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """``a @ b @ c`` of (N, i, j), (N, j, k), (N, k, l), bracketed for the fewer multiplications."""
-    i, j, k, l = a.shape[1], a.shape[2], c.shape[1], c.shape[2]  # noqa: E741
-    if i * j * k + i * k * l <= j * k * l + i * j * l:
-        return a @ b @ c
-    return a @ (b @ c)
-
-
-@register_notrace_function
-def infrared_rows_of(x: torch.Tensor, modality: Modality, default: str) -> torch.Tensor:
-    """The rows of ``x`` that are infrared, as a bool tensor (N,); checks what was said."""
-    if modality is None:
-        modality = default
-    if isinstance(modality, torch.Tensor):
-        if modality.dtype != torch.bool or modality.dim() != 1 or modality.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"a modality tensor must be bool, one entry an image, True for infrared: "
-                f"got {modality.dtype} {modality.shape} for {x.shape[0]} images")
-        return modality
-    if modality not in ("visible", "infrared"):
-        raise ValueError(
-            f"modality must be 'visible', 'infrared' or a bool tensor (N,), True for infrared: "
-            f"got {modality}")
-    return torch.full((x.shape[0],), modality == "infrared", dtype=torch.bool, device=x.device)
-
-
-@register_notrace_function
-def check_images(x: torch.Tensor, in_chans: int, fused: int) -> None:
-    """PNL reads two channels as one row, so each fused stage needs an even number of positions."""
-    if x.dim() != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"images must be (N, {in_chans}, H, W): got {x.shape}")
-    for stage in range(fused):
-        stride = 4 * 2 ** stage
-        height, width = (x.shape[2] + stride - 1) // stride, (x.shape[3] + stride - 1) // stride
-        if height * width % 2 == 1:
-            raise ValueError(
-                f"images of {x.shape[2]} x {x.shape[3]} give a {height} x {width} map at stride "
-                f"{stride}, and MFA needs an even number of positions: make height or width a "
-                f"multiple of {8 * 2 ** (fused - 1)}, e.g. 384 x 144")
-
-
-class DEE(nn.Module):
-    """Diverse embedding expansion: (N, C, H, W) -> (3N, C, H, W), branch-major.
-
-    The first N rows are the input; each generated branch is three dilated 3x3 convolutions to C/4,
-    averaged, ReLU and a 1x1 convolution back (the paper sums, the reference averages).
-    """
-
-    def __init__(self, dim: int, drop_rate: float, generated: int = 2, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.reduce = nn.ModuleList(
-            nn.ModuleList(
-                nn.Conv2d(dim, dim // 4, 3, padding=d, dilation=d, bias=False, **dd)
-                for d in (1, 2, 3))
-            for _ in range(generated))
-        self.expand = nn.ModuleList(nn.Conv2d(dim // 4, dim, 1, **dd) for _ in range(generated))
-        self.drop = nn.Dropout(drop_rate)
-        for conv in self.modules():
-            if isinstance(conv, nn.Conv2d):
-                nn.init.kaiming_normal_(conv.weight, mode="fan_in")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        branches = [x]
-        for reduce, expand in zip(self.reduce, self.expand):
-            dilated = [conv(x) for conv in reduce]
-            branches.append(expand(F.relu((dilated[0] + dilated[1] + dilated[2]) / 3)))
-        return self.drop(torch.cat(branches))
-
-
-class ConvBN(nn.Sequential):
-    """1x1 convolution and a BN that starts at zero, so that a fresh block is the identity."""
-
-    def __init__(self, in_dim: int, out_dim: int, device=None, dtype=None):
-        conv = nn.Conv2d(in_dim, out_dim, 1, device=device, dtype=dtype)
-        bn = nn.BatchNorm2d(out_dim, device=device, dtype=dtype)
-        nn.init.zeros_(bn.weight)
-        super().__init__(OrderedDict(conv=conv, bn=bn))
-
-
-class CNL(nn.Module):
-    """Channel non-local block: attention between the channels of two stages, no softmax.
-
-    ``high`` (N, high, h, w) is the stage's output, ``low`` (N, low, H, W) its input. The reference
-    gives ``g`` stride 1 and ``W`` stride 2; a 1x1 convolution with a stride reads only what ``g``
-    with that stride computes, so here ``g`` has it.
-    """
-
-    def __init__(self, high_dim: int, low_dim: int, stride: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.g = nn.Conv2d(low_dim, low_dim, 1, stride=stride, **dd)
-        self.theta = nn.Conv2d(high_dim, low_dim, 1, **dd)
-        self.phi = nn.Conv2d(low_dim, low_dim, 1, stride=stride, **dd)
-        self.proj = ConvBN(low_dim, high_dim, **dd)
-
-    def forward(self, high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        theta = self.theta(high).flatten(2)  # (N, low, hw)
-        phi = self.phi(low).flatten(2).transpose(1, 2)  # (N, hw, low)
-        g = self.g(low)  # (N, low, h, w)
-        attention = theta @ phi / phi.shape[2]  # (N, low, low)
-        return self.proj((attention @ g.flatten(2)).reshape(g.shape)) + high
-
-
-class PNL(nn.Module):
-    """Position non-local block: attention between the positions of two stages, no softmax.
-
-    Maps of low/2 channels are read as (low, positions/2): half of the positions become channels.
-    The trained weights rely on this view of the reference, which a textbook block does not have.
-    Without a softmax the three factors may be multiplied in either order.
-    """
-
-    def __init__(self, high_dim: int, low_dim: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.low_dim = low_dim
-        self.g = nn.Conv2d(low_dim, low_dim // 2, 1, **dd)
-        self.theta = nn.Conv2d(high_dim, low_dim // 2, 1, **dd)
-        self.phi = nn.Conv2d(low_dim, low_dim // 2, 1, **dd)
-        self.proj = ConvBN(low_dim // 2, high_dim, **dd)
-
-    def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(x.shape[0], self.low_dim, -1)  # (N, low/2, H, W) -> (N, low, HW/2)
-
-    def forward(self, high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        theta = self.theta(high)  # (N, low/2, h, w)
-        phi = self._rows(self.phi(low))
-        g = self._rows(self.g(low)).transpose(1, 2)  # (N, HW/2, low)
-        y = triple_product(self._rows(theta).transpose(1, 2), phi, g) / phi.shape[2]  # (N, hw/2, low)
-        return self.proj(y.transpose(1, 2).reshape(theta.shape)) + high
-
-
-class Deployable:
-    """A part that ``timm.utils.reparameterize_model`` replaces by its deploy form."""
-
-    def fuse(self) -> nn.Module:
-        from .deploy import deploy
-        return deploy(self)
-
-
-class Stem(Deployable, nn.Sequential):
-    """A ResNet's first convolution to its max-pooling."""
-
-
-class Stage(Deployable, nn.Sequential):
-    """A ResNet stage as ``blocks``, after ``dee`` if it is the last."""
-
-
-class FusedStage(Deployable, nn.Module):
-    """A ResNet stage followed by MFA: CNL then PNL fuse the stage's input into its output."""
-
-    def __init__(self, blocks: nn.Module, cnl: CNL, pnl: PNL):
-        super().__init__()
-        self.blocks, self.cnl, self.pnl = blocks, cnl, pnl
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.pnl(self.cnl(self.blocks(x), x), x)
-
-
-@register_notrace_module
-class BNNeck(nn.BatchNorm1d):
-    """BatchNorm1d whose bias is a buffer frozen at zero; weight ~ N(1, 0.01)."""
-
-    def __init__(self, dim: int, device=None, dtype=None):
-        super().__init__(dim, device=device, dtype=dtype)
-        bias = self.bias.detach()
-        del self.bias
-        self.register_buffer("bias", bias)
-        nn.init.normal_(self.weight, 1.0, 0.01)
-
-
-def _without_stride(blocks: nn.Module, backbone: str) -> nn.Module:
-    """Take the stride out of a ResNet stage; timm's ``output_stride=16`` would also dilate it."""
-    for name, module in list(blocks.named_modules()):
-        if isinstance(module, nn.Conv2d):
-            module.stride = (1, 1)
-        elif isinstance(module, (nn.AvgPool2d, nn.MaxPool2d)):
-            parent, _, child = name.rpartition(".")
-            setattr(blocks.get_submodule(parent), child, nn.Identity())
-        elif getattr(module, "stride", 1) not in (1, 2, (1, 1)) or hasattr(module, "filt"):
-            raise ValueError(f"backbone {backbone} strides by {type(module).__name__}, which DEEN "
-                             f"cannot undo: choose a plain ResNet such as resnet50")
-    return blocks
 
 
 class DEEN(nn.Module):
@@ -255,8 +79,8 @@ class DEEN(nn.Module):
             mfa: bool = True,
             modality: str = "visible",
             drop_rate: float = 0.01,
-            device=None,
-            dtype=None,
+            device: Any = None,
+            dtype: Any = None,
     ):
         super().__init__()
         if modality not in MODALITIES:
@@ -273,15 +97,17 @@ class DEEN(nn.Module):
             backbone=backbone, backbone_args=backbone_args, num_stages=num_stages, dee=dee, mfa=mfa,
             modality=modality, drop_rate=drop_rate)
 
-        overlay = dict(file=backbone_weights(backbone)) if pretrained_backbone else None
+        own_args = dict(backbone_args or {})
+        if pretrained_backbone and "pretrained_cfg_overlay" not in own_args:
+            own_args["pretrained_cfg_overlay"] = dict(file=backbone_weights(backbone))
 
         def resnet() -> nn.Module:
             net = timm.create_model(
-                backbone, pretrained=pretrained_backbone, pretrained_cfg_overlay=overlay,
-                in_chans=in_chans, num_classes=0, **(backbone_args or {}), **dd)
+                backbone, pretrained=pretrained_backbone, in_chans=in_chans, num_classes=0,
+                **own_args, **dd)
             if not isinstance(net, timm.models.ResNet):
-                raise ValueError(f"backbone must be a timm ResNet such as 'resnet50': {backbone} is "
-                                 f"a {type(net).__name__}")
+                raise ValueError(f"backbone must be a timm ResNet such as 'resnet50': "
+                                 f"{backbone} is a {type(net).__name__}")
             return net
 
         def stem(net: nn.Module) -> Stem:
@@ -300,7 +126,7 @@ class DEEN(nn.Module):
             blocks = getattr(trunk, f"layer{i}")
             reduction, low, high = min(2 ** (i + 1), 16), dims[i - 1], dims[i]
             if i == num_stages:
-                blocks = _without_stride(blocks, backbone) if i == 4 else blocks
+                blocks = without_stride(blocks, backbone) if i == 4 else blocks
                 expand = [("dee", DEE(low, drop_rate, **dd))] if dee else []
                 stages.append(Stage(OrderedDict([*expand, ("blocks", blocks)])))
                 high *= self.num_branches
@@ -330,7 +156,7 @@ class DEEN(nn.Module):
             blocks = [
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)\.dee", (-1,)),
                 (r"^stages\.(\d+)\.[cp]nl", (99999,)), (r"^bottleneck", (99999,))]
-        return dict(stem=r"^(visible|infrared)_stem", blocks=blocks)
+        return dict(stem=r"^(?:visible|infrared)_stem", blocks=blocks)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -380,9 +206,8 @@ class DEEN(nn.Module):
 
     def _side_by_side(self, x: torch.Tensor) -> torch.Tensor:
         """(B*N, C, H, W), branch-major, -> (N, B*C, H, W)."""
-        if self.num_branches == 1:
-            return x
-        return torch.cat(x.chunk(self.num_branches), dim=1)
+        x = x.reshape(self.num_branches, -1, x.shape[1], x.shape[2], x.shape[3])
+        return x.transpose(0, 1).flatten(1, 2)
 
     def _branch_major(self, x: torch.Tensor) -> torch.Tensor:
         """(N, B*C) -> (B*N, C), branch-major as the reference orders them."""
@@ -404,10 +229,11 @@ class DEEN(nn.Module):
         """
         if self.global_pool == "":
             return x
-        bn = self.bottleneck(self._branch_major(x.mean((2, 3)))).chunk(self.num_branches)
+        bn = self.bottleneck(self._branch_major(x.mean((2, 3))))
+        bn = bn.reshape(self.num_branches, -1, bn.shape[1])  # (B, N, C)
         if pre_logits or self.num_classes == 0:
-            return torch.cat(bn, dim=1)
-        return self.classifier(torch.stack(bn).mean(0))
+            return bn.transpose(0, 1).flatten(1)
+        return self.classifier(bn.mean(0))
 
     def forward(self, x: torch.Tensor, modality: Modality = None) -> torch.Tensor:
         """Images (N, in_chans, H, W) -> logits (N, num_classes), or BN-neck features (N, B*C)."""
@@ -433,7 +259,7 @@ class DEEN(nn.Module):
         mirrored images is added and, as in the reference's test, not normalised again.
         """
         parts = torch.cat([F.normalize(part) for part in self.forward_branches(x, modality)])
-        out = torch.cat(parts.chunk(2 * self.num_branches), dim=1)
+        out = parts.reshape(2 * self.num_branches, -1, parts.shape[1]).transpose(0, 1).flatten(1)
         return out + self.forward_embedding(x.flip(3), modality) if flip else out
 
     def forward_intermediates(
@@ -490,7 +316,7 @@ def _cfg(num_classes: int, **kwargs: Any) -> Dict[str, Any]:
         "crop_pct": 1.0, "crop_mode": "squash", "interpolation": "lanczos",
         "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
         "first_conv": ("visible_stem.conv1", "infrared_stem.conv1"), "classifier": "classifier",
-        "hf_hub_filename": "model.safetensors", "license": "apache-2.0",
+        "hf_hub_filename": "model.safetensors", "license": "other",
         "paper_ids": "arXiv:2303.14481", "paper_name": "Diverse Embedding Expansion Network",
         "origin_url": "https://github.com/ZYK100/LLCM", **kwargs,
     }
@@ -501,7 +327,7 @@ default_cfgs = generate_default_cfgs({
     "deen_resnet50_regdb": _cfg(206, hf_hub_id=f"{HUB_ORGANISATION}/deen_resnet50_regdb"),
     "deen_resnet50_llcm": _cfg(713, hf_hub_id=f"{HUB_ORGANISATION}/deen_resnet50_llcm"),
     "test_deen_resnet": _cfg(
-        64, file=TINY_WEIGHTS, input_size=(3, 128, 64), pool_size=(8, 4),
+        64, file=TINY_WEIGHTS, license="apache-2.0", input_size=(3, 128, 64), pool_size=(8, 4),
         first_conv=("visible_stem.conv1.0", "infrared_stem.conv1.0")),
 })
 
@@ -535,6 +361,6 @@ def deen_resnet50_llcm(pretrained: bool = False, **kwargs: Any) -> DEEN:
 @register_model
 def test_deen_resnet(pretrained: bool = False, **kwargs: Any) -> DEEN:
     """A tiny DEEN for tests and demonstrations, trained on synthetic people only."""
-    backbone_args = dict(stem_width=16, stem_type="deep", channels=(32, 48, 64, 128))
-    model_args = dict(backbone="resnet10t", backbone_args=backbone_args)
+    tiny = dict(stem_width=16, stem_type="deep", channels=(32, 48, 64, 128))
+    model_args = {} if "backbone" in kwargs else dict(backbone="resnet10t", backbone_args=tiny)
     return _create_deen("test_deen_resnet", pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,237 @@
+"""The deploy form: the same numbers from fewer operations, for inference alone.
+
+``timm.utils.reparameterize_model(model)`` calls ``fuse()`` of the stems and stages of a DEEN, which
+ends here. Every step is exact but for rounding:
+
+- a BN is folded into the convolution before it;
+- the convolutions of the two generated branches run side by side, three in place of six, and their
+  mean is in the weights;
+- DEE's last 1x1 convolutions are composed with the two 1x1 convolutions that read their output,
+  the first of the next block and that of its shortcut, so that the wide map between them vanishes;
+- in MFA, ``g`` and ``phi`` are one convolution, and the three factors, between which there is no
+  softmax, are multiplied in the cheaper order.
+"""
+from typing import List
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models.resnet import BasicBlock, Bottleneck
+
+from ..errors import UserError
+from .blocks import triple_product
+
+__all__ = ["deploy", "is_deployed"]
+
+
+def deploy(module: nn.Module) -> nn.Module:
+    """What replaces a stem or a stage of a DEEN; its parts are moved there and changed."""
+    if not hasattr(module, "blocks"):
+        return _Stem(module)
+    return _FusedStage(module) if hasattr(module, "cnl") else _Stage(module)
+
+
+def is_deployed(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, is in the deploy form."""
+    return any(isinstance(module, _InferenceOnly) for module in model.modules())
+
+
+class _InferenceOnly(nn.Module):
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode:
+            raise UserError("the deploy form is for inference only, its batch norms are folded: "
+                            "train the model that it was made from")
+        return super().train(False)
+
+
+def _conv(like: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
+    """A convolution as ``like``, with other weights (computed in float64)."""
+    with torch.device("meta"):
+        conv = nn.Conv2d(
+            weight.shape[1] * like.groups, weight.shape[0], like.kernel_size, like.stride,
+            like.padding, like.dilation, like.groups, padding_mode=like.padding_mode)
+    weight = weight.to(like.weight.dtype).to(memory_format=torch.channels_last)
+    conv.weight = nn.Parameter(weight, requires_grad=False)
+    conv.bias = nn.Parameter(bias.to(like.weight.dtype), requires_grad=False)
+    return conv
+
+
+def _bias(conv: nn.Conv2d) -> torch.Tensor:
+    if conv.bias is None:
+        return conv.weight.new_zeros(conv.out_channels, dtype=torch.float64)
+    return conv.bias.detach().double()
+
+
+def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
+    """``bn(conv(x))`` of a BN that uses its running statistics, as one convolution."""
+    scale = (bn.running_var.double() + bn.eps).rsqrt()
+    shift = -bn.running_mean.double() * scale
+    if bn.weight is not None:
+        scale, shift = scale * bn.weight.detach(), shift * bn.weight.detach() + bn.bias.detach()
+    weight = conv.weight.detach().double() * scale.reshape(-1, 1, 1, 1)
+    return _conv(conv, weight, _bias(conv) * scale + shift)
+
+
+def _fold_all(module: nn.Module) -> nn.Module:
+    """Fold, in place, each BN whose only input is the convolution before it."""
+    for parent in list(module.modules()):
+        names = [name for name, _ in parent.named_children()]
+        if isinstance(parent, (BasicBlock, Bottleneck)):
+            pairs = [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")]
+        elif isinstance(parent, nn.Sequential):
+            pairs = list(zip(names, names[1:]))
+        else:
+            continue
+        for first, second in pairs:
+            bn = getattr(parent, second, None)
+            owner, name = parent, first
+            while isinstance(getattr(owner, name, None), nn.Sequential):  # a deep stem's conv1
+                owner = getattr(owner, name)
+                name = [child for child, _ in owner.named_children()][-1]
+            conv = getattr(owner, name, None)
+            if type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and bn.track_running_stats:
+                setattr(owner, name, _fold(conv, bn))
+                setattr(parent, second, nn.Identity())
+    return module
+
+
+def _side_by_side(convs: List[nn.Conv2d], scale: float = 1.0) -> nn.Conv2d:
+    """Convolutions of one input as one, their outputs one after the other, times ``scale``."""
+    weight = torch.cat([conv.weight.detach().double() for conv in convs])
+    return _conv(convs[0], weight * scale, torch.cat([_bias(conv) for conv in convs]) * scale)
+
+
+class _Stem(_InferenceOnly):
+    def __init__(self, stem: nn.Module):
+        super().__init__()
+        self.layers = _fold_all(nn.Sequential(*stem.children()))
+        self.training = stem.training
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            raise ValueError("the deploy form is for inference only: call eval() on the model")
+        return self.layers(x)
+
+
+class _CNL(_InferenceOnly):
+    def __init__(self, cnl: nn.Module):
+        super().__init__()
+        self.phi_g = _side_by_side([cnl.phi, cnl.g])
+        self.theta = _side_by_side([cnl.theta], 1 / cnl.theta.out_channels)  # of attention's rows
+        self.proj = _fold(cnl.proj.conv, cnl.proj.bn)
+
+    def forward(self, high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        from_low = self.phi_g(low)  # (N, 2*low, h, w)
+        phi, g = from_low.flatten(2).chunk(2, 1)  # (N, low, hw)
+        theta = self.theta(high)
+        y = triple_product(theta.flatten(2), phi.transpose(1, 2), g)
+        return self.proj(y.reshape(theta.shape)).add_(high)
+
+
+class _PNL(_InferenceOnly):
+    def __init__(self, pnl: nn.Module):
+        super().__init__()
+        self.low_dim = pnl.low_dim
+        self.phi_g = _side_by_side([pnl.phi, pnl.g])
+        self.theta = _side_by_side([pnl.theta])
+        self.proj = _fold(pnl.proj.conv, pnl.proj.bn)
+
+    def forward(self, high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        rows = self.phi_g(low).reshape(low.shape[0], 2 * self.low_dim, -1)
+        phi, g = rows.chunk(2, 1)  # (N, low, HW/2)
+        theta = self.theta(high)  # (N, low/2, h, w)
+        left = theta.reshape(theta.shape[0], self.low_dim, -1)  # (N, low, hw/2)
+        # g (phi theta) of the transposed factors: (N, low, hw/2), already in theta's order
+        y = triple_product(g, phi.transpose(1, 2), left / phi.shape[2])
+        return self.proj(y.reshape(theta.shape)).add_(high)
+
+
+class _DEE(_InferenceOnly):
+    """``expand``: (N, C, h, w) -> (3N, C, h, w), as DEE. Else, for :class:`_BranchConv`,
+    (N, C + 2*C/4, h, w): the input and what the last convolutions would have read."""
+
+    def __init__(self, dee: nn.Module, expand: bool):
+        super().__init__()
+        dilated = [list(convs) for convs in zip(*dee.reduce)]  # of one dilation, a branch each
+        self.reduce = nn.ModuleList(_side_by_side(convs, 1 / len(dilated)) for convs in dilated)
+        self.expand = nn.ModuleList(_side_by_side([conv]) for conv in dee.expand if expand)
+        self.branches = len(dee.expand)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = self.reduce[0](x)
+        for i, conv in enumerate(self.reduce):
+            if i > 0:
+                total = total + conv(x)
+        hidden = F.relu(total)
+        if len(self.expand) == 0:
+            return torch.cat([x, hidden], dim=1)
+        parts, out = hidden.chunk(self.branches, dim=1), [x]
+        for i, conv in enumerate(self.expand):
+            out.append(conv(parts[i]))
+        return torch.cat(out)
+
+
+class _BranchConv(_InferenceOnly):
+    """A 1x1 convolution of every branch: (N, C + 2*C/4, h, w) -> (3N, out, h', w')."""
+
+    def __init__(self, conv: nn.Conv2d, expand: nn.ModuleList):
+        super().__init__()
+        outer = conv.weight.detach().double()  # (out, C, 1, 1)
+        self.convs = nn.ModuleList([conv])
+        for inner in expand:
+            weight = torch.einsum("oc,cikl->oikl", outer[:, :, 0, 0], inner.weight.detach().double())
+            self.convs.append(_conv(conv, weight, _bias(conv) + outer[:, :, 0, 0] @ _bias(inner)))
+        self.widths = [c.in_channels for c in self.convs]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = x.split(self.widths, dim=1)
+        out: List[torch.Tensor] = []
+        for i, conv in enumerate(self.convs):
+            out.append(conv(parts[i]))
+        return torch.cat(out)
+
+
+def _is_pointwise(conv: nn.Module) -> bool:
+    return (type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) and conv.padding == (0, 0)
+            and conv.groups == 1)
+
+
+def _commutes(module: nn.Module) -> bool:
+    """Whether a 1x1 convolution, with its bias, may as well run before this module as after."""
+    return type(module) is nn.Identity or (
+        type(module) is nn.AvgPool2d and not module.count_include_pad)
+
+
+def _compose(block: nn.Module, expand: nn.ModuleList) -> bool:
+    """Let a Bottleneck read DEE's hidden maps, if each of its ways in is a 1x1 convolution."""
+    if type(block) is not Bottleneck or not isinstance(block.downsample, nn.Sequential):
+        return False
+    shortcut = list(block.downsample)
+    place = next((i for i, m in enumerate(shortcut) if not _commutes(m)), -1)
+    if not _is_pointwise(block.conv1) or not _is_pointwise(shortcut[place]):
+        return False
+    block.conv1 = _BranchConv(block.conv1, expand)
+    block.downsample[place] = _BranchConv(shortcut[place], expand)
+    return True
+
+
+class _Stage(_InferenceOnly):
+    def __init__(self, stage: nn.Module):
+        super().__init__()
+        self.blocks = _fold_all(stage.blocks)
+        dee = getattr(stage, "dee", None)
+        self.dee = nn.Identity()
+        if dee is not None:
+            self.dee = _DEE(dee, expand=not _compose(self.blocks[0], dee.expand))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(self.dee(x))
+
+
+class _FusedStage(_InferenceOnly):
+    def __init__(self, stage: nn.Module):
+        super().__init__()
+        self.blocks, self.cnl, self.pnl = _fold_all(stage.blocks), _CNL(stage.cnl), _PNL(stage.pnl)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pnl(self.cnl(self.blocks(x), x), x)
