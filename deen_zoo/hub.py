@@ -133,8 +133,10 @@ def publish(
     def stage(target: Path, tag: str) -> dict[str, int]:
         target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / WEIGHTS, target / WEIGHTS)
+        config = model_config(model, digest)
+        config["pretrained_cfg"]["license"] = _licence(content, found, repo)[0]
         texts = {
-            CONFIG: json.dumps(model_config(model, digest), indent=2) + "\n",
+            CONFIG: json.dumps(config, indent=2) + "\n",
             RESULTS: json.dumps(_without_paths(content), indent=2) + "\n",
             CARD: str(card(model, content, found, repo, tag, digest)),
         }
