@@ -57,6 +57,7 @@ class Hub:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str, str]] = []  # method, path, Range
+        self.large: dict[str, bytes] = {}  # SHA-256 -> content, uploaded before its commit
         self.faults: dict[str, Fault] = {}  # by the end of the path
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("H", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -166,6 +167,13 @@ class _Handler(BaseHTTPRequestHandler):
                 }
             )
 
+    def do_PUT(self) -> None:
+        oid = self.begin().removeprefix("/upload/")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        assert hashlib.sha256(body).hexdigest() == oid
+        self.hub.large[oid] = body
+        self.reply(200)
+
     def do_POST(self) -> None:
         path = self.begin()
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -184,14 +192,21 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.json({"url": f"{self.hub.url}/{name}"}, 409)
             self.hub.add(name, private=bool(asked.get("private")))
             return self.json({"url": f"{self.hub.url}/{name}"})
+        if path.endswith(".git/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for item in objects:
+                href = f"{self.hub.url}/upload/{item['oid']}"
+                item["actions"] = {"upload": {"href": href, "header": {}}}
+            return self.json({"transfer": "basic", "objects": objects})
         name, verb, revision = path.removeprefix("/api/models/").rsplit("/", 2)
         repo = self.repo(name)
         if repo is None:
             return None
         if verb == "preupload":
             rows = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                {"path": f["path"], "uploadMode": mode, "shouldIgnore": False}
                 for f in json.loads(body)["files"]
+                for mode in ["lfs" if f["path"].endswith(".safetensors") else "regular"]
             ]
             return self.json({"files": rows})
         if verb == "tag":
@@ -206,6 +221,9 @@ class _Handler(BaseHTTPRequestHandler):
             for line in lines
             if line["key"] == "file"
         }
+        for line in lines:
+            if line["key"] == "lfsFile":
+                files[line["value"]["path"]] = self.hub.large[line["value"]["oid"]]
         oid = repo.commit(files)
         url = f"{self.hub.url}/{name}/commit/{oid}"
         return self.json({"commitUrl": url, "commitOid": oid})

@@ -328,6 +328,10 @@ def test_configs_of_others_are_refused(hub, online, folder, tmp_path):
         refused(online, load(f"hf-hub:config/{name}"), *parts)
     hub.add("config/text", folder).commit({"config.json": b"<html>"})
     refused(online, load("hf-hub:config/text"), "is not JSON")
+    for part in ("deen_zoo", "model_args", "pretrained_cfg"):
+        config = json.loads((folder / "config.json").read_text()) | {part: [1]}
+        hub.add("config/odd", folder).commit({"config.json": json.dumps(config).encode()})
+        refused(online, load("hf-hub:config/odd"), "is not a model's: get it anew")
     hub.add("config/list", folder).commit({"config.json": b"[1]"})
     refused(online, load("hf-hub:config/list"), "it holds list")
     # timm's own create_model gets as far as the model's entrypoint, where the same checks are

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def safe_source(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> dict[
         config = local_config(given["file"], variant)
     elif isinstance(given, dict) and given.get("source") == "hf-hub":
         config, overlay["hf_hub_id"] = hub_config(given["hf_hub_id"], variant, cache_dir)
-    cfg = asdict(resolve_pretrained_cfg(variant, given, overlay))
+    cfg = vars(resolve_pretrained_cfg(variant, given, overlay))
     if not pretrained:
         return kwargs
     filename = cfg.get("hf_hub_filename") or WEIGHTS
@@ -207,10 +207,11 @@ def _check_config(config: dict[str, Any], where: str, variant: str) -> None:
     """Refuse what this version cannot build, and what would load something else on the way."""
     from .deen import DEEN
 
-    own = config.get("deen_zoo") or {}
-    args = config.get("model_args") or {}
-    cfg = config.get("pretrained_cfg") or {}
-    if own.get("format", FORMAT) > FORMAT:
+    own, args, cfg = (config.get(k) or {} for k in ("deen_zoo", "model_args", "pretrained_cfg"))
+    backbone_args: Any = args.get("backbone_args") or {} if isinstance(args, dict) else None
+    if not all(isinstance(part, dict) for part in (own, args, cfg, backbone_args)):
+        raise UserError(f"{where} has a {CONFIG} that is not a model's: get it anew")
+    if own.get("format", FORMAT) not in range(FORMAT + 1):
         raise UserError(
             f"{where} was written by a newer deen_zoo ({own.get('version')}), whose format "
             f"{own['format']} this one does not know: {UPGRADE}"
@@ -234,7 +235,7 @@ def _check_config(config: dict[str, Any], where: str, variant: str) -> None:
     }
     found = {
         "model_args": args,
-        "backbone_args": args.get("backbone_args") or {},
+        "backbone_args": backbone_args,
         "pretrained_cfg": cfg,
     }
     unknown = [f"{part}.{key}" for part in known for key in set(found[part]) - known[part]]
@@ -276,7 +277,7 @@ def _explain(error: BaseException, repo: str, revision: str, filename: str) -> s
         if isinstance(cause, errors.HfHubHTTPError):
             return _explain(cause, repo, revision, filename)
         why = f"{hub} cannot be reached ({_brief(cause)})" if cause else f"{hub} cannot be reached"
-        if constants.is_offline_mode():
+        if constants.HF_HUB_OFFLINE:
             why = "HF_HUB_OFFLINE is set"
         return (
             f"{at}/{filename} is not in the cache {constants.HF_HUB_CACHE}, and {why}: load it "
