@@ -49,20 +49,24 @@ def ours(dataset: str, dtype: torch.dtype) -> nn.Module:
 
 
 def run_ours(
-    model: nn.Module, size: tuple[int, int], batch: str, train: bool
+    model: nn.Module, size: tuple[int, int], batch: str, train: bool, gradients: bool = False
 ) -> dict[str, torch.Tensor]:
     from deen_zoo.losses import orthogonality_loss
 
+    gradients |= train
     model.train(train).zero_grad()
     x = images(size).to(next(model.parameters()))
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    with torch.set_grad_enabled(train):
+    with torch.set_grad_enabled(gradients):
         pool, bn = model.forward_branches(x, torch.tensor(BATCHES[batch]))
         out = {"pool": pool, "bn": bn, "logits": model.classifier(bn)}
         if train:
             out["ort"] = orthogonality_loss(pool)
-            objective(pool, out["logits"], out["ort"]).backward()
-            out |= {f"grad {k}": p.grad for k, p in model.named_parameters()}
+        if gradients:
+            objective(pool, out["logits"], out.get("ort", pool.new_zeros(()))).backward()
+            grads = {k: p.grad for k, p in model.named_parameters()}
+            out |= {f"grad {k}": g for k, g in grads.items() if g is not None}
+        if train:
             out |= {k: v for k, v in model.state_dict().items() if "running" in k}
             model.load_state_dict(state)
     return {k: v.detach().double().clone() for k, v in out.items()}
@@ -83,8 +87,14 @@ def theirs(dataset: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, str]]
 
 
 def run_theirs(
-    net: nn.Module, rename: dict[str, str], size: tuple[int, int], batch: str, train: bool
+    net: nn.Module,
+    rename: dict[str, str],
+    size: tuple[int, int],
+    batch: str,
+    train: bool,
+    gradients: bool = False,
 ) -> dict[str, torch.Tensor]:
+    gradients |= train
     net.train(train).zero_grad(set_to_none=True)
     x = images(size).to(next(net.parameters()))
     infrared = torch.tensor(BATCHES[batch])
@@ -93,17 +103,19 @@ def run_theirs(
     hook = net.bottleneck.register_forward_hook(
         lambda module, args, bn: seen.update(pool=args[0], bn=bn)
     )
-    with torch.set_grad_enabled(train):
+    with torch.set_grad_enabled(gradients):
         modal = {"mixed": 0, "visible": 1, "infrared": 2}[batch]
         rows = (x[~infrared], x[infrared]) if modal == 0 else (x, x)
         result = net(*rows, modal=modal)
+        out = {"pool": seen["pool"], "bn": seen["bn"], "logits": net.classifier(seen["bn"])}
     hook.remove()
-    out = {"pool": seen["pool"], "bn": seen["bn"], "logits": net.classifier(seen["bn"])}
     if train:
-        out["ort"] = result[2]
-        objective(seen["pool"], result[1], result[2]).backward()
+        out["logits"], out["ort"] = result[1:]
+    if gradients:
+        objective(out["pool"], out["logits"], out.get("ort", out["pool"].new_zeros(()))).backward()
         grads = {k: p.grad for k, p in net.named_parameters() if k in rename}
         out |= {f"grad {rename[k]}": g for k, g in grads.items() if g is not None}
+    if train:
         running = {k: v for k, v in net.state_dict().items() if "running" in k and k in rename}
         out |= {rename[k]: v for k, v in running.items()}
         net.load_state_dict(state)
