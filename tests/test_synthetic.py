@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import time
@@ -145,8 +146,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "precious.txt").write_text("mine")
     assert main(["synthesize", "llcm", str(tmp_path)]) == 2
     out = capsys.readouterr()
-    assert out.out == "" and "is not empty" in out.err.splitlines()[-1]
-    assert "Traceback" not in out.err
+    assert out.out == "" and "is not empty" in out.err and out.err.count("\n") == 1
     with pytest.raises(UserError, match="is a file"):
         synthesize("llcm", tmp_path / "precious.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
@@ -197,16 +197,15 @@ def test_the_picture_in_the_docs_is_of_this_world() -> None:
 
 
 def test_hundred_images_a_second_on_two_cores() -> None:
-    def draw_and_encode(takes: int) -> None:
-        for identity in range(1, 1 + takes):
+    def cpu_seconds(first: int) -> float:  # of one core, for one image
+        start = time.process_time()
+        for identity in range(first, first + 10):
             for camera, modality in ((1, "visible"), (3, "infrared")):
                 image = picture("llcm", 0, identity, camera, modality, 0)
-                image.save("/dev/null", "JPEG", quality=90)
+                image.save(io.BytesIO(), "JPEG", quality=90)
+        return (time.process_time() - start) / 20
 
-    draw_and_encode(2)  # scenes and imports
-    start = time.process_time()
-    draw_and_encode(20)
-    assert (time.process_time() - start) / 40 < 0.020  # CPU seconds of one core
+    assert min(cpu_seconds(first) for first in (1, 11, 21, 31)) < 2 / 100
 
 
 def test_infrared_brightness_says_nothing_about_colour() -> None:
@@ -222,9 +221,13 @@ def test_infrared_brightness_says_nothing_about_colour() -> None:
 
 def rank1(query: np.ndarray, gallery: np.ndarray, people: int) -> float:
     """Share of rows of ``query`` whose nearest row of ``gallery`` (by cosine) is its own person."""
-    query, gallery = (x.reshape(len(x), -1) - x.reshape(len(x), -1).mean(1)[:, None]
-                      for x in (query.astype(float), gallery.astype(float)))  # fmt: skip
-    similarity = query @ (gallery / np.linalg.norm(gallery, axis=1)[:, None]).T
+
+    def centred(rows: np.ndarray) -> np.ndarray:
+        flat = rows.reshape(len(rows), -1).astype(float)
+        return np.asarray(flat - flat.mean(1, keepdims=True))
+
+    query, gallery = centred(query), centred(gallery)
+    similarity = query @ (gallery / np.linalg.norm(gallery, axis=1, keepdims=True)).T
     return float((similarity.argmax(1) % people == np.arange(len(query)) % people).mean())
 
 
@@ -241,8 +244,8 @@ def test_pixels_and_colours_match_within_a_modality_and_not_across() -> None:
         return np.reshape(counts, (people, -1))
 
     visible, other, infrared = look(1, "visible"), look(2, "visible"), look(3, "infrared")
-    for describe, within in ((lambda p: p.mean(3), 0.15), (colours, 0.25)):
+    for describe, within in ((lambda p: p.mean(3), 0.12), (colours, 0.25)):
         seen = [describe(pictures) for pictures in (visible, other, infrared)]
         assert rank1(seen[0], seen[1], people) > within  # so the measure can see something
-        assert rank1(seen[2], seen[0], people) < 4 / people  # chance is 1 / people
-        assert rank1(seen[0], seen[2], people) < 4 / people
+        assert rank1(seen[2], seen[0], people) < 3.5 / people  # chance is 1 / people
+        assert rank1(seen[0], seen[2], people) < 3.5 / people

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 EXAMPLES = """\
   deen-zoo synthesize llcm data/synthetic-llcm --identities 100 --seed 0
@@ -39,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..data.synthetic import contact_sheet, synthesize
 
-    print(f"drawing {args.identities} people into {args.root} ...", file=sys.stderr)
     tree = synthesize(
         args.layout,
         args.root,
@@ -51,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.sheet:
         sheet = contact_sheet(args.layout, args.seed, min(args.identities, 6))
-        sheet.save(args.sheet, optimize=True)
+        sheet.save(args.sheet, "PNG", optimize=True)
     if args.json:
         print(json.dumps(tree.to_dict(), indent=2))
     else:
