@@ -1,0 +1,135 @@
+"""A page in the browser: upload an infrared crop, see the visible gallery ranked, with scores.
+
+    pip install 'deen-zoo[demo]'
+    python examples/demo.py                      # then open http://127.0.0.1:7860
+    python examples/demo.py --gallery crops/cam1 crops/cam2 --queries crops/night
+
+Without a gallery, synthetic people are drawn first. The page is served to this machine alone, and
+nothing is fetched from elsewhere or sent there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
+
+from deen_zoo import FeatureExtractor
+from deen_zoo.data import synthesize
+from deen_zoo.data.folder import list_images
+from deen_zoo.errors import require
+from deen_zoo.search import search
+
+gr: Any = require("gradio", "demo")
+
+WORLD = 2  # the shipped tiny model was trained on people of world 0
+MODALITIES = ("infrared", "visible")
+ABOUT = """# Who is this?
+An infrared crop of a person finds that person among the pictures of colour cameras, by
+**DEEN** (CVPR 2023). The score is the cosine similarity of two descriptors: 1 is the same picture,
+and no score proves who somebody is."""
+CSS = """
+#query img { width: 100%; height: 100%; object-fit: contain; }
+#ranking { --radius-lg: 6px; border: 0; background: none; }
+#ranking .grid-wrap { max-height: none; overflow: visible; padding: 0; }
+#ranking .grid-container { gap: 10px; grid-template-columns: repeat(6, minmax(0, 1fr)); }
+#ranking .thumbnail-item { aspect-ratio: 3 / 8; border: 0; }
+#ranking .thumbnail-item img { object-fit: fill; }
+#ranking .caption-label {
+  inset: auto 0 0 0; max-width: none; padding: 3px; border: 0; border-radius: 0; box-shadow: none;
+  background: rgb(15 23 42 / 82%); color: white; font-size: 12px; text-align: center;
+  white-space: pre-line; font-variant-numeric: tabular-nums;
+}
+#ranking .caption-label::first-line { font-size: 15px; font-weight: 600; }
+footer { display: none !important; }
+"""
+
+
+class Searcher:
+    """Descriptors of a gallery, and its ranking for one query."""
+
+    def __init__(self, extractor: FeatureExtractor, folders: Sequence[str]) -> None:
+        self.extractor = extractor
+        self.gallery = extractor.table(folders, modality="visible")
+        self.root = os.path.commonpath([os.path.dirname(path) for path in self.gallery.paths])
+
+    def __call__(self, query: str | None, modality: str, k: int) -> list[tuple[str, str]]:
+        """The k nearest as (path, caption), best first."""
+        if query is None:
+            return []
+        found = self.extractor.table([query], modality=modality)
+        if found.unreadable:
+            raise gr.Error("This file is not an image that can be read.")
+        hits = search(found, self.gallery, k).to_dict()[0]["hits"]
+        return [(hit["path"], f"{hit['score']:.3f}\n{self.place(hit['path'])}") for hit in hits]
+
+    def place(self, path: str) -> str:
+        """A short name: the folders that an image lies in, or its own name without any."""
+        relative = Path(path).relative_to(self.root)
+        return str(relative.parent if relative.parent.parts else relative)
+
+
+def build(searcher: Searcher, queries: Sequence[str], k: int) -> Any:
+    """The page."""
+    with gr.Blocks(analytics_enabled=False, title="deen_zoo") as page:
+        gr.Markdown(ABOUT)
+        with gr.Row():
+            with gr.Column(scale=1, min_width=250):
+                query = gr.Image(
+                    label="Query", elem_id="query", height=300, sources=["upload"],
+                    type="filepath", image_mode=None,  # the very file: by default it is made a WebP
+                )  # fmt: skip
+                modality = gr.Radio(MODALITIES, value=MODALITIES[0], label="It was taken in")
+                count = gr.Slider(1, 24, k, step=1, label="How many")
+            with gr.Column(scale=4):
+                gr.Markdown(f"Of **{len(searcher.gallery)}** visible images the most similar")
+                ranking = gr.Gallery(
+                    columns=6, height="auto", show_label=False, elem_id="ranking", buttons=[]
+                )
+        inputs = [query, modality, count]
+        if queries:
+            gr.Examples([[path] for path in queries], [query], label="Or one of these")
+        for changed in inputs:
+            changed.change(searcher, inputs, ranking, show_progress="minimal")
+    return page
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Search a visible gallery from the browser.")
+    parser.add_argument("--gallery", nargs="+", metavar="FOLDER", help="of visible crops")
+    parser.add_argument("--queries", nargs="+", metavar="FOLDER", help="infrared crops to offer")
+    parser.add_argument("--model", default="test_deen_resnet", help="a name, or local-dir:FOLDER")
+    parser.add_argument("-k", type=int, default=12, help="how many to show (default: 12)")
+    parser.add_argument("--port", type=int, default=7860)
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        gallery, queries = args.gallery, args.queries or []
+        if not gallery:
+            print("drawing synthetic people ...", flush=True)
+            synthesize("sysu", f"{scratch}/people", 20, seed=WORLD, images_per_camera=1)
+            gallery = [f"{scratch}/people/cam{camera}" for camera in (1, 2, 4, 5)]
+            queries = [f"{scratch}/people/cam{camera}" for camera in (3, 6)]
+        searcher = Searcher(FeatureExtractor(args.model), gallery)
+        offered = [path for folder in queries for path in list_images(folder)[0]]
+        page = build(searcher, offered[:: -(-len(offered) // 12) or 1], args.k)
+        page.launch(
+            server_name="127.0.0.1",
+            server_port=args.port,
+            share=False,
+            ssr_mode=False,
+            allowed_paths=[*gallery, *queries],
+            css=CSS,
+            # fonts of the reader's own machine: gradio's come from fonts.googleapis.com
+            theme=gr.themes.Soft(
+                primary_hue="slate", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+            ),
+        )
+
+
+if __name__ == "__main__":
+    main()

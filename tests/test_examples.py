@@ -1,0 +1,246 @@
+"""The examples, run as a reader would: on what they draw themselves, and on folders given."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import deen_zoo
+from deen_zoo.cli import main as deen_zoo_main
+from deen_zoo.data.files import open_image
+
+from . import browser
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / f"examples/{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*arguments: object) -> str:
+    """An example in a process of its own, from another folder; its stdout."""
+    name, *rest = map(str, arguments)
+    command = [sys.executable, str(ROOT / f"examples/{name}.py"), *rest]
+    done = subprocess.run(
+        command, cwd=ROOT.parent, env=environment(), capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_says_how_to_run_it(path: Path) -> None:
+    if path.stem == "demo":
+        pytest.importorskip("gradio")
+    text = load(path.stem).__doc__
+    assert text and f"python examples/{path.name}" in text
+    assert "--help" not in text and run(path.stem, "--help").startswith(f"usage: {path.name}")
+
+
+@pytest.mark.slow
+def test_search_folders_finds_drawn_people(tmp_path: Path) -> None:
+    out = run("search_folders", "--output", tmp_path / "hits.json")
+    queries = json.loads((tmp_path / "hits.json").read_text())
+    match = re.search(r"right person for (\d+) of (\d+)", out)
+    assert match and int(match[2]) == len(queries)
+    first = [Path(q["hits"][0]["path"]).parent.name == Path(q["path"]).parent.name for q in queries]
+    people = len({Path(q["path"]).parent.name for q in queries})
+    assert int(match[1]) == sum(first) > 3 * len(queries) / people
+    for query in queries:
+        scores = [hit["score"] for hit in query["hits"]]
+        assert len(scores) == 5 and scores == sorted(scores, reverse=True)
+        assert "test_nir" in query["path"]
+        assert all("test_vis" in hit["path"] for hit in query["hits"])
+    rates = re.search(r"takes ([\d.]+)% of the pairs of two persons and ([\d.]+)%", out)
+    assert rates and float(rates[1]) <= 1.0 < float(rates[2])
+
+
+def test_search_folders_given(llcm_tree: Path, tmp_path: Path, capsys) -> None:
+    nir, vis = llcm_tree / "test_nir", llcm_tree / "test_vis"
+    queries = sorted(nir.glob("cam1/*"))[0]
+    (tmp_path / "queries").symlink_to(queries)
+    example = load("search_folders")
+    found = example.main(["--query", f"{tmp_path}/queries", "--gallery", f"{vis}", "-k", "2"])
+    assert found.threshold is None and len(found.result.query) == len(list(queries.iterdir()))
+    assert found.result.scores.shape[1] == 2
+    assert "right person" not in capsys.readouterr().out  # nobody said who they are
+    with pytest.raises(SystemExit):
+        example.main(["--query", "somewhere"])
+    assert "--gallery" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_score_another_model(tmp_path: Path, capsys) -> None:
+    results = load("score_another_model").main(["--output", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "poster" not in out  # no published number beside drawn people
+    for forward, backward in zip(results["edges"], results["colours"], strict=True):
+        assert forward.mean["r1"] > 2 * backward.mean["r1"]
+        assert len(forward.trials) == 10 and forward.std["r1"] > 0
+    for name, (result, _) in results.items():
+        command = ["evaluate", str(tmp_path / f"{name}.npz"), "--protocol", "llcm-ir2vis", "--json"]
+        assert deen_zoo_main(command) == 0
+        again = json.loads(capsys.readouterr().out)
+        assert again["mean"] == pytest.approx(result.mean)
+        assert f"{100 * again['mean']['r1']:.2f}" in out
+
+
+def test_descriptors_of_another_model() -> None:
+    example = load("score_another_model")
+    flat = np.full((96, 48, 3), 90, np.uint8)
+    from PIL import Image
+
+    light, dark = Image.fromarray(flat), Image.fromarray(255 - flat)
+    assert example.colours(light).shape == (144,) and example.edges(light).shape == (288,)
+    assert (example.colours(light) != example.colours(dark)).any()
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (96, 48, 3), dtype=np.uint8)
+    image, negative = Image.fromarray(noise), Image.fromarray(255 - noise)
+    assert np.allclose(example.edges(image), example.edges(negative), atol=0.15)  # no sign
+
+
+@pytest.mark.slow
+def test_features_in_a_pipeline(capsys) -> None:
+    example = load("features_in_a_pipeline")
+    scores = example.main([])
+    out = capsys.readouterr().out
+    assert set(scores) == set(example.ATTRIBUTES)
+    assert max(score.head - score.guess for score in scores.values()) > 0.05
+    for name, score in scores.items():
+        assert re.search(rf"{name} +{score.head:.0%} +{score.guess:.0%}", out)
+
+
+def test_stripe_head_reads_its_stripes() -> None:
+    head = load("features_in_a_pipeline").StripeHead(channels=6, attributes=2, stripes=4).eval()
+    maps = torch.zeros(1, 6, 8, 4)
+    maps[0, 2, 6:] = 1.0  # the lowest stripe of one channel
+    wanted = head.linear.weight[:, 2 * 4 + 3] / (1 + head.norm.eps) ** 0.5 + head.linear.bias
+    assert torch.allclose(head(maps)[0], wanted, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_finetune(tmp_path: Path, capsys) -> None:
+    output = tmp_path / "run"
+    scores = load("finetune").main(["--output", str(output)])
+    assert scores.after.mAP > scores.before.mAP
+    out = capsys.readouterr().out
+    assert f"after   rank-1 {scores.after.cmc[0]:6.1%}   mAP {scores.after.mAP:6.1%}" in out
+    model = timm.create_model(f"local-dir:{output / 'checkpoint'}", pretrained=True)
+    assert model.num_classes == 19
+    start = deen_zoo.create_model("test_deen_resnet", pretrained=True)
+    moved = (model.visible_stem.conv1[0].weight - start.visible_stem.conv1[0].weight).abs().max()
+    assert 0 < moved < 0.5
+
+
+def test_finetune_keeps_people_apart() -> None:
+    example = load("finetune")
+    samples = [
+        deen_zoo.data.Sample(f"{i}{kind}", i, 1, kind)
+        for kind in ("visible", "infrared")
+        for i in range(10)
+    ]
+    training, test = example.split(samples, 0.4)
+    assert {s.identity for s in training} == set(range(6))
+    assert {s.identity for s in test} == set(range(6, 10)) and len(training) + len(test) == 20
+
+
+@contextmanager
+def served(*arguments: str) -> Iterator[str]:
+    """The demo in a process of its own; its address."""
+    port = browser.free_port()
+    command = [sys.executable, str(ROOT / "examples/demo.py"), f"--port={port}", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT.parent, env=environment())
+    address = f"http://127.0.0.1:{port}/"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def answers() -> bool:
+        assert process.poll() is None, "the demo ended"
+        try:
+            return bool(opener.open(address, timeout=30).status == 200)
+        except (urllib.error.URLError, ConnectionError):
+            return False
+
+    try:
+        browser.wait(answers, "the demo's page")
+        yield address
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (browser.CHROMIUM and browser.DRIVER), reason="needs chromium and chromedriver on the PATH"
+)
+def test_demo_in_a_browser(sysu_tree: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    cameras = [str(sysu_tree / f"cam{camera}") for camera in (1, 2)]
+    query = sorted((sysu_tree / "cam3").glob("*/*.jpg"))[0]
+    extractor = deen_zoo.FeatureExtractor("test_deen_resnet", workers=0)
+    table = extractor.table(cameras, modality="visible")
+
+    def expected(modality: str) -> list[tuple[str, float]]:
+        """Folders and scores by another way: one product, sorted."""
+        scores = table.features @ extractor(open_image(query), modality=modality)[0]
+        order = scores.argsort(descending=True)[:12].tolist()
+        places = [Path(table.paths[i]).parent.relative_to(sysu_tree) for i in order]
+        return [(str(place), float(scores[i])) for i, place in zip(order, places, strict=True)]
+
+    def check(captions: list[str], modality: str) -> None:
+        wanted = expected(modality)
+        scores, places = zip(*(caption.split("\n") for caption in captions), strict=True)
+        assert list(places) == [place for place, _ in wanted]
+        assert [float(x) for x in scores] == pytest.approx([x for _, x in wanted], abs=1e-3)
+
+    with (
+        served("--gallery", *cameras, "--queries", str(sysu_tree / "cam3")) as address,
+        browser.chromium(tmp_path / "profile") as page,
+    ):
+        page.open(address)
+        field = "#query input[type=file]"
+        browser.wait(lambda: page.run(f"return document.querySelector('{field}') != null"), field)
+        assert page.captions() == []
+        page.upload(field, query)
+        shown = browser.wait(page.captions, "a ranking")
+        check(shown, "infrared")
+        browser.wait(lambda: page.images("#ranking") == len(shown), "the ranking's images")
+
+        page.run("document.querySelectorAll('input[type=radio]')[1].click()")
+        browser.wait(lambda: page.captions() not in ([], shown), "the other stem's ranking")
+        check(page.captions(), "visible")
+
+        broken = tmp_path / "broken.jpg"
+        broken.write_bytes(query.read_bytes()[: query.stat().st_size // 2])
+        page.run("document.querySelector('#query [aria-label=\"Remove Image\"]').click()")
+        browser.wait(lambda: page.captions() == [], "the empty page")
+        page.upload(field, broken)
+        browser.wait(lambda: "can be read" in page.text(), "the complaint about a broken file")
+
+        asked = page.run("return performance.getEntriesByType('resource').map(e => e.name)")
+        assert len(asked) > 20
+        assert [name for name in asked if not name.startswith((address, "data:", "blob:"))] == []
