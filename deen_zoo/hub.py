@@ -398,8 +398,7 @@ def _prepare(api: HfApi, repo: str, tag: str | None, private: bool) -> str:
 
 
 def _upload(api: HfApi, repo: str, tag: str, folder: Path, files: Mapping[str, int]) -> str:
-    """One commit of exactly these files, then the tag on that commit."""
-    ModelCard((folder / CARD).read_text(encoding="utf-8")).validate()
+    """One commit of exactly these files (the client has the Hub check the card), then the tag."""
     commit = api.create_commit(
         repo,
         [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files],

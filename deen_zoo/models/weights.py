@@ -274,7 +274,7 @@ def _explain(error: BaseException, repo: str, revision: str, filename: str) -> s
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"HF_HUB_OFFLINE is set: unset it to reach {hub}/{repo}"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        if isinstance(cause, errors.HfHubHTTPError):
+        if cause is not None and getattr(cause, "response", None) is not None:
             return _explain(cause, repo, revision, filename)
         why = f"{hub} cannot be reached ({_brief(cause)})" if cause else f"{hub} cannot be reached"
         if constants.HF_HUB_OFFLINE:
@@ -306,7 +306,7 @@ def _explain(error: BaseException, repo: str, revision: str, filename: str) -> s
         return f"{hub} answered {status} for {at}: {_brief(error)}; try again later"
     if not filename:
         return f"{hub} could not be reached for {repo} ({_brief(error)}): try again"
-    return f"{at}/{filename} could not be had whole, nothing was kept ({_brief(error)}): try again"
+    return f"{at}/{filename} could not be had whole and is not used ({_brief(error)}): try again"
 
 
 def _brief(error: BaseException | None) -> str:
