@@ -37,7 +37,7 @@ def is_deployed(model: nn.Module) -> bool:
 
 
 class _InferenceOnly(nn.Module):
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> "_InferenceOnly":
         if mode:
             raise UserError("the deploy form is for inference only, its batch norms are folded: "
                             "train the model that it was made from")
@@ -176,11 +176,12 @@ class _BranchConv(_InferenceOnly):
 
     def __init__(self, conv: nn.Conv2d, expand: nn.ModuleList):
         super().__init__()
-        outer = conv.weight.detach().double()  # (out, C, 1, 1)
+        outer = conv.weight.detach().double().flatten(1)  # (out, C)
         self.convs = nn.ModuleList([conv])
         for inner in expand:
-            weight = torch.einsum("oc,cikl->oikl", outer[:, :, 0, 0], inner.weight.detach().double())
-            self.convs.append(_conv(conv, weight, _bias(conv) + outer[:, :, 0, 0] @ _bias(inner)))
+            weight = outer @ inner.weight.detach().double().flatten(1)  # (out, C/4)
+            bias = _bias(conv) + outer @ _bias(inner)
+            self.convs.append(_conv(conv, weight[:, :, None, None], bias))
         self.widths = [c.in_channels for c in self.convs]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
