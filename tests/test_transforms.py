@@ -158,6 +158,26 @@ def test_random_erasing_is_the_references(area):
         random.setstate(state)
 
 
+# (top, bottom, left, right) that the reference erases of a 96x36 image after random.seed(0..7)
+GOLDEN = {
+    (0.02, 0.4): [None, (16, 72, 3, 24), None, (60, 93, 10, 33), (19, 37, 2, 14), None, None,
+                  (9, 34, 17, 28)],
+    (0.2, 0.8): [None, (8, 88, 0, 31), None, (4, 69, 4, 34), (9, 46, 1, 26), None, None,
+                 (4, 52, 3, 24)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("area", GOLDEN)
+def test_random_erasing_covers_the_references_rectangles(area):
+    for seed, box in enumerate(GOLDEN[area]):
+        expected = torch.full((3, 96, 36), 9.0)
+        if box is not None:
+            fill = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+            expected[:, box[0] : box[1], box[2] : box[3]] = fill
+        image = torch.full((3, 96, 36), 9.0)
+        assert torch.equal(random_erasing(image, PythonRandom(seed), area), expected)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.integers(2, 60),

@@ -53,14 +53,18 @@ class DecodedCache:
         return len(self._rows)
 
     def read(self, path: str) -> Pixels | None:
-        """The decoded image, uint8 (H, W, 3), or None when the cache lacks it."""
+        """The decoded image, read-only uint8 (H, W, 3), or None when it is not here."""
         if path not in self._rows:
             return None
-        # A plain read, as the pages of a mapping would count as memory of every worker.
-        offset = self._start + self._rows[path] * self._row_bytes
+        # A plain read, as what was read through a mapping would stay in each worker's memory.
         try:
-            image = np.fromfile(self._file, np.uint8, self._row_bytes, offset=offset)
-            return image.reshape(*self.size, 3)
+            file = os.open(self._file, os.O_RDONLY)
+            try:
+                start = self._start + self._rows[path] * self._row_bytes
+                pixels = os.pread(file, self._row_bytes, start)
+            finally:
+                os.close(file)
+            return np.frombuffer(pixels, np.uint8).reshape(*self.size, 3)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"the decoded cache {self.folder} was removed or cut short while in use "
@@ -117,6 +121,7 @@ def _whole(target: Path, count: int, size: tuple[int, int]) -> bool:
 
 def _fingerprint(paths: Sequence[str]) -> str:
     """Of the files' names below their common folder, sizes and modification times."""
+    paths = [os.path.abspath(path) for path in paths]
     root = os.path.commonpath(paths) if paths else ""
     digest = hashlib.sha256()
     for path in paths:
@@ -125,7 +130,7 @@ def _fingerprint(paths: Sequence[str]) -> str:
             state = f"{stat.st_size} {stat.st_mtime_ns}"
         except OSError:
             state = "missing"
-        digest.update(f"{path[len(root):]}\0{state}\0".encode(errors="surrogateescape"))
+        digest.update(f"{path[len(root) :]}\0{state}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
