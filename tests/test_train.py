@@ -29,7 +29,7 @@ INFRARED = torch.arange(12) >= 6
 
 
 def batch() -> torch.Tensor:
-    return 50 * seeded.tensor("batch", (12, 3, *SIZE)) * np.sqrt(3 * SIZE[0] * SIZE[1]) / 50
+    return seeded.tensor("batch", (12, 3, 64, 32)) * np.sqrt(3 * 64 * 32)
 
 
 def our_step(dataset: str) -> dict[str, torch.Tensor]:
@@ -287,16 +287,14 @@ def run(name, kill_at=None, kill_in_save=None, resume=False):
     os._exit(0)
 
 assert run("whole") == 0
-total = 3 * int(sys.argv[0] and len(start(tree, folder / "count")[2]))
-cases = [dict(kill_at=n) for n in {1, 2, 3, total // 2, total - 1, total}]
-cases += [dict(kill_in_save=n) for n in (1, 2, 4, 7)]
+cases = [dict(kill_at=n) for n in (1, 3, 5, 9)] + [dict(kill_in_save=n) for n in (2, 6)]
 for n, case in enumerate(cases):
     assert run(f"killed-{n}", **case) == -signal.SIGKILL, case
     if not (folder / f"killed-{n}" / "last.safetensors").exists():
         assert run(f"killed-{n}") == 0  # nothing to resume: from the start
     else:
         assert run(f"killed-{n}", resume=True) == 0
-print(len(cases), total)
+print(len(cases))
 '''
 
 
@@ -310,7 +308,7 @@ def test_killed_at_any_step_and_resumed_it_is_the_same_to_the_bit(llcm_tree, tmp
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    cases, _ = map(int, done.stdout.split())
+    cases = int(done.stdout)
     whole = (tmp_path / "whole" / "best" / "model.safetensors").read_bytes()
     from deen_zoo.checkpoint import load_state
 

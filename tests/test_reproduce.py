@@ -1,0 +1,234 @@
+"""The real command, whole, on generated trees of each layout."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+import deen_zoo
+from deen_zoo import ablation
+from deen_zoo.cli import main
+from deen_zoo.data import open_dataset, synthesize
+from deen_zoo.evaluation import published_ablation
+from deen_zoo.features import weights_sha256
+from deen_zoo.run_report import markdown, write_results
+
+PROTOCOLS = {
+    "sysu": ["sysu-all", "sysu-indoor"],
+    "regdb": ["regdb-vis2ir", "regdb-ir2vis"],
+    "llcm": ["llcm-ir2vis", "llcm-vis2ir", "llcm-vis2ir-official"],
+}
+FAST = ["--model", "test_deen_resnet", "--epochs", "2", "--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def trees(sysu_tree, llcm_tree, tmp_path_factory):
+    """Six people to train on in each: the recipes take six a batch."""
+    regdb = tmp_path_factory.mktemp("trees") / "regdb"
+    synthesize("regdb", regdb, 12, images_per_camera=2, workers=1)
+    return {"sysu": sysu_tree, "regdb": regdb, "llcm": llcm_tree}
+
+
+def read(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", PROTOCOLS)
+def test_the_whole_command(dataset, trees, tmp_path, capsys):
+    output = tmp_path / "run"
+    trials = ["--trials", "2", "5"] if dataset == "regdb" else []
+    command = ["reproduce", dataset, "--data-root", str(trees[dataset]), "--output", str(output)]
+    assert main([*command, *FAST, *trials]) == 0
+    shown = capsys.readouterr()
+    results = read(output)
+    assert list(results["protocols"]) == PROTOCOLS[dataset]
+    for name, entry in results["protocols"].items():
+        numbers = [trial["trial"] for trial in entry["trials"]]
+        assert numbers == ([2, 5] if dataset == "regdb" else list(range(10)))
+        for key in ("r1", "r5", "r10", "r20", "mAP", "mINP"):
+            values = [trial[key] for trial in entry["trials"]]
+            assert entry["mean"][key] == pytest.approx(np.mean(values))
+            assert entry["std"][key] == pytest.approx(np.std(values))
+            assert 0 < entry["mean"][key] <= 1
+        assert set(entry["best"]) == {"mean", "std"}
+        assert entry["published"] == []  # drawn people
+        assert name in shown.out and name in (output / "report.md").read_text()
+    assert results["recipe"]["name"] == "official" and results["seed"] == 0
+    assert (
+        results["data"]["sha256"] == open_dataset(dataset, trees[dataset]).fingerprint()["sha256"]
+    )
+    assert {"torch", "timm", "deen_zoo"} <= set(results["versions"])
+
+    folders = [output / f"trial-{n}" for n in (2, 5)] if trials else [output]
+    assert [model["trial"] for model in results["models"]] == ([2, 5] if trials else [1])
+    for folder, model in zip(folders, results["models"], strict=True):
+        assert {"checkpoint", "best", "last.safetensors", "log.csv", "curves.png"} <= {
+            path.name for path in folder.iterdir()
+        }
+        assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert read(folder / "checkpoint") == results
+        net = deen_zoo.create_model(f"local-dir:{folder / 'checkpoint'}", pretrained=True)
+        assert weights_sha256(net) == model["last"]["sha256"]
+
+    # the checkpoint gives the same numbers again, and alone
+    again = tmp_path / "again"
+    source = str(output if trials else output / "checkpoint")
+    evaluation = [*command[:4], "--output", str(again), "--eval-only", source, *trials]
+    assert main([*evaluation, "--workers", "0", "--device", "cpu", "--json"]) == 0
+    echoed = json.loads(capsys.readouterr().out)
+    assert echoed == read(again)
+    for name, entry in echoed["protocols"].items():
+        assert entry["mean"] == results["protocols"][name]["mean"]
+        assert "best" not in entry
+
+
+@pytest.mark.slow
+def test_synthetic_twice_and_resumed_gives_the_same(tmp_path, capsys):
+    """Draws its own world; a run that stops after an epoch and goes on is the run that did not."""
+    common = ["reproduce", "synthetic", "--identities", "12", "--workers", "0", "--device", "cpu"]
+    stages = {"one": [["2"]], "two": [["2"]], "halves": [["1"], ["2", "--resume"]]}
+    for name in stages:
+        for stage in stages[name]:
+            output = ["--output", str(tmp_path / name), "--epochs", *stage]
+            assert main([*common, *output]) == 0
+        shutil.rmtree(tmp_path / name / "cache")
+    one, two, halves = (read(tmp_path / name) for name in ("one", "two", "halves"))
+    assert one["recipe"]["name"] == "synthetic"
+    assert two["protocols"] == one["protocols"]
+    for other in (two, halves):
+        for name, entry in one["protocols"].items():  # a first half has another best epoch
+            assert other["protocols"][name]["trials"] == entry["trials"]
+        assert other["data"] == one["data"]
+        assert other["models"][0]["last"]["sha256"] == one["models"][0]["last"]["sha256"]
+    capsys.readouterr()
+    assert main([*common, "--output", str(tmp_path / "one")]) == 2
+    assert "holds a run: go on with --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dataset, place", [
+    ("sysu", "github.com/wuancong/SYSU-MM01"),
+    ("regdb", "dm.dongguk.edu"),
+    ("llcm", "github.com/ZYK100/LLCM"),
+])  # fmt: skip
+def test_without_data_it_says_where_to_ask(dataset, place, tmp_path, capsys):
+    for extra in ([], ["--data-root", str(tmp_path / "none")]):
+        assert main(["reproduce", dataset, "--output", str(tmp_path / "out"), *extra]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.startswith("deen-zoo reproduce: error: ")
+        assert place in error and "deen-zoo reproduce synthetic" in error
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["llcm", "--trials", "2"], "RegDB's splits"),
+    (["llcm", "--epochs", "0"], "--epochs 0: give 1 or more"),
+    (["llcm", "--seed", "0", "1"], "several seeds go with --ablation"),
+    (["llcm", "--model", "resnet50"], "no model 'resnet50'"),
+    (["llcm", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+    (["llcm", "--eval-only", "nowhere/checkpoint"], "no model 'nowhere/checkpoint'"),
+    (["regdb", "--eval-only", "runs/x"], "each split of RegDB has a model of its own"),
+])  # fmt: skip
+def test_mistakes_are_one_line(arguments, says, trees, tmp_path, capsys):
+    dataset, *rest = arguments
+    options = ["--data-root", str(trees[dataset]), "--output", str(tmp_path / "out"), *FAST[4:6]]
+    assert main(["reproduce", dataset, *options, *rest]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("deen-zoo reproduce: error: ") and says in error
+
+
+def test_an_output_that_cannot_be_written_is_one_line(trees, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    options = ["--data-root", str(trees["llcm"]), "--output", str(tmp_path / "file" / "run")]
+    assert main(["reproduce", "llcm", *options]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_broken_tree_is_refused_before_training(trees, tmp_path, capsys):
+    root = tmp_path / "llcm"
+    shutil.copytree(trees["llcm"], root)
+    (root / "idx" / "train_vis.txt").write_text("vis/0001/nothing_c01_vis.jpg 0\n")
+    options = ["--data-root", str(root), "--output", str(tmp_path / "out")]
+    assert main(["reproduce", "llcm", *options, *FAST]) == 2
+    assert "cannot be used" in capsys.readouterr().err
+
+
+def test_without_matplotlib_there_is_a_note(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    results = example_results(tmp_path)
+    write_results(tmp_path, results)
+    assert "pip install 'deen-zoo[viz]'" in capsys.readouterr().err
+    assert read(tmp_path) == results and not (tmp_path / "curves.png").exists()
+
+
+def example_results(folder):
+    (folder / "checkpoint").mkdir()
+    row = {"epoch": 0, "loss": 4.0, "identity": 2.0, "triplet": 1.0, "cpm": 0.5}
+    model = {
+        "trial": 1,
+        "history": [{**row, "orthogonality": 0.5, "r1": 0.5, "mAP": 0.4}],
+        "last": {"checkpoint": str(folder / "checkpoint"), "epoch": 0, "sha256": "abc"},
+    }
+    metrics = dict.fromkeys(("r1", "r5", "r10", "r20", "mAP", "mINP"), 0.5)
+    entry = {
+        "protocol": "llcm-ir2vis", "name": "llcm-ir2vis", "draw": "seeded", "trials": [metrics],
+        "mean": metrics, "std": metrics, "published": [], "expected_counts": {},
+        "counts": {"queries": 4, "gallery": 2, "identities": 2},
+        "best": {"mean": metrics, "std": metrics},
+    }  # fmt: skip
+    return {
+        "dataset": "llcm", "model": "deen_resnet50_llcm", "dee": True, "mfa": True,
+        "recipe": {"name": "official", "cpm_weight": 0.8, "ort_weight": 0.01}, "epochs": 1,
+        "seed": 0, "eval_only": None, "device": "cpu", "versions": {"torch": "2"},
+        "data": {"images": 6, "sha256": "def"}, "models": [model],
+        "protocols": {"llcm-ir2vis": entry},
+    }  # fmt: skip
+
+
+def test_the_report_names_its_row_of_table_4(tmp_path):
+    results = example_results(tmp_path)
+    assert "Table 4: DEE + CPM + ORT + MFA, R-1/mAP llcm-ir2vis 54.9/62.9." in markdown(results)
+    results |= {"dee": False, "mfa": False}
+    assert "Table 4: baseline, R-1/mAP llcm-ir2vis 45.4/53.6." in markdown(results)
+    results["mfa"] = True
+    assert "Table 4: MFA, R-1/mAP llcm-ir2vis 51.2/59.6." in markdown(results)
+
+
+@pytest.mark.slow
+def test_the_ablation_trains_seven_rows(trees, tmp_path, capsys, monkeypatch):
+    trained = []
+    whole = ablation.reproduce
+
+    def counted(settings, world):
+        row = tuple(bool(on) for on in (settings.dee, settings.recipe.cpm_weight,
+                                        settings.recipe.ort_weight, settings.mfa))  # fmt: skip
+        trained.append((*row, settings.seed))
+        if len(trained) in (1, 13):  # the baseline and the whole, seed 0; the rest would take long
+            return whole(settings, world)
+        first = settings.output.parents[1] / "baseline" / "seed-0" / "results.json"
+        results = json.loads(first.read_text())
+        for entry in results["protocols"].values():
+            entry["mean"]["r1"] = len(trained) / 100
+        settings.output.mkdir(parents=True)
+        (settings.output / "results.json").write_text(json.dumps(results))
+        return results
+
+    monkeypatch.setattr(ablation, "reproduce", counted)
+    command = ["reproduce", "llcm", "--data-root", str(trees["llcm"]), "--ablation",
+               "--seed", "0", "1", "--output", str(tmp_path), *FAST, "--epochs", "1"]  # fmt: skip
+    assert main(command) == 0
+    rows = [tuple(bool(row[key]) for key in ablation.SWITCHES) for row in published_ablation()]
+    assert trained == [(*row, seed) for row in rows for seed in (0, 1)]
+    text = capsys.readouterr().out
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 9 and lines[0].startswith("| DEE | L_cpm | L_ort | MFA | llcm-ir2vis R-1")
+    assert lines[2].startswith("|  |  |  |  |") and lines[8].startswith("| x | x | x | x |")
+    assert "| 3.5 ± 0.7 |" in lines[3] and (tmp_path / "ablation.md").read_text().strip() in text
+    trained.clear()
+    assert main([*command, "--resume"]) == 0 and trained == []
+    assert capsys.readouterr().out == text
+    for name, branches in (("baseline", 1), ("dee+cpm+ort+mfa", 3)):
+        folder = tmp_path / "ablation" / name / "seed-0" / "checkpoint"
+        model = deen_zoo.create_model(f"local-dir:{folder}", pretrained=True)
+        assert model.num_branches == branches
