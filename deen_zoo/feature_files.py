@@ -287,7 +287,7 @@ def _header(
 ) -> bytes:
     """The head of a safetensors file whose ``first`` tensor is still to come in pieces."""
     layout = {**first, **{k: (t.dtype, list(t.shape), t.nbytes) for k, t in tensors.items()}}
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     place = 0
     for name, (dtype, shape, size) in layout.items():
         offsets = [place, place + size]

@@ -70,7 +70,8 @@ def _embed(
     loader = DataLoader(
         images,
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of index sequences
-        num_workers=workers if sum(map(len, batches)) > 16 else 0,  # starting them takes longer
+        # Starting them takes longer than a few images; more than cores would only contend.
+        num_workers=min(workers, os.cpu_count() or 1) if sum(map(len, batches)) > 16 else 0,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own: the global state must not move

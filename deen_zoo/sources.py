@@ -157,18 +157,20 @@ def gather(source: Any, modality: Any) -> Source:
 def infrared_of(modality: Any, count: int) -> list[bool | None]:
     """What ``modality`` says of each image: True for infrared, None for "auto"."""
     kinds = {"visible": False, "infrared": True, "auto": None}
-    if isinstance(modality, str):
-        modality = [modality] * count
-    if isinstance(modality, Tensor) and modality.dtype == torch.bool:
-        modality = ["infrared" if x else "visible" for x in modality.tolist()]
-    if not isinstance(modality, Sequence) or not set(modality) <= set(kinds):
+    said: Any = str(modality) if modality is None else modality
+    if isinstance(said, str):
+        said = [said] * count
+    if isinstance(said, Tensor) and said.dtype == torch.bool:
+        said = ["infrared" if x else "visible" for x in said.tolist()]
+    wrong = [x for x in said if str(x) not in kinds] if isinstance(said, (list, tuple)) else [said]
+    if wrong:
         raise UserError(
-            f"modality {modality!r}; say 'visible', 'infrared' or 'auto' (three equal channels are "
+            f"modality {wrong[0]!r}; say 'visible', 'infrared' or 'auto' (three equal channels are "
             "infrared), or a list with one for each image"
         )
-    if len(modality) != count:
-        raise UserError(f"{len(modality)} modalities for {count} images; give one for each")
-    return [kinds[kind] for kind in modality]
+    if len(said) != count:
+        raise UserError(f"{len(said)} modalities for {count} images; give one for each")
+    return [kinds[str(kind)] for kind in said]
 
 
 def collate(items: list[tuple[int, Tensor | str, bool]]) -> Batch:

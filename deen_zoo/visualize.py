@@ -121,7 +121,7 @@ def sample_ranking(
     return result
 
 
-def distances(table: FeatureTable, file: str | os.PathLike[str], bins: int = 80) -> None:
+def distances(table: FeatureTable, file: str | os.PathLike[str], bins: int = 60) -> None:
     """Distances of infrared to visible images, of one person and of two (Figure 5, a-e).
 
     The distance is 1 - the dot product: the cosine distance, where rows are normalised. The legend
@@ -147,13 +147,16 @@ def distances(table: FeatureTable, file: str | os.PathLike[str], bins: int = 80)
         for name, part, color in (("same", same, SAME), ("different", ~same, DIFFERENT)):
             chosen = values[part].numpy()
             means.append(float(chosen.mean()))
-            label = f"{name} person: mean {means[-1]:.3f}"
+            label = f"{name} person, mean {means[-1]:.3f}"
             axes.hist(chosen, edges.tolist(), density=True, color=color, alpha=0.55, label=label)
             axes.axvline(means[-1], color=color, linestyle="--", linewidth=1)
         axes.set_xlabel("distance, infrared to visible")
         axes.set_ylabel("density")
-        axes.set_title(f"means apart by {means[1] - means[0]:.3f}", fontsize=9)
-        axes.legend(frameon=False, fontsize=8)
+        title = f"means apart by {means[1] - means[0]:.3f}"
+        axes.legend(
+            frameon=False, fontsize=8, title=title, title_fontsize=8, ncols=2,
+            loc="lower center", bbox_to_anchor=(0.5, 1),
+        )  # fmt: skip
 
 
 def tsne(
@@ -188,14 +191,15 @@ def tsne(
     places = fit.fit_transform(part.features.float().numpy())
     with _figure(file, 4.8, 4.4) as figure:
         axes = figure.add_subplot()
-        colors = require("matplotlib", extra="viz").colormaps["hsv"]
+        palette = require("matplotlib", extra="viz").colormaps
+        colors = palette["tab20" if len(chosen) <= 20 else "hsv"].resampled(len(chosen))
         for marker, name, kind in (("o", "visible", False), ("^", "infrared", True)):
             axes.scatter([], [], marker=marker, color="#555555", label=name, s=22)
             for n, identity in enumerate(chosen):
                 rows = (part.labels["infrared"] == kind) & (part.labels["identity"] == identity)
                 x, y = places[rows.numpy()].T
                 axes.scatter(
-                    x, y, s=22, marker=marker, color=colors(n / len(chosen)), alpha=0.85,
+                    x, y, s=22, marker=marker, color=colors(n), alpha=0.85,
                     edgecolors="white", linewidths=0.4,
                 )  # fmt: skip
         axes.set(xticks=[], yticks=[])
@@ -241,12 +245,14 @@ def activation_maps(
             axes = [figure.add_subplot(grid[row, column]) for row in range(len(names) + 1)]
             axes[0].set_title("infrared" if infrared[column] else "visible", fontsize=8, pad=4)
             for place, heat in zip(axes, [None, *branches.numpy()], strict=True):
-                place.imshow(photo if heat is None else photo.mean(axis=2), cmap="gray")
+                gray = photo if heat is None else photo.mean(axis=2)
+                place.imshow(gray, cmap="gray", aspect="auto")
                 place.set(xticks=[], yticks=[])
+                place.spines[:].set_visible(False)
                 if heat is not None:
                     heat = (heat - heat.min()) / max(float(np.ptp(heat)), 1e-12)
                     smooth = Image.fromarray(heat).resize(size[::-1], Image.Resampling.BICUBIC)
-                    place.imshow(np.asarray(smooth), cmap="turbo", alpha=0.55)
+                    place.imshow(np.asarray(smooth), cmap="turbo", alpha=0.5, aspect="auto")
             if column == 0:
                 for place, name in zip(axes, ["image", *names], strict=True):
                     place.set_ylabel(name, fontsize=8)

@@ -1,0 +1,548 @@
+"""Images to rows: whatever the images are given as, in their order, equal to the reference's."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
+import deen_zoo
+from deen_zoo import features as module
+from deen_zoo.cli import main
+from deen_zoo.data import Sample
+from deen_zoo.distributed import World
+from deen_zoo.errors import UserError
+from deen_zoo.feature_files import read_feature_table
+from deen_zoo.features import FeatureExtractor, extract, weights_sha256
+from tests import parity, seeded
+from tests.reference import needs_official
+
+GOLDEN = Path(__file__).with_name("golden") / "descriptors.npz"
+SIZE, STEP = (128, 64), 32
+CHOICES = [(d, b) for d in ("official", "bn", "pool") for b in ("all", "original")]
+
+
+def tiny(**options) -> FeatureExtractor:
+    model = deen_zoo.create_model("test_deen_resnet", num_classes=0)
+    seeded.fill(model)
+    return FeatureExtractor(model, "cpu", **{"workers": 0, "batch_size": 5, **options})
+
+
+@pytest.fixture(scope="module")
+def extractor() -> FeatureExtractor:
+    return tiny()
+
+
+# The descriptor beside the reference's
+
+
+def reference_rows(net, x) -> torch.Tensor:
+    """feat + feat_flip of the reference's test.py, visible then infrared: (2N, 2, B, C)."""
+    out = []
+    for modal in (1, 2):
+        with torch.no_grad():
+            plain, mirrored = net(x, x, modal=modal), net(x.flip(3), x.flip(3), modal=modal)
+        parts = [(a + b).view(3, len(x), -1) for a, b in zip(plain, mirrored, strict=True)]
+        out.append(torch.stack(parts).permute(2, 0, 1, 3))
+    return torch.cat(out)
+
+
+def choose(rows, descriptor: str, branches: str):
+    """Of (N, 2, B, C) what the options say."""
+    kinds = {"official": [0, 1], "pool": [0], "bn": [1]}[descriptor]
+    return rows[:, kinds][:, :, : 1 if branches == "original" else None].flatten(1)
+
+
+@functools.cache
+def ours(dataset: str) -> dict[tuple[str, str], torch.Tensor]:
+    """Our rows by choice: two images as visible ones, then as infrared ones."""
+    model = parity.ours(dataset, torch.float32)
+    images = torch.cat([parity.images(SIZE).float()] * 2)
+    infrared = torch.tensor([False, False, True, True])
+    out = {}
+    for d, b in CHOICES:
+        make = FeatureExtractor(model, "cpu", descriptor=d, branches=b, normalize=False)
+        out[d, b] = make(images, infrared)
+    return out
+
+
+@needs_official
+@pytest.mark.parametrize("dataset", parity.MODELS)
+def test_choices_equal_the_reference(dataset):
+    net, _ = parity.theirs(dataset, torch.float32)
+    wanted = reference_rows(net.eval(), parity.images(SIZE).float())
+    for choice, got in ours(dataset).items():
+        torch.testing.assert_close(got, choose(wanted, *choice), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dataset", parity.MODELS)
+def test_choices_equal_golden_numbers(dataset):
+    with np.load(GOLDEN) as stored:
+        wanted = torch.from_numpy(stored[dataset]).float()  # every STEP-th of C
+    for choice, got in ours(dataset).items():
+        expected = choose(wanted, *choice)
+        torch.testing.assert_close(got[:, ::STEP], expected, rtol=0, atol=1e-5)
+
+
+def write_golden() -> None:
+    nets = {dataset: parity.theirs(dataset, torch.float64)[0].eval() for dataset in parity.MODELS}
+    rows = {dataset: reference_rows(net, parity.images(SIZE)) for dataset, net in nets.items()}
+    np.savez_compressed(GOLDEN, **{k: v[..., ::STEP].numpy() for k, v in rows.items()})
+
+
+# What may be given
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[Path]:
+    """Images of many formats, modes and sizes, all different."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    out = []
+
+    def save(name, image, **options):
+        out.append(folder / f"{len(out):02}-{name}")
+        image.save(out[-1], **options)
+
+    def noise(height, width, *channels, dtype=np.uint8):
+        high = np.iinfo(dtype).max
+        coarse = rng.integers(0, high, (8, 4, *channels), dtype=dtype, endpoint=True)
+        return np.kron(coarse, np.ones((height // 8, width // 4, *[1] * len(channels)), dtype))
+
+    for name in ("rgb.jpg", "rgb.png", "rgb.bmp", "rgb.tif", "rgb.webp", "upper.JPEG"):
+        height = int(rng.integers(2, 30)) * 8
+        save(name, Image.fromarray(noise(height, int(rng.integers(2, 20)) * 4, 3)))
+    for name in ("grey.jpg", "grey.png", "grey.bmp", "grey.tif"):
+        save(name, Image.fromarray(noise(80, 40)))
+    save("sixteen.png", Image.fromarray(noise(64, 64, dtype=np.uint16)))
+    save("sixteen.tif", Image.fromarray(noise(128, 64, dtype=np.uint16)))
+    save("palette.png", Image.fromarray(noise(64, 32, 3)).convert("P"))
+    save("alpha.png", Image.fromarray(noise(64, 32, 4)))
+    save("grey-alpha.png", Image.fromarray(noise(64, 32, 2)))
+    save("one-bit.png", Image.fromarray(noise(64, 32)).convert("1"))
+    save("cmyk.jpg", Image.fromarray(noise(64, 32, 3)).convert("CMYK"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save("turned.jpg", Image.fromarray(noise(40, 80, 3)), exif=exif)
+    return out
+
+
+def test_rows_are_in_input_order_for_any_number_of_workers(files, extractor):
+    order = np.random.default_rng(1).permutation(len(files))
+    paths = [files[i] for i in order]
+    modality = [("visible", "infrared")[i % 2] for i in order]
+    alone = torch.cat([extractor(path, kind) for path, kind in zip(paths, modality, strict=True)])
+    assert torch.pdist(alone).min() > 1e-3  # no two images could be taken for each other
+    rows = extractor(paths, modality)
+    torch.testing.assert_close(rows, alone, rtol=0, atol=1e-5)
+    for workers in (2, 4):
+        torch.testing.assert_close(tiny(workers=workers)(paths, modality), rows, rtol=0, atol=0)
+
+
+def test_images_in_memory_equal_their_files(files, extractor):
+    wanted = extractor(files, "visible")
+    in_memory: list = [Image.open(path) for path in files]
+    in_memory[1] = np.asarray(in_memory[1])
+    in_memory[7] = np.asarray(in_memory[7])
+    in_memory[8] = np.asarray(in_memory[8])[..., None]
+    in_memory[10] = np.asarray(in_memory[10])
+    assert in_memory[10].dtype == np.uint16
+    in_memory[13] = np.asarray(in_memory[13])
+    torch.testing.assert_close(extractor(in_memory, "visible"), wanted, rtol=0, atol=0)
+    assert extractor.table(in_memory, "visible").paths[:2] == ["image 0", "image 1"]
+    four = np.stack([np.asarray(Image.open(files[1]).resize((32, 64)))] * 2)
+    torch.testing.assert_close(extractor(four, "visible"), extractor(list(four), "visible"))
+
+
+def test_folders_tables_samples_and_mixtures(files, extractor, tmp_path):
+    folder = files[0].parent
+    wanted = extractor(files, "infrared")
+    table = extractor.table(folder, "infrared")
+    assert table.paths == [str(path) for path in files]
+    assert torch.equal(table.features, wanted) and table.labels["infrared"].all()
+    csv = tmp_path / "own.csv"
+    csv.write_text(
+        f"path,identity,camera,modality\n{files[0]},7,3,infrared\n{files[1]},8,2,visible\n"
+    )
+    table = extractor.table([csv, Sample(str(files[2]), 9, 1, "infrared")])
+    assert table.samples() == [
+        Sample(str(files[0]), 7, 3, "infrared"),
+        Sample(str(files[1]), 8, 2, "visible"),
+        Sample(str(files[2]), 9, 1, "infrared"),
+    ]
+    torch.testing.assert_close(table.features[[0, 2]], wanted[[0, 2]], rtol=0, atol=1e-5)
+    csv.write_text(f"path\n{files[0]}\n")
+    assert torch.equal(extractor(csv, "infrared"), extractor(files[0], "infrared"))
+    assert not extractor.table(csv, "auto").labels["infrared"].any()
+    rows = extractor((path for path in [folder, files[3]]), "infrared")
+    torch.testing.assert_close(rows[-1], wanted[3])
+
+
+def test_preprocessed_tensors_and_loaders(files, extractor):
+    modality = ["visible", "infrared"] * (len(files) // 2)
+    wanted = extractor(files, modality)
+    images, infrared = extractor.preprocess(files, modality)
+    assert images.shape == (len(files), 3, *SIZE) and infrared.tolist() == [False, True] * 9
+    torch.testing.assert_close(extractor(images, infrared), wanted, rtol=0, atol=1e-5)
+    loader = DataLoader(TensorDataset(images, torch.zeros(len(files))), batch_size=4)
+    visible = extractor(files, "visible")
+    torch.testing.assert_close(extractor(loader, "visible"), visible, rtol=0, atol=1e-5)
+    assert extractor(images[:0], "visible").shape == (0, extractor.dim)
+
+
+def test_auto_takes_three_equal_channels_as_infrared(files, extractor, capsys):
+    table = extractor.table(files, "auto")
+    grey = ("grey", "sixteen", "one-bit")
+    kinds = [path.name[3:].startswith(grey) for path in files]
+    assert table.labels["infrared"].tolist() == kinds
+    said = f"modality auto: {sum(kinds)} of {len(files)} images have three equal channels"
+    assert said in capsys.readouterr().err
+    named = ["infrared" if kind else "visible" for kind in kinds]
+    assert torch.equal(table.features, extractor(files, named))
+    assert "modality auto" not in capsys.readouterr().err
+
+
+def test_options(files):
+    unit = tiny()(files[:3], "visible")
+    torch.testing.assert_close(unit.norm(dim=1), torch.ones(3))
+    half = tiny(dtype="float16")(files[:3], "visible")
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), unit, rtol=0, atol=1e-3)
+    plain = tiny(flip=False)(files[:3], "visible")
+    mirrored = tiny(flip=False)(
+        [
+            Image.open(p).convert("RGB").transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            for p in files[:3]
+        ],
+        "visible",
+    )
+    both = torch.nn.functional.normalize(plain + mirrored)
+    torch.testing.assert_close(unit, both, rtol=0, atol=1e-5)
+    mixed = tiny(precision="bfloat16")(files[:3], "visible")
+    assert mixed.dtype == torch.float32 and 0 < (mixed - unit).abs().max() < 0.1
+
+
+def test_the_model_keeps_its_mode(files):
+    make = tiny()
+    make.model.train()
+    make(files[:2], "visible")
+    make(torch.zeros(1, 3, *SIZE), "visible")
+    assert make.model.training
+
+
+def test_models_by_name_and_folder(files, tmp_path):
+    torch.manual_seed(0)
+    made = FeatureExtractor("test_deen_resnet", "cpu", pretrained=False)
+    deen_zoo.save_pretrained(made.model, tmp_path / "checkpoint")
+    again = FeatureExtractor(tmp_path / "checkpoint", "cpu")
+    assert again.provenance == made.provenance
+    assert torch.equal(again(files[0], "visible"), made(files[0], "visible"))
+    import hashlib
+
+    weights = (tmp_path / "checkpoint" / "model.safetensors").read_bytes()
+    assert weights_sha256(made.model) == hashlib.sha256(weights).hexdigest()
+    assert again.provenance["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+
+
+def test_extract_gives_the_raw_official_descriptor(files):
+    samples = [
+        Sample(str(path), 1, 1, ("visible", "infrared")[i % 2]) for i, path in enumerate(files)
+    ]
+    make = tiny(normalize=False)
+    rows = extract(make.model, samples, World(torch.device("cpu")), batch_size=5, workers=0)
+    assert torch.equal(rows, make(samples))
+    with pytest.raises(UserError, match="absent.jpg: there is no such file"):
+        extract(
+            make.model,
+            [*samples, Sample("absent.jpg", 1, 1, "visible")],
+            World(torch.device("cpu")),
+            workers=0,
+        )
+
+
+WRONG = {
+    "unsaid": (lambda f: (f, None), "say 'visible', 'infrared' or 'auto'"),
+    "unknown": (lambda f: (f, "thermal"), "modality 'thermal'; say 'visible', 'infrared' or"),
+    "number": (lambda f: (f, 1), "modality 1; say"),
+    "count": (lambda f: (f, ["visible"]), "1 modalities for 18 images"),
+    "contrary": (lambda f: (Sample(str(f[0]), 1, 1, "visible"), "infrared"), "says otherwise"),
+    "nothing": (lambda f: ([], "visible"), "the source is empty"),
+    "kind": (lambda f: (3, "visible"), "a int is no source of images"),
+    "bytes8": (lambda f: (torch.zeros(1, 3, 128, 64, dtype=torch.uint8), "visible"), "float"),
+    "auto batch": (lambda f: (torch.zeros(1, 3, 128, 64), "auto"), "say which it is"),
+    "float array": (lambda f: (np.zeros((8, 8, 3)), "visible"), r"image 0: an array \(8, 8, 3\)"),
+    "channels": (lambda f: (np.zeros((8, 8, 2), np.uint8), "visible"), "image 0: an array"),
+    "missing": (lambda f: ([f[0], "absent.jpg"], "visible"), "absent.jpg: there is no such file"),
+    "list of tensors": (lambda f: ([torch.zeros(3, 8, 8)], "visible"), "a Tensor is no source"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mistakes(name, files, extractor):
+    make, message = WRONG[name]
+    with pytest.raises(UserError, match=message):
+        extractor(*make(files))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"descriptor": "mean"}, "descriptor 'mean': choose from official, bn, pool"),
+        ({"branches": "two"}, "branches 'two'"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"precision": "half"}, "precision 'half'"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(UserError, match=message):
+        tiny(**options)
+
+
+def test_an_empty_folder(extractor, tmp_path):
+    with pytest.raises(UserError, match="no image in this folder"):
+        extractor(tmp_path, "visible")
+
+
+def test_a_broken_file_stops_the_workers_at_once(files, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8")
+    make = tiny(workers=2)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"bad\.jpg"):
+        make([tmp_path / "bad.jpg", *files], "visible")
+    assert time.monotonic() - start < 4
+
+
+# Files: bad ones, parts, processes
+
+
+def png(width: int, height: int, data: bytes = b"") -> bytes:
+    """A PNG whose header says that size, whatever its data."""
+
+    def chunk(kind, body):
+        check = zlib.crc32(kind + body).to_bytes(4, "big")
+        return len(body).to_bytes(4, "big") + kind + body + check
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\0\0\0"
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def write_bad_files(folder: Path) -> list[Path]:
+    """Thirty kinds of file that are called an image and cannot be read as one."""
+    rng, whole = np.random.default_rng(0), {}
+    pixels = Image.fromarray(rng.integers(0, 256, (96, 48, 3), dtype=np.uint8))
+    for suffix in ("jpg", "png", "bmp", "tif", "webp"):
+        pixels.save(folder / f"whole.{suffix}")
+        whole[suffix] = (folder / f"whole.{suffix}").read_bytes()
+        (folder / f"whole.{suffix}").unlink()
+    contents = {
+        "empty.jpg": b"",
+        "zeros.jpg": bytes(4096),
+        "noise.png": rng.bytes(4096),
+        "text.jpg": b"this is no image\n" * 9,
+        "page.jpg": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
+        "drawing.png": b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>",
+        "lfs.jpg": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+        "archive.png": b"PK\x03\x04" + bytes(60),
+        "document.jpg": b"%PDF-1.7\n" + bytes(60),
+        "movie.jpg": b"\0\0\0\x18ftypmp42" + bytes(60),
+        "phone.jpg": b"\0\0\0\x18ftypheic" + bytes(60),
+        "pickle.png": b"\x80\x04\x95" + bytes(60),
+        "array.png": b"\x93NUMPY\x01\0" + bytes(60),
+        "one-byte.bmp": b"B",
+        "signature.png": whole["png"][:8],
+        "no-data.png": png(48, 96),
+        "short-data.png": png(48, 96, bytes(99)),
+        "flat.png": png(0, 96),
+        "bomb.png": png(60_000, 60_000),
+        "checksum.png": whole["png"][:20] + b"\xff" + whole["png"][21:],
+        "start.jpg": whole["jpg"][:2],
+        "header.jpg": whole["jpg"][:200],
+        "half.jpg": whole["jpg"][: len(whole["jpg"]) // 2],
+        "half.png": whole["png"][: len(whole["png"]) // 2],
+        "half.bmp": whole["bmp"][: len(whole["bmp"]) // 2],
+        "half.tif": whole["tif"][: len(whole["tif"]) // 2],
+        "half.webp": whole["webp"][: len(whole["webp"]) // 2],
+        "header.bmp": whole["bmp"][:30],
+        "header.webp": whole["webp"][:20],
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    floats = Image.fromarray(np.ones((9, 9), np.float32))
+    floats.save(folder / "floats.tif")
+    Image.fromarray(np.full((9, 9), 70_000, np.int32)).save(folder / "deep.tif")
+    os.symlink(folder / "gone", folder / "dangling.jpg")
+    os.symlink(folder / "circle.jpg", folder / "circle.jpg")
+    os.mkfifo(folder / "pipe.jpg")
+    server = socket.socket(socket.AF_UNIX)
+    here = os.getcwd()
+    os.chdir(folder)  # the path of a socket may have 107 bytes
+    server.bind("socket.jpg")
+    os.chdir(here)
+    server.close()
+    names = [*contents, "floats.tif", "deep.tif", "dangling.jpg", "circle.jpg", "pipe.jpg"]
+    return [folder / name for name in [*names, "socket.jpg"]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    model = deen_zoo.create_model("test_deen_resnet", num_classes=4)
+    seeded.fill(model)
+    return str(deen_zoo.save_pretrained(model, tmp_path_factory.mktemp("model")))
+
+
+def test_every_bad_file_is_named_and_every_good_row_is_there(files, checkpoint, tmp_path, capsys):
+    folder = tmp_path / "images"
+    (folder / "good").mkdir(parents=True)
+    good = [folder / "good" / path.name for path in files]
+    for link, path in zip(good, files, strict=True):
+        os.link(path, link)
+    bad = write_bad_files(folder)
+    assert len(bad) >= 30
+    (folder / "notes.txt").write_text("no image by its name")
+    out = tmp_path / "f.safetensors"
+    arguments = ["extract", str(folder), "-o", str(out), "--model", checkpoint]
+    arguments += ["--modality", "visible", "--workers", "2", "--json"]
+    assert main(arguments) == 1
+    stdout, stderr = capsys.readouterr()
+    table = read_feature_table(out)
+    assert table.paths == [str(path) for path in good]
+    make = FeatureExtractor(checkpoint, "cpu", workers=0)
+    torch.testing.assert_close(table.features, make(good, "visible"), rtol=0, atol=1e-5)
+    assert set(table.unreadable) == {str(path) for path in bad}
+    named = [line for line in stderr.splitlines() if line.startswith("unreadable: ")]
+    assert len(named) == len(bad)
+    assert all(any(f"{path}: " in line for line in named) for path in bad)
+    assert json.loads(stdout)["rows"] == len(good)
+    assert "left out, no images by their names: 1 .txt" in stderr
+    (folder / "good").rename(tmp_path / "elsewhere")
+    assert main(arguments) == 2
+    assert "none of the images can be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+def test_a_file_equals_the_rows(suffix, files, extractor, tmp_path):
+    modality = ["visible", "infrared"] * (len(files) // 2)
+    file = tmp_path / f"f.{suffix}"
+    table = extractor.write(files, file, modality, shard=7)
+    assert torch.equal(table.features, extractor(files, modality))
+    assert table.paths == [str(path) for path in files]
+    assert table.labels["infrared"].tolist() == [False, True] * 9
+    assert "identity" not in table.labels and table.provenance == extractor.provenance
+    assert os.listdir(tmp_path) == [file.name]
+
+
+def test_a_killed_extraction_goes_on(files, extractor, tmp_path, monkeypatch):
+    whole = extractor.write(files, tmp_path / "whole.safetensors", "visible", shard=4)
+    file, write = tmp_path / "f.safetensors", module.write_feature_table
+    computed: list[int] = []
+
+    def killed(path, *arguments, **options):
+        if Path(path).name == "0000002.safetensors":
+            Path(f"{path}.partial").write_bytes(b"half a part")
+            raise KeyboardInterrupt
+        write(path, *arguments, **options)
+
+    monkeypatch.setattr(module, "write_feature_table", killed)
+    with pytest.raises(KeyboardInterrupt):
+        extractor.write(files, file, "visible", shard=4)
+    monkeypatch.setattr(module, "write_feature_table", write)
+    assert not file.exists()
+    with pytest.raises(UserError, match="killed extraction with other images"):
+        extractor.write(files[1:], file, "visible", shard=4)
+    with pytest.raises(UserError, match="with other descriptor"):
+        tiny(descriptor="bn").write(files, file, "visible", shard=4)
+
+    def counted(images, index, get=module.Images.__getitem__):
+        computed.append(index)
+        return get(images, index)
+
+    monkeypatch.setattr(module.Images, "__getitem__", counted)
+    table = extractor.write(files, file, "visible", shard=4)
+    assert computed == list(range(8, len(files)))
+    assert table.paths == whole.paths and torch.equal(table.features, whole.features)
+    assert sorted(os.listdir(tmp_path)) == ["f.safetensors", "whole.safetensors"]
+    assert file.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_what_cannot_be_written(files, extractor, tmp_path):
+    for source, name, message in (
+        (files, "f.pt", "give .safetensors or .npz"),
+        ([Image.open(files[0])], "f.npz", "image 0 is in memory"),
+        ([files[0], files[0]], "f.npz", "comes twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            extractor.write(source, tmp_path / name, "visible")
+    assert os.listdir(tmp_path) == []
+
+
+def test_command_on_layouts(llcm_tree, checkpoint, tmp_path, capsys):
+    raw, own = tmp_path / "raw.safetensors", tmp_path / "own.npz"
+    common = ["--model", checkpoint, "--workers", "0"]
+    arguments = ["extract", str(llcm_tree), "--layout", "llcm", "--raw", "-o", str(raw)]
+    assert main([*arguments, *common]) == 0
+    table = read_feature_table(raw)
+    samples = deen_zoo.data.open_dataset("llcm", llcm_tree)
+    assert table.samples() == samples.test("visible") + samples.test("infrared")
+    assert "rows of 768 numbers, 0 images unreadable" in capsys.readouterr().out
+    assert main(["evaluate", str(raw), "--protocol", "llcm-ir2vis", "--json"]) == 0
+    for sample in table.samples()[:2] + table.samples()[-2:]:
+        place = tmp_path / "tree" / sample.modality / str(sample.identity)
+        place.mkdir(parents=True, exist_ok=True)
+        os.link(sample.path, place / Path(sample.path).name)
+    arguments = ["extract", str(tmp_path / "tree"), "--layout", "own", "-o", str(own)]
+    assert main([*arguments, *common]) == 0
+    assert len(read_feature_table(own).samples()) == 4
+    arguments = ["extract", "a", "b", "--layout", "own", "-o", str(own)]
+    assert main([*arguments, *common]) == 2
+    assert "takes one root, not 2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_file(files, checkpoint, tmp_path):
+    import shutil
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for copy in range(60):
+        shutil.copy(
+            files[copy % len(files)], folder / f"{copy:03}{files[copy % len(files)].suffix}"
+        )
+    code = (
+        "import sys, torch\n"
+        "from deen_zoo.distributed import join\n"
+        "from deen_zoo.features import FeatureExtractor\n"
+        "with join(torch.device('cpu')) as world:\n"
+        "    make = FeatureExtractor(sys.argv[1], 'cpu', workers=0, batch_size=5)\n"
+        "    make.write(sys.argv[2], sys.argv[3], 'visible', world, shard=10)\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    arguments = [str(tmp_path / "run.py"), checkpoint, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launch += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    two, one = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
+    subprocess.run([*launch, *arguments, str(two)], check=True, env=environment, timeout=200)
+    subprocess.run([sys.executable, *arguments, str(one)], check=True, env=environment, timeout=200)
+    assert two.read_bytes() == one.read_bytes()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    write_golden()
