@@ -2,7 +2,7 @@
 
 Paper and code disagree on several points, and each is a field here. ``official`` is the default,
 since it is what published follow-ups ran; ``paper`` takes the paper's number wherever it gives one
-and the code's elsewhere. The forms of DEE and MFA belong to the model and are the code's in both.
+and the code's elsewhere.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Recipe:
         cpm_weight: Of the CPM loss; 0 leaves it out.
         cpm_margin: Of its hinges.
         cpm_form: ``"official"`` or ``"paper"``, see :func:`deen_zoo.losses.cpm_loss`.
+        model_form: The same of DEE and MFA, see :class:`deen_zoo.models.DEEN`.
         ort_weight: Of the orthogonality loss; 0 leaves it out.
         test_every: Epochs between tests during training; the last epoch is always tested.
     """
@@ -65,6 +66,7 @@ class Recipe:
     cpm_weight: float = 0.8
     cpm_margin: float = 0.2
     cpm_form: str = "official"
+    model_form: str = "official"
     ort_weight: float = 0.01
     test_every: int = 1
 
@@ -92,6 +94,7 @@ RECIPES = {
             decay=((20, 0.1), (60, 0.01), (120, 0.001)),
             nesterov=False,
             cpm_form="paper",
+            model_form="paper",
             ort_weight=0.1,
         ),
         Recipe("synthetic", epochs=12, pad=5, warmup=2, decay=((8, 0.1),), test_every=4),

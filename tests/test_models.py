@@ -268,6 +268,7 @@ def test_wrong_channels(tiny, shape):
     "kwargs, message",
     [
         ({"modality": "ir"}, "modality must be"),
+        ({"form": "poster"}, "form must be"),
         ({"num_stages": 2}, "num_stages must be 3"),
         ({"backbone": "vit_tiny_patch16_224"}, "must be a timm ResNet"),
         ({"backbone": "resnetblur50"}, "choose a plain ResNet"),
@@ -296,6 +297,30 @@ def test_ablation(dee, mfa):
     names = {n.split(".")[2] for n, _ in model.named_parameters() if n.startswith("stages")}
     assert names == {"blocks"} | ({"dee"} if dee else set()) | ({"cnl", "pnl"} if mfa else set())
     assert model.forward_embedding(batch(), MIXED).shape == (4, 2 * model.num_features)
+
+
+def test_paper_form():
+    """The paper's equations, spelled out: a sum of dilated convolutions, softmax attention."""
+    paper, official = make(form="paper"), make()
+    assert set(paper.state_dict()) == set(official.state_dict())
+    x = torch.randn(2, 64, 8, 4)
+    dee = paper.stages[3].dee
+    total = dee.reduce[0][0](x) + dee.reduce[0][1](x) + dee.reduce[0][2](x)
+    assert torch.allclose(dee(x)[2:4], dee.expand[0](total.relu()), atol=1e-5)
+    high, low = torch.randn(2, 48, 8, 4), torch.randn(2, 32, 16, 8)
+    cnl, pnl = paper.stages[1].cnl, paper.stages[1].pnl
+    attention = (cnl.theta(high).flatten(2) @ cnl.phi(low).flatten(2).mT).softmax(-1)
+    y = torch.einsum("nab,nbhw->nahw", attention, cnl.g(low))
+    assert torch.allclose(cnl(high, low), cnl.proj(y) + high, atol=1e-5)
+    theta, phi, g = (
+        conv(z).reshape(2, 32, -1) for conv, z in ((pnl.theta, high), (pnl.phi, low), (pnl.g, low))
+    )
+    attention = torch.einsum("ncp,ncq->npq", theta, phi).softmax(-1)
+    y = torch.einsum("npq,ncq->ncp", attention, g).reshape(2, 16, 8, 4)
+    assert torch.allclose(pnl(high, low), pnl.proj(y) + high, atol=1e-5)
+    assert not torch.allclose(paper(batch()), official(batch()))
+    fused = timm.utils.reparameterize_model(paper)
+    assert torch.allclose(fused(batch(), MIXED), paper(batch(), MIXED), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def test_what_paper_and_code_disagree_on():
         "decay": (((20, 0.1), (80, 0.01)), ((20, 0.1), (60, 0.01), (120, 0.001))),
         "nesterov": (True, False),
         "cpm_form": ("official", "paper"),
+        "model_form": ("official", "paper"),
         "ort_weight": (0.01, 0.1),
     }
     same = ("identities", "images", "erasing", "momentum", "weight_decay", "cpm_weight")

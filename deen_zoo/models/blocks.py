@@ -56,14 +56,15 @@ class DEE(nn.Module):
     """Diverse embedding expansion: (N, C, H, W) -> (3N, C, H, W), branch-major.
 
     The first N rows are the input; each generated branch is three dilated 3x3 convolutions to C/4,
-    averaged, ReLU and a 1x1 convolution back (the paper sums, the reference averages).
+    averaged (summed in the ``paper`` form), ReLU and a 1x1 convolution back.
     """
 
     def __init__(
-            self, dim: int, drop_rate: float, generated: int = 2,
+            self, dim: int, drop_rate: float, paper: bool = False, generated: int = 2,
             device: Any = None, dtype: Any = None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        self.divisor = 1 if paper else 3
         self.reduce = nn.ModuleList(
             nn.ModuleList(
                 nn.Conv2d(dim, dim // 4, 3, padding=d, dilation=d, bias=False, **dd)
@@ -79,7 +80,7 @@ class DEE(nn.Module):
         branches = [x]
         for reduce, expand in zip(self.reduce, self.expand):
             dilated = [conv(x) for conv in reduce]
-            branches.append(expand(F.relu((dilated[0] + dilated[1] + dilated[2]) / 3)))
+            branches.append(expand(F.relu((dilated[0] + dilated[1] + dilated[2]) / self.divisor)))
         return self.drop(torch.cat(branches))
 
 
@@ -94,7 +95,9 @@ class ConvBN(nn.Sequential):
 
 
 class CNL(nn.Module):
-    """Channel non-local block: attention between the channels of two stages, no softmax.
+    """Channel non-local block: attention between the channels of two stages.
+
+    The reference divides by the number of positions where the ``paper`` form has a softmax.
 
     ``high`` (N, high, h, w) is the stage's output, ``low`` (N, low, H, W) its input. The reference
     gives ``g`` stride 1 and ``W`` stride 2; a 1x1 convolution with a stride reads only what ``g``
@@ -102,10 +105,11 @@ class CNL(nn.Module):
     """
 
     def __init__(
-            self, high_dim: int, low_dim: int, stride: int,
+            self, high_dim: int, low_dim: int, stride: int, paper: bool = False,
             device: Any = None, dtype: Any = None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        self.paper = paper
         self.g = nn.Conv2d(low_dim, low_dim, 1, stride=stride, **dd)
         self.theta = nn.Conv2d(high_dim, low_dim, 1, **dd)
         self.phi = nn.Conv2d(low_dim, low_dim, 1, stride=stride, **dd)
@@ -115,21 +119,25 @@ class CNL(nn.Module):
         theta = self.theta(high).flatten(2)  # (N, low, hw)
         phi = self.phi(low).flatten(2).transpose(1, 2)  # (N, hw, low)
         g = self.g(low)  # (N, low, h, w)
-        attention = theta @ phi / phi.shape[2]  # (N, low, low)
+        energy = theta @ phi  # (N, low, low)
+        attention = energy.softmax(2) if self.paper else energy / phi.shape[2]
         return self.proj((attention @ g.flatten(2)).reshape(g.shape)) + high
 
 
 class PNL(nn.Module):
-    """Position non-local block: attention between the positions of two stages, no softmax.
+    """Position non-local block: attention between the positions of two stages.
 
     Maps of low/2 channels are read as (low, positions/2): half of the positions become channels.
     The trained weights rely on this view of the reference, which a textbook block does not have.
-    Without a softmax the three factors may be multiplied in either order.
+    Without the softmax of the ``paper`` form the three factors may be multiplied in either order.
     """
 
-    def __init__(self, high_dim: int, low_dim: int, device: Any = None, dtype: Any = None):
+    def __init__(
+            self, high_dim: int, low_dim: int, paper: bool = False,
+            device: Any = None, dtype: Any = None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        self.paper = paper
         self.low_dim = low_dim
         self.g = nn.Conv2d(low_dim, low_dim // 2, 1, **dd)
         self.theta = nn.Conv2d(high_dim, low_dim // 2, 1, **dd)
@@ -144,7 +152,10 @@ class PNL(nn.Module):
         phi = self._rows(self.phi(low))
         g = self._rows(self.g(low)).transpose(1, 2)  # (N, HW/2, low)
         theta_rows = self._rows(theta).transpose(1, 2)  # (N, hw/2, low)
-        y = triple_product(theta_rows, phi, g) / phi.shape[2]  # (N, hw/2, low)
+        if self.paper:
+            y = (theta_rows @ phi).softmax(2) @ g  # (N, hw/2, low)
+        else:
+            y = triple_product(theta_rows, phi, g) / phi.shape[2]
         return self.proj(y.transpose(1, 2).reshape(theta.shape)) + high
 
 

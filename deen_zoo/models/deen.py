@@ -62,6 +62,8 @@ class DEEN(nn.Module):
         num_stages: ResNet stages used: 4, or 3 as the reference does for RegDB.
         dee: Generate the two extra branches.
         mfa: Fuse the stages.
+        form: ``"official"`` as the reference computes DEE and MFA, or ``"paper"``: dilated
+            convolutions summed, not averaged, and a softmax on MFA's attention.
         modality: What ``modality=None`` means in the calls, ``"visible"`` or ``"infrared"``.
         drop_rate: Dropout on DEE's output.
     """
@@ -77,6 +79,7 @@ class DEEN(nn.Module):
             num_stages: int = 4,
             dee: bool = True,
             mfa: bool = True,
+            form: str = "official",
             modality: str = "visible",
             drop_rate: float = 0.01,
             device: Any = None,
@@ -85,9 +88,12 @@ class DEEN(nn.Module):
         super().__init__()
         if modality not in MODALITIES:
             raise ValueError(f"modality must be 'visible' or 'infrared': got {modality}")
+        if form not in ("official", "paper"):
+            raise ValueError(f"form must be 'official' or 'paper': got {form!r}")
         if num_stages not in (3, 4):
             raise ValueError(f"num_stages must be 3 (RegDB) or 4: got {num_stages}")
         dd = {"device": device, "dtype": dtype}
+        paper = form == "paper"
         self.modality = modality
         self.in_chans = in_chans
         self.num_branches = 3 if dee else 1
@@ -95,7 +101,7 @@ class DEEN(nn.Module):
         self.grad_checkpointing = False
         self.model_args = dict(
             backbone=backbone, backbone_args=backbone_args, num_stages=num_stages, dee=dee, mfa=mfa,
-            modality=modality, drop_rate=drop_rate)
+            form=form, modality=modality, drop_rate=drop_rate)
 
         own_args = dict(backbone_args or {})
         if pretrained_backbone and "pretrained_cfg_overlay" not in own_args:
@@ -127,12 +133,12 @@ class DEEN(nn.Module):
             reduction, low, high = min(2 ** (i + 1), 16), dims[i - 1], dims[i]
             if i == num_stages:
                 blocks = without_stride(blocks, backbone) if i == 4 else blocks
-                expand = [("dee", DEE(low, drop_rate, **dd))] if dee else []
+                expand = [("dee", DEE(low, drop_rate, paper, **dd))] if dee else []
                 stages.append(Stage(OrderedDict([*expand, ("blocks", blocks)])))
                 high *= self.num_branches
             elif mfa:
-                cnl = CNL(high, low, stride=1 if i == 1 else 2, **dd)
-                stages.append(FusedStage(blocks, cnl, PNL(high, low, **dd)))
+                cnl = CNL(high, low, 1 if i == 1 else 2, paper, **dd)
+                stages.append(FusedStage(blocks, cnl, PNL(high, low, paper, **dd)))
             else:
                 stages.append(Stage(OrderedDict(blocks=blocks)))
             self.feature_info.append(

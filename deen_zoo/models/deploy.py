@@ -153,7 +153,7 @@ class _DEE(_InferenceOnly):
     def __init__(self, dee: nn.Module, expand: bool):
         super().__init__()
         dilated = [list(convs) for convs in zip(*dee.reduce)]  # of one dilation, a branch each
-        self.reduce = nn.ModuleList(_side_by_side(convs, 1 / len(dilated)) for convs in dilated)
+        self.reduce = nn.ModuleList(_side_by_side(convs, 1 / dee.divisor) for convs in dilated)
         self.expand = nn.ModuleList(_side_by_side([conv]) for conv in dee.expand if expand)
         self.branches = len(dee.expand)
 
@@ -232,7 +232,11 @@ class _Stage(_InferenceOnly):
 class _FusedStage(_InferenceOnly):
     def __init__(self, stage: nn.Module):
         super().__init__()
-        self.blocks, self.cnl, self.pnl = _fold_all(stage.blocks), _CNL(stage.cnl), _PNL(stage.pnl)
+        self.blocks = _fold_all(stage.blocks)
+        if stage.cnl.paper:  # its softmax leaves nothing to reorder
+            self.cnl, self.pnl = _fold_all(stage.cnl), _fold_all(stage.pnl)
+        else:
+            self.cnl, self.pnl = _CNL(stage.cnl), _PNL(stage.pnl)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.pnl(self.cnl(self.blocks(x), x), x)
