@@ -187,6 +187,7 @@ def _ivfpq(faiss: Any, gallery: Tensor) -> Any:
     index = faiss.IndexIVFPQ(
         faiss.IndexFlatIP(width), width, cells, codes, 8, faiss.METRIC_INNER_PRODUCT
     )
+    index.cp.spherical = True  # centres of one length, or the longest would win all products
     sample = torch.linspace(0, count - 1, min(count, max(PQ_ROWS, 40 * cells))).long()
     index.train(gallery[sample].float().numpy())
     index.nprobe = max(8, cells // 8)

@@ -1,0 +1,291 @@
+"""Ranked galleries beside a sort over all scores; thresholds beside a count of all pairs."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import deen_zoo
+from deen_zoo import search as module
+from deen_zoo.cli import main
+from deen_zoo.data import open_dataset
+from deen_zoo.errors import MissingExtraError, UserError
+from deen_zoo.feature_files import FeatureTable, write_feature_table
+from deen_zoo.features import FeatureExtractor
+from deen_zoo.search import calibrate, search
+from tests import seeded
+
+
+def table(
+    count, seed=0, width=24, people=10, dtype=torch.float32, noise=1.1, **changes
+) -> FeatureTable:
+    """Unit rows around a centre for each person, the infrared ones beside it."""
+    rng = torch.Generator().manual_seed(seed)
+    ids = torch.randint(people, (count,), generator=rng)
+    centres = torch.randn(people, width, generator=torch.Generator().manual_seed(99))
+    rows = centres[ids] + noise * torch.randn(count, width, generator=rng)
+    labels = {"identity": ids, "infrared": torch.arange(count) % 2 == 1}
+    rows = torch.nn.functional.normalize(rows).to(dtype)
+    values = {"features": rows, "paths": [f"{seed}/{i}.jpg" for i in range(count)]}
+    return FeatureTable(**{"source": f"table {seed}", "labels": labels, **values, **changes})
+
+
+def exact_table(count, seed) -> FeatureTable:
+    """Rows whose products have no rounding, and many ties."""
+    made = table(count, seed)
+    return table(count, seed, features=(made.features * 16).round() / 16)
+
+
+def oracle(query, gallery, k):
+    """(score, index) of the k best, by a sort of all pairs; equal scores in the gallery's order."""
+    out = []
+    for row in query.features.double().numpy():
+        scores = [float(row @ other) for other in gallery.features.double().numpy()]
+        order = sorted(range(len(scores)), key=lambda i, s=scores: (-s[i], i))
+        out.append([(scores[i], i) for i in order[:k]])
+    return out
+
+
+@pytest.mark.parametrize("index", ["exact", "flat"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("count, k", [(1, 3), (57, 8), (200, 200)])
+def test_equal_to_a_sort_of_all_pairs(index, dtype, count, k, monkeypatch):
+    if index == "flat":
+        pytest.importorskip("faiss")
+    monkeypatch.setattr(module, "FLOATS", 24 * 16)  # blocks of 16 rows
+    monkeypatch.setattr(module, "QUERIES", 3)
+    query, gallery = table(7, 1, dtype=dtype), table(count, 2, dtype=dtype)
+    result = search(query, gallery, k, index)
+    wanted = oracle(query, gallery, k)
+    assert result.indices.tolist() == [[i for _, i in row] for row in wanted]
+    scores = torch.tensor([[s for s, _ in row] for row in wanted])
+    torch.testing.assert_close(result.scores, scores, rtol=0, atol=1e-6)
+    assert result.indices.shape == (7, min(k, count))
+
+
+def test_equal_scores_keep_the_gallery_order():
+    gallery = table(30, 2)
+    gallery = table(30, 2, features=gallery.features[torch.zeros(30).long()])
+    result = search(table(2, 1), gallery, 30)
+    assert result.indices.tolist() == [list(range(30))] * 2
+
+
+def test_exact_and_flat_agree(monkeypatch):
+    pytest.importorskip("faiss")
+    query, gallery = table(40, 1, width=128), table(3000, 2, width=128)
+    exact, flat = search(query, gallery, 10), search(query, gallery, 10, "flat")
+    assert torch.equal(exact.indices, flat.indices)
+    torch.testing.assert_close(exact.scores, flat.scores, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_ivfpq_finds_nearly_all_and_scores_them_exactly(monkeypatch):
+    pytest.importorskip("faiss")
+    people = {"people": 2000, "noise": 0.4}
+    query, gallery = table(50, 1, **people), table(12_000, 2, **people)
+    exact, approximate = search(query, gallery, 5), search(query, gallery, 5, "ivfpq")
+    found = [
+        len(set(a) & set(b)) / 5
+        for a, b in zip(exact.indices.tolist(), approximate.indices.tolist(), strict=True)
+    ]
+    assert np.mean(found) > 0.8
+    for q in range(50):
+        rows = gallery.features[approximate.indices[q]]
+        torch.testing.assert_close(approximate.scores[q], rows @ query.features[q])
+
+
+def test_faiss_is_an_extra(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'deen-zoo\[search\]'"):
+        search(table(1), table(2), index="flat")
+
+
+@pytest.mark.parametrize(
+    "query, gallery, options, message",
+    [
+        (table(1), table(2), {"k": 0}, "k is 0"),
+        (table(1), table(0), {}, "a gallery of 0"),
+        (table(0), table(2), {}, "0 queries"),
+        (table(1), table(2), {"index": "hnsw"}, "index 'hnsw': choose from exact, flat, ivfpq"),
+        (table(1), table(2, width=8), {}, "they must be of one model"),
+        (table(1), table(2, provenance={"weights_sha256": "ab"}), {}, "does not say what made"),
+    ],
+)
+def test_mistakes(query, gallery, options, message):
+    with pytest.raises(UserError, match=message):
+        search(query, gallery, **options)
+
+
+def test_ivfpq_needs_rows_to_learn_from():
+    pytest.importorskip("faiss")
+    with pytest.raises(UserError, match="needs a gallery of 10000 rows"):
+        search(table(1), table(100), index="ivfpq")
+
+
+def test_result_as_dict_and_table():
+    result = search(table(2, 1), table(30, 2), 3)
+    first = result.to_dict()[0]
+    assert first["path"] == "1/0.jpg" and first["modality"] == "visible"
+    assert [hit["rank"] for hit in first["hits"]] == [1, 2, 3]
+    ids, gallery_ids = result.query.labels["identity"], result.gallery.labels["identity"]
+    for q, row in enumerate(result.to_dict()):
+        for hit in row["hits"]:
+            i = result.gallery.paths.index(hit["path"])
+            assert hit["correct"] == (ids[q] == gallery_ids[i])
+            assert hit["identity"] == gallery_ids[i]
+    limit = first["hits"][1]["score"]
+    assert len(result.to_dict(limit)[0]["hits"]) == 2
+    assert str(result).splitlines()[0] == "1/0.jpg" and "+ 2/" in str(result)
+    assert "none of a score of 2.0000 or more" in result.table(2.0)
+    unlabelled = search(table(2, 1, labels={}), table(30, 2), 3)
+    assert unlabelled.correct is None and "correct" not in unlabelled.to_dict()[0]["hits"][0]
+
+
+@pytest.mark.parametrize("rate", [0.002, 0.01, 0.3, 0.999])
+@pytest.mark.parametrize("joined", [True, False])
+def test_threshold_equals_a_count_of_all_pairs(rate, joined, monkeypatch):
+    monkeypatch.setattr(module, "FLOATS", 24 * 16)
+    monkeypatch.setattr(module, "QUERIES", 7)
+    if joined:
+        both = exact_table(90, 3)
+        found = calibrate(both, false_match_rate=rate)
+        infrared = both.labels["infrared"]
+        a, b = both.select(infrared), both.select(~infrared)
+    else:
+        a, b = exact_table(40, 1), exact_table(50, 2)
+        found = calibrate(a, b, rate)
+    pairs = [
+        (float(x @ y), bool(i == j))
+        for x, i in zip(a.features, a.labels["identity"], strict=True)
+        for y, j in zip(b.features, b.labels["identity"], strict=True)
+    ]
+    different = [score for score, same in pairs if not same]
+    same = [score for score, same in pairs if same]
+    taken = sum(score >= found.threshold for score in different)
+    assert (found.different_pairs, found.same_pairs) == (len(different), len(same))
+    assert found.false_matches == taken and found.false_match_rate == taken / len(different)
+    assert found.true_match_rate == pytest.approx(np.mean([s >= found.threshold for s in same]))
+    assert taken <= rate * len(different)
+    lower = max(score for score in different if score < found.threshold)
+    assert sum(score >= lower for score in different) > rate * len(different)  # none lower will do
+
+
+@pytest.mark.parametrize("rate", [0, 1, 1e-9, -0.5])
+def test_rates_that_the_pairs_do_not_give(rate):
+    with pytest.raises(UserError, match="give more images, or another rate"):
+        calibrate(table(40, 1), table(50, 2), rate)
+
+
+def test_calibration_needs_labels():
+    with pytest.raises(UserError, match="no infrared in it"):
+        calibrate(table(9, labels={}))
+    unknown = {"identity": torch.full((9,), -1), "infrared": torch.arange(9) > 4}
+    with pytest.raises(UserError, match=r"identity is unknown \(-1\) for 4 of 4"):
+        calibrate(table(9, labels=unknown))
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    model = deen_zoo.create_model("test_deen_resnet", num_classes=0)
+    seeded.fill(model)
+    return str(deen_zoo.save_pretrained(model, tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def people(llcm_tree, checkpoint, tmp_path_factory):
+    """Feature files of infrared and visible images, in another than the usual descriptor."""
+    dataset, folder = open_dataset("llcm", llcm_tree), tmp_path_factory.mktemp("features")
+    make = FeatureExtractor(checkpoint, "cpu", workers=0, descriptor="bn", flip=False)
+    out = {}
+    for modality in ("infrared", "visible"):
+        out[modality] = folder / f"{modality}.safetensors"
+        make.write(dataset.test(modality), out[modality])
+    return out
+
+
+def command(capsys, *arguments) -> tuple[int, str, str]:
+    code = main(["search", *map(str, arguments)])
+    return code, *capsys.readouterr()
+
+
+def test_command_on_feature_files(people, capsys):
+    sides = ("--query", people["infrared"], "--gallery", people["visible"])
+    result = search(people["infrared"], people["visible"], 4)
+    code, out, err = command(capsys, *sides, "-k", 4, "--json")
+    assert code == 0 and "searching" in err
+    assert json.loads(out)["queries"] == result.to_dict()
+    assert json.loads(out)["provenance"]["descriptor"] == "bn"
+    assert command(capsys, *sides, "-k", 4)[1].rstrip() == str(result)
+    limit = float(result.scores.median())
+    code, out, _ = command(capsys, *sides, "-k", 4, "--json", "--threshold", limit)
+    assert json.loads(out)["queries"] == result.to_dict(limit)
+
+
+def test_command_extracts_images_as_the_file_beside_them(people, checkpoint, capsys):
+    query = search(people["infrared"], people["visible"], 3).query.paths[0]
+    arguments = ["--query", query, "--query-modality", "infrared", "--gallery", people["visible"]]
+    code, out, _ = command(capsys, *arguments, "-k", 3, "--json", "--model", checkpoint)
+    wanted = search(people["infrared"], people["visible"], 3).to_dict()[0]["hits"]
+    (found,) = json.loads(out)["queries"]
+    assert code == 0 and [h["path"] for h in found["hits"]] == [h["path"] for h in wanted]
+    assert found["hits"][0]["score"] == pytest.approx(wanted[0]["score"], abs=1e-5)
+
+
+def test_command_on_images_of_both_sides(llcm_tree, checkpoint, tmp_path, capsys):
+    for name in ("query", "gallery"):
+        (tmp_path / name).mkdir()
+    dataset = open_dataset("llcm", llcm_tree)
+    for n, sample in enumerate(dataset.test("infrared")[:2]):
+        (tmp_path / "query" / f"{n}.jpg").symlink_to(sample.path)
+    for n, sample in enumerate(dataset.test("visible")[:5]):
+        (tmp_path / "gallery" / f"{n}.jpg").symlink_to(sample.path)
+    (tmp_path / "gallery" / "broken.jpg").write_bytes(b"\xff\xd8")
+    arguments = ["--query", tmp_path / "query", "--gallery", tmp_path / "gallery"]
+    arguments += ["--model", checkpoint, "--workers", 0, "--json"]
+    modalities = ["--query-modality", "infrared", "--gallery-modality", "visible"]
+    code, out, err = command(capsys, *arguments, *modalities)
+    assert code == 1 and f"unreadable: {tmp_path}/gallery/broken.jpg" in err
+    assert [len(query["hits"]) for query in json.loads(out)["queries"]] == [5, 5]
+    code, out, err = command(capsys, *arguments, *modalities[:2])
+    assert code == 2 and "say 'visible', 'infrared' or 'auto'" in err
+
+
+def test_command_calibrates(people, tmp_path, capsys):
+    sides = ("--query", people["infrared"], "--gallery", people["visible"], "--calibrate", 0.05)
+    found = calibrate(people["infrared"], people["visible"], 0.05)
+    code, out, _ = command(capsys, *sides, "--json")
+    assert code == 0 and json.loads(out) == vars(found)
+    code, out, err = command(capsys, *sides)
+    assert f"threshold {found.threshold:.4f}: false-match rate" in out
+    assert ("only" in err) == (found.false_matches < 30)
+    both = tmp_path / "both.safetensors"
+    tables = [module.read_feature_table(file) for file in people.values()]
+    write_feature_table(both, tables)
+    code, out, _ = command(capsys, "--gallery", both, "--calibrate", 0.05, "--json")
+    assert json.loads(out) == vars(found)
+
+
+def test_command_mistakes(people, checkpoint, tmp_path, capsys):
+    gallery = ["--gallery", people["visible"]]
+    for arguments, message in (
+        (gallery, "--query is missing"),
+        (["--query", "x.jpg", *gallery], "--query is of images: name the --model"),
+        (["--query", "x.jpg", people["infrared"], *gallery], "feature files and images together"),
+        (["--query", tmp_path / "no.npz", *gallery], "there is no such file"),
+    ):
+        code, out, err = command(capsys, *arguments)
+        assert code == 2 and message in err and err.count("\n") == 1 and not out
+    other = deen_zoo.create_model("test_deen_resnet", num_classes=0)
+    deen_zoo.save_pretrained(other, tmp_path / "other")
+    query = module.read_feature_table(people["infrared"]).paths[0]
+    arguments = ["--query", query, "--query-modality", "infrared", "--model", tmp_path / "other"]
+    code, out, err = command(capsys, *arguments, *gallery)
+    assert code == 2 and "are not comparable: weights" in err

@@ -1,0 +1,208 @@
+"""Pictures: the right images in the right frames, in the formats asked for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import deen_zoo
+from deen_zoo import visualize
+from deen_zoo.cli import main
+from deen_zoo.errors import MissingExtraError, UserError
+from deen_zoo.feature_files import FeatureTable, write_feature_table
+from deen_zoo.features import FeatureExtractor
+from deen_zoo.search import search
+from tests import seeded
+
+pytest.importorskip("matplotlib")
+PEOPLE = 6
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> FeatureTable:
+    """Two visible and two infrared images of each person, of one colour each."""
+    folder = tmp_path_factory.mktemp("people")
+    ids = torch.arange(PEOPLE).repeat_interleave(4)
+    infrared = torch.arange(4 * PEOPLE) % 4 > 1
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.eye(PEOPLE)[ids] + 0.2 * torch.randn(4 * PEOPLE, PEOPLE, generator=rng)
+    paths = []
+    for i, identity in enumerate(ids.tolist()):
+        paths.append(str(folder / f"{i}.png"))
+        color = (90, 90, 90) if infrared[i] else (40 * identity, 250 - 40 * identity, 99)
+        Image.new("RGB", (9, 24), color).save(paths[-1])
+    labels = {"identity": ids, "infrared": infrared, "camera": infrared.long() + 1}
+    return FeatureTable("people", torch.nn.functional.normalize(rows), paths, labels)
+
+
+def pixels(file: Path, color: str) -> int:
+    """How many pixels have that colour."""
+    wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
+    return int((np.asarray(Image.open(file).convert("RGB")) == wanted).all(axis=2).sum())
+
+
+def test_frames_say_what_is_right(table, tmp_path):
+    infrared = table.labels["infrared"]
+    query, gallery = table.select(infrared), table.select(~infrared)
+    result = search(query, gallery, 2)
+    assert result.correct.all()
+    visualize.ranking_sheet(result, tmp_path / "right.png", [0, 3])
+    assert pixels(tmp_path / "right.png", visualize.RIGHT) > 1000
+    assert pixels(tmp_path / "right.png", visualize.WRONG) == 0
+    result.query.labels["identity"][:] = 99
+    visualize.ranking_sheet(result, tmp_path / "wrong.png", [0, 3])
+    assert pixels(tmp_path / "wrong.png", visualize.RIGHT) == 0
+    assert pixels(tmp_path / "wrong.png", visualize.WRONG) > 1000
+    del result.query.labels["identity"]
+    visualize.ranking_sheet(result, tmp_path / "plain.png", [0, 3])
+    assert pixels(tmp_path / "plain.png", visualize.WRONG) == 0
+    assert pixels(tmp_path / "plain.png", visualize.PLAIN) > 1000
+
+
+def test_images_stand_where_the_ranking_has_them(table, tmp_path):
+    infrared = table.labels["infrared"]
+    gallery = table.select(~infrared)
+    result = search(table.select(infrared), gallery, 3)
+    visualize.ranking_sheet(result, tmp_path / "sheet.png", [0])
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
+    places = []
+    for i in result.indices[0].tolist():
+        color = np.asarray(Image.open(gallery.paths[i]))[0, 0].astype(int)
+        at = (abs(sheet - color).max(axis=2) <= 1).nonzero()[1]
+        assert len(at) > 500
+        places.append(np.median(at))
+    twins = result.indices[0, :2] // 2  # the two images of a person have one colour
+    assert twins[0] == twins[1] and places[0] == places[1] < places[2]
+
+
+def test_faded_below_the_threshold(table, tmp_path):
+    infrared = table.labels["infrared"]
+    result = search(table.select(infrared), table.select(~infrared), 2)
+    color = np.asarray(Image.open(result.gallery.paths[result.indices[0, 0]]))[0, 0]
+    code = "#" + "".join(f"{value:02x}" for value in color)
+    visualize.ranking_sheet(result, tmp_path / "a.png", [0])
+    visualize.ranking_sheet(result, tmp_path / "b.png", [0], threshold=2.0)
+    assert pixels(tmp_path / "a.png", code) > 500 and pixels(tmp_path / "b.png", code) == 0
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+@pytest.mark.parametrize("kind", ["ranking", "tsne", "distances"])
+def test_command(kind, suffix, table, tmp_path, capsys):
+    if kind == "tsne":
+        pytest.importorskip("sklearn")
+    features, file = tmp_path / "f.safetensors", tmp_path / f"picture.{suffix}"
+    write_feature_table(features, [table])
+    arguments = ["visualize", kind, str(features), "-o", str(file), "--identities", "4"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"{file}\n"
+    first = file.read_bytes()
+    if suffix == "png":
+        assert min(Image.open(file).size) > 200
+    else:
+        text = first.decode()
+        wanted = {"ranking": "<image", "tsne": "<path", "distances": "<path"}[kind]
+        assert text.startswith("<?xml") and wanted in text
+    assert main(arguments) == 0
+    assert file.read_bytes() == first  # the same numbers, the same file
+
+
+def test_tsne_draws_persons_of_both_modalities(table, tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    lonely = table.select(~((table.labels["identity"] == 0) & table.labels["infrared"]))
+    drawn = []
+    from matplotlib.axes import Axes
+
+    scatter = Axes.scatter
+
+    def watch(axes, x, y, **options):
+        drawn.append((options["marker"], len(x)))
+        return scatter(axes, x, y, **options)
+
+    monkeypatch.setattr(Axes, "scatter", watch)
+    visualize.tsne(lonely, tmp_path / "t.png")
+    for marker in "o^":
+        assert [n for m, n in drawn if m == marker] == [0] + [2] * (PEOPLE - 1)
+
+
+def test_distances_counts_the_pairs_across_modalities(table, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    seen = []
+    monkeypatch.setattr(Axes, "hist", lambda axes, x, *a, **options: seen.append(np.sort(x)))
+    visualize.distances(table, tmp_path / "d.png")
+    infrared, ids = table.labels["infrared"], table.labels["identity"]
+    wanted: dict[bool, list[float]] = {True: [], False: []}
+    for i in infrared.nonzero()[:, 0]:
+        for j in (~infrared).nonzero()[:, 0]:
+            distance = 1 - table.features[i] @ table.features[j]
+            wanted[bool(ids[i] == ids[j])].append(float(distance))
+    for got, same in zip(seen, (True, False), strict=True):
+        np.testing.assert_allclose(got, np.sort(wanted[same]), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def extractor() -> FeatureExtractor:
+    model = deen_zoo.create_model("test_deen_resnet", num_classes=0)
+    seeded.fill(model)
+    return FeatureExtractor(model, "cpu", workers=0)
+
+
+def test_activation_maps(extractor, table, tmp_path):
+    paths = [table.paths[i] for i in (0, 2, 4)]
+    modality = ["visible", "infrared", "visible"]
+    file = tmp_path / "maps.png"
+    maps = visualize.activation_maps(extractor, paths, file, modality)
+    assert maps.shape == (3, 3, 8, 4) and min(Image.open(file).size) > 200
+    images, infrared = extractor.preprocess(paths, modality)
+    with torch.inference_mode():
+        deep = extractor.model.forward_features(images, infrared)
+    channels = deep.shape[1] // 3
+    for branch in range(3):
+        part = deep[:, branch * channels : (branch + 1) * channels]
+        torch.testing.assert_close(maps[:, branch], part.square().sum(1).sqrt())
+
+
+def test_activations_command(extractor, table, tmp_path, capsys):
+    folder = deen_zoo.save_pretrained(extractor.model, tmp_path / "model")
+    file = tmp_path / "maps.svg"
+    arguments = ["visualize", "activations", table.paths[0], "-o", str(file)]
+    assert main([*arguments, "--modality", "visible", "--model", str(folder)]) == 0
+    assert file.read_text().startswith("<?xml")
+    assert main([*arguments, "--modality", "visible"]) == 2
+    assert "activations are a model's: name it by --model" in capsys.readouterr().err
+    assert main([*arguments, "--model", str(folder)]) == 2
+    assert "say 'visible', 'infrared' or 'auto'" in capsys.readouterr().err
+
+
+def test_search_draws_the_sheet(table, tmp_path, capsys):
+    infrared = table.labels["infrared"]
+    for name, rows in (("q", infrared), ("g", ~infrared)):
+        write_feature_table(tmp_path / f"{name}.npz", [table.select(rows)])
+    arguments = ["search", "--query", str(tmp_path / "q.npz"), "--gallery", str(tmp_path / "g.npz")]
+    assert main([*arguments, "-k", "3", "-o", str(tmp_path / "r.png")]) == 0
+    assert pixels(tmp_path / "r.png", visualize.RIGHT) > 1000
+
+
+def test_mistakes(table, tmp_path):
+    with pytest.raises(UserError, match=r"name the picture \.png, \.svg, \.pdf"):
+        visualize.distances(table, tmp_path / "d.gif")
+    visible = table.select(~table.labels["infrared"])
+    for draw, message in (
+        (visualize.distances, "needs pairs of one person and of two"),
+        (visualize.tsne, "two identities with images of both modalities"),
+        (visualize.sample_ranking, "needs images of both modalities"),
+    ):
+        with pytest.raises(UserError, match=message):
+            draw(visible, tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_matplotlib_is_an_extra(table, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'deen-zoo\[viz\]'"):
+        visualize.distances(table, tmp_path / "d.png")
