@@ -1,0 +1,168 @@
+"""Exported files give torch's numbers, and nothing is written when they do not."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from timm.models import reparameterize_model
+
+import deen_zoo
+from deen_zoo import export
+from deen_zoo.cli import main
+from deen_zoo.errors import MissingExtraError, UserError
+from deen_zoo.export import export_model
+from tests import seeded
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = deen_zoo.create_model("test_deen_resnet", num_classes=5)
+    seeded.fill(model)
+    return model.eval()
+
+
+def batch(model, count, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn((count, 3, *model.pretrained_cfg["input_size"][1:]), generator=generator)
+    return x, torch.rand(count, generator=generator) < 0.5
+
+
+def run_onnx(path, **inputs):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert {node.name for node in session.get_inputs()} == set(inputs)
+    assert all(node.shape[0] == "batch" for node in session.get_inputs())
+    outputs = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+    assert len(outputs) == 1
+    return torch.from_numpy(outputs[0]), session
+
+
+@pytest.mark.parametrize("form", export.FORMS)
+def test_onnx_with_modality_input(model, form, tmp_path):
+    path = tmp_path / "deen.onnx"
+    report = export_model(model, path, form=form)
+    assert max(report.differences.values()) < 1e-5
+    assert set(report.differences) == {
+        "1 visible", "1 infrared", "7 visible", "7 infrared", "7 mixed"}  # fmt: skip
+    assert report.size_bytes == path.stat().st_size
+    assert [p.name for p in tmp_path.iterdir()] == ["deen.onnx"]  # one file, weights inside
+    for count in (1, 7, 3):
+        x, infrared = batch(model, count)
+        for told in (infrared, ~infrared):
+            got, session = run_onnx(path, images=x, modality=told)
+            with torch.no_grad():
+                wanted = model.forward_embedding(x, told)
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+    note = json.loads(session.get_modelmeta().custom_metadata_map["deen_zoo"])
+    assert note["preprocessing"]["mean"] == list(model.pretrained_cfg["mean"])
+    assert note["output"] == "embedding" and note["modality"] == "input"
+
+
+def test_onnx_with_one_modality(model, tmp_path):
+    modality = "infrared"
+    both = export_model(model, tmp_path / "both.onnx", flip=True)
+    report = export_model(model, tmp_path / "one.onnx", modality=modality, flip=True)
+    assert report.size_bytes < both.size_bytes  # without the other stem
+    x, _ = batch(model, 4)
+    got, _ = run_onnx(tmp_path / "one.onnx", images=x)
+    with torch.no_grad():
+        wanted = model.forward_embedding(x, modality, flip=True)
+        other = model.forward_embedding(x, "visible", flip=True)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+    assert (got - other).abs().max() > 1e-2
+
+
+def test_onnx_logits_of_another_size(model, tmp_path):
+    export_model(model, tmp_path / "deen.onnx", output="logits", size=(64, 64), modality="visible")
+    x = torch.randn(2, 3, 64, 64)
+    got, _ = run_onnx(tmp_path / "deen.onnx", images=x)
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(x, "visible"), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", export.FORMS)
+def test_program(model, form, tmp_path):
+    path = tmp_path / "deen.pt2"
+    export_model(model, path, form=form)
+    module = torch.export.load(path).module()
+    for count in (1, 7):
+        x, infrared = batch(model, count)
+        with torch.no_grad():
+            wanted = model.forward_embedding(x, infrared)
+        torch.testing.assert_close(module(images=x, modality=infrared), wanted, rtol=0, atol=1e-4)
+
+
+def test_ablation(tmp_path):
+    baseline = deen_zoo.create_model("test_deen_resnet", dee=False, mfa=False, num_classes=0)
+    report = export_model(baseline, tmp_path / "baseline.onnx")
+    assert max(report.differences.values()) < 1e-5 and baseline.training
+
+
+@pytest.mark.slow
+def test_full_size(tmp_path):
+    model = deen_zoo.create_model("deen_resnet50_regdb", num_classes=3)
+    seeded.fill(model)
+    report = export_model(model, tmp_path / "regdb.onnx")
+    assert max(report.differences.values()) < 1e-4
+
+
+def test_wrong_numbers_are_not_written(model, tmp_path, monkeypatch):
+    honest = export._write_onnx
+
+    def broken(*args):
+        run = honest(*args)
+        return lambda inputs: run(inputs) + (0.001 if len(inputs["images"]) == 7 else 0)
+
+    monkeypatch.setattr(export, "_write_onnx", broken)
+    with pytest.raises(UserError, match=r"not written.* 1\.0e-03 \(batch of 7"):
+        export_model(model, tmp_path / "deen.onnx", modality="visible")
+    assert not list(tmp_path.iterdir())
+
+    def nan(*args):
+        run = honest(*args)
+        return lambda inputs: run(inputs) * np.nan
+
+    monkeypatch.setattr(export, "_write_onnx", nan)
+    with pytest.raises(UserError, match="not written"):
+        export_model(model, tmp_path / "deen.onnx", modality="visible")
+
+
+def test_mistakes(model, tmp_path, monkeypatch):
+    for name, path, kwargs in (
+        (".onnx, .pt2", "deen.txt", {}),
+        ("embedding, logits", "deen.onnx", {"output": "features"}),
+        ("input, visible, infrared", "deen.onnx", {"modality": "thermal"}),
+        ("deploy, plain", "deen.onnx", {"form": "fused"}),
+        ("not logits", "deen.onnx", {"output": "logits", "flip": True}),
+        ("even number", "deen.onnx", {"size": (36, 36)}),
+    ):
+        with pytest.raises(UserError, match=name):
+            export_model(model, tmp_path / path, **kwargs)
+    with pytest.raises(UserError, match="already"):
+        export_model(reparameterize_model(model), tmp_path / "deen.onnx", form="plain")
+    headless = deen_zoo.create_model("test_deen_resnet", num_classes=0)
+    with pytest.raises(UserError, match="no classifier"):
+        export_model(headless, tmp_path / "deen.onnx", output="logits")
+    with pytest.raises(FileNotFoundError):
+        export_model(model, tmp_path / "absent" / "deen.pt2", modality="visible")
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match=r"deen-zoo\[export\]"):
+        export_model(model, tmp_path / "deen.onnx")
+
+
+def test_command(model, tmp_path, capsys):
+    folder = deen_zoo.save_pretrained(model, tmp_path / "checkpoint")
+    target = tmp_path / "deen.pt2"
+    assert main(["export", str(folder), str(target), "--modality", "infrared", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["path"] == str(target) and target.exists()
+    assert set(report["differences"]) == {"1 infrared", "7 infrared"}
+    assert main(["export", str(folder), str(tmp_path / "deen.txt")]) == 2
+    assert "choose from .onnx, .pt2" in capsys.readouterr().err
+    assert main(["export", str(folder), str(target), "--modality", "visible"]) == 0
+    assert "visible alone" in capsys.readouterr().out
