@@ -1,11 +1,11 @@
-"""Use DEEN's feature maps inside another pipeline: a head that describes what people wear.
+"""Use ``forward_features`` inside another pipeline: tracklets of a video instead of single images.
 
-``forward_features`` gives maps (N, B*C, H/16, W/16) as any timm model does. Here they stay frozen
-and a linear head on their horizontal stripes learns clothing from visible images alone; it is then
-asked about other people in infrared, which works as far as the maps are the same in both.
+A tracker gives several crops of each person. Their maps (N, B*C, H/16, W/16), which any code may
+read as it would those of another timm model, are averaged over the frames and only then go through
+``forward_head``: one descriptor a tracklet, which forgets the pose and the noise of each frame.
 
     python examples/features_in_a_pipeline.py
-    python examples/features_in_a_pipeline.py --model local-dir:runs/llcm/checkpoint
+    python examples/features_in_a_pipeline.py --frames 8 --model local-dir:runs/llcm/checkpoint
 """
 
 from __future__ import annotations
@@ -18,87 +18,74 @@ import torch
 from torch import Tensor, nn
 
 from deen_zoo import create_model
-from deen_zoo.data.synthetic import Person, picture
+from deen_zoo.data.synthetic import picture
+from deen_zoo.evaluation import evaluate_ranking
 
-WORLD, CAMERAS = 1, (1, 2, 4)  # the shipped tiny model was trained on people of world 0
-ATTRIBUTES = {
-    "bare legs": lambda person: person.cut != "trousers",
-    "long coat": lambda person: person.hem > 0.6,
-    "backpack": lambda person: person.bag == "backpack",
-}
-
-
-class StripeHead(nn.Module):
-    """Maps (N, channels, h, w) -> logits (N, attributes): average h into stripes, then linear."""
-
-    def __init__(self, channels: int, attributes: int, stripes: int = 4) -> None:
-        super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d((stripes, 1))
-        self.norm = nn.BatchNorm1d(channels * stripes, affine=False)
-        self.linear = nn.Linear(channels * stripes, attributes)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        return self.linear(self.norm(self.pool(maps).flatten(1)))
+WORLD = 5  # the shipped tiny model was trained on people of world 0
+CAMERAS = {"infrared": 1, "visible": 4}
 
 
 class Score(NamedTuple):
-    head: float  # share of right answers on people never seen, in infrared
-    guess: float  # of always giving the more frequent answer
+    r1: float
+    mAP: float  # noqa: N815
 
 
-def describe(identities: range) -> Tensor:
-    """What each person wears, (identities, attributes) of 0 and 1."""
-    people = [Person.make(WORLD, identity) for identity in identities]
-    return torch.tensor([[float(of(p)) for of in ATTRIBUTES.values()] for p in people])
+class TrackletDescriptor(nn.Module):
+    """Frames (N, T, 3, H, W) of N tracklets, T frames each, to descriptors (N, B*C) of length 1."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, frames: Tensor, modality: str) -> Tensor:
+        maps = self.model.forward_features(frames.flatten(0, 1), modality)  # (N*T, B*C, h, w)
+        maps = maps.unflatten(0, frames.shape[:2]).mean(1)  # (N, B*C, h, w)
+        return nn.functional.normalize(self.model.forward_head(maps, pre_logits=True))
+
+
+def film(model: nn.Module, people: int, frames: int, modality: str) -> Tensor:
+    """A tracklet of each drawn person, (people, frames, 3, H, W), as the model wants its images."""
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+
+    def frame(person: int, take: int) -> Tensor:
+        image = picture("llcm", WORLD, person, CAMERAS[modality], modality, take)
+        return transform(image.convert("RGB"))
+
+    crops = [frame(person, take) for person in range(1, people + 1) for take in range(frames)]
+    return torch.stack(crops).unflatten(0, (people, frames))
+
+
+def score(queries: Tensor, gallery: Tensor) -> Score:
+    """Row i of both sides is person i."""
+    ids = torch.arange(len(queries))
+    camera = torch.zeros_like(ids)
+    ranking = evaluate_ranking(queries @ gallery.T, ids, ids, camera, camera + 1, rule="regdb")
+    return Score(float(ranking.cmc[0]), ranking.mAP)
 
 
 @torch.inference_mode()
-def maps_of(model: nn.Module, identities: range, modality: str) -> Tensor:
-    """Maps of everyone in each camera, identity by identity."""
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    rows = []
-    for identity in identities:
-        images = [picture("llcm", WORLD, identity, c, modality, 0).convert("RGB") for c in CAMERAS]
-        rows.append(model.forward_features(torch.stack(list(map(transform, images))), modality))
-    return torch.cat(rows)
-
-
-def fit(head: nn.Module, maps: Tensor, targets: Tensor, steps: int = 150) -> None:
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=1.0)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        nn.functional.binary_cross_entropy_with_logits(head(maps), targets).backward()
-        optimizer.step()
-    head.eval()
-
-
-def main(argv: list[str] | None = None) -> dict[str, Score]:
-    parser = argparse.ArgumentParser(description="A clothing head on DEEN's frozen maps.")
+def main(argv: list[str] | None = None) -> dict[int, Score]:
+    parser = argparse.ArgumentParser(description="Descriptors of tracklets from DEEN's maps.")
     parser.add_argument("--model", default="test_deen_resnet", help="a name, or local-dir:FOLDER")
-    parser.add_argument("--people", type=int, default=60, help="two thirds of them to learn from")
+    parser.add_argument("--people", type=int, default=24)
+    parser.add_argument("--frames", type=int, default=4, help="in a tracklet (default: 4)")
     args = parser.parse_args(argv)
-    torch.manual_seed(0)
     model = create_model(args.model, pretrained=True).eval()
-    split = args.people * 2 // 3
-    known, others = range(1, split + 1), range(split + 1, args.people + 1)
+    describe = TrackletDescriptor(model)
+    films = {kind: film(model, args.people, args.frames, kind) for kind in CAMERAS}
 
-    maps = maps_of(model, known, "visible")
-    head = StripeHead(maps.shape[1], len(ATTRIBUTES))
-    fit(head, maps.clone(), describe(known).repeat_interleave(len(CAMERAS), 0))
-    with torch.inference_mode():
-        right = (head(maps_of(model, others, "infrared")) > 0).float()
-    truth = describe(others).repeat_interleave(len(CAMERAS), 0)
-    accuracy, share = (right == truth).float().mean(0), truth.mean(0)
-
-    print(f"maps {tuple(maps.shape[1:])}; learnt from {len(maps)} visible images of {split} people")
-    print(f"asked about {len(truth)} infrared images of {len(others)} others\n")
-    scores = {
-        name: Score(float(accuracy[i]), max(float(share[i]), 1 - float(share[i])))
-        for i, name in enumerate(ATTRIBUTES)
-    }
-    print(f"{'':12} {'right':>6} {'guess':>6}")
-    for name, score in scores.items():
-        print(f"{name:12} {score.head:6.0%} {score.guess:6.0%}")
+    print(f"{args.people} people, an infrared tracklet of each searches the visible ones")
+    scores = {}
+    for length in sorted({1, 2, args.frames}):
+        rounds = []
+        for start in range(0, args.frames - length + 1, length):  # every part of that length
+            parts = [describe(films[kind][:, start : start + length], kind) for kind in CAMERAS]
+            rounds.append(score(*parts))
+        scores[length] = Score(*(sum(values) / len(rounds) for values in zip(*rounds, strict=True)))
+        r1, precision = scores[length]
+        print(
+            f"{length} frame{'s' if length > 1 else ' '}  rank-1 {r1:6.1%}   mAP {precision:6.1%}"
+        )
     return scores
 
 
