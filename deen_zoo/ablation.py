@@ -13,7 +13,8 @@ from .checkpoint import write_atomically
 from .device import choose_device
 from .distributed import join
 from .evaluation import published_ablation
-from .reproduce import Settings, reproduce
+from .reproduce import reproduce
+from .settings import Settings
 
 __all__ = ["ablate", "table"]
 

@@ -11,7 +11,7 @@ import platform
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 
 from .data.cache import DecodedCache, open_cache
 from .data.check import check_dataset
-from .data.datasets import DATASETS, PROTOCOLS, ReidDataset, Sample, open_dataset
+from .data.datasets import ReidDataset, Sample, open_dataset
 from .data.loading import train_loader
 from .data.synthetic import synthesize
 from .data.transforms import ERASING_AREA, TrainTransform
@@ -31,133 +31,11 @@ from .errors import UserError
 from .evaluation import ProtocolResult, evaluate, merge_trials
 from .features import data_config, extract
 from .models import DEEN, create_model, save_pretrained
-from .recipes import Recipe, get_recipe
 from .run_report import write_results
+from .settings import TRY_WITHOUT_DATA, Settings
 from .train import Run, Task, make_optimizer, train
 
 __all__ = ["Settings", "reproduce"]
-
-MODELS = {
-    "sysu": "deen_resnet50_sysu",
-    "regdb": "deen_resnet50_regdb",
-    "llcm": "deen_resnet50_llcm",
-    "synthetic": "test_deen_resnet",
-}
-TRY_WITHOUT_DATA = "without data, try 'deen-zoo reproduce synthetic'"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to reproduce, and where; :meth:`create` fills in what depends on the dataset.
-
-    Attributes:
-        dataset: ``"sysu"``, ``"regdb"``, ``"llcm"``, or ``"synthetic"``: a drawn world in LLCM's
-            layout, made when it is not there yet.
-        output: Folder of the run.
-        data_root: Of the dataset.
-        recipe: How to train.
-        model: As :func:`deen_zoo.create_model` takes it.
-        epochs: Stop after so many.
-        trials: The splits to train a model each for; RegDB has ten, the others one.
-        cache: Folder for decoded images (see ``deen_zoo.data.cache``); None decodes every time.
-        dee: Of the model: generate the two extra branches.
-        mfa: Of the model: fuse the stages.
-        scratch: Start a ResNet-50 from random weights, not from ImageNet's.
-        identities: People in the synthetic world when it is made.
-        seed: Of the weights, the batches and the augmentation.
-        device: ``"auto"`` or a torch device.
-        precision: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
-        compile: Use ``torch.compile``.
-        workers: Processes that decode.
-        batch_size: Images at a time in evaluation.
-        save_every: Steps between saves within an epoch; None is at its end only.
-        resume: Go on from where ``output`` stands.
-        eval_only: Train nothing; evaluate this checkpoint folder, model name or ``hf-hub:`` id.
-    """
-
-    dataset: str
-    output: Path
-    data_root: Path
-    recipe: Recipe
-    model: str
-    epochs: int
-    trials: tuple[int, ...]
-    cache: Path | None
-    dee: bool = True
-    mfa: bool = True
-    scratch: bool = False
-    identities: int = 96
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "auto"
-    compile: bool = False
-    workers: int = 4
-    batch_size: int = 64
-    save_every: int | None = None
-    resume: bool = False
-    eval_only: str | None = None
-
-    @classmethod
-    def create(
-        cls,
-        dataset: str,
-        output: str | os.PathLike[str],
-        data_root: str | os.PathLike[str] | None = None,
-        recipe: str | None = None,
-        model: str | None = None,
-        epochs: int | None = None,
-        trials: Sequence[int] | None = None,
-        cache: str | os.PathLike[str] | None = None,
-        **others: Any,
-    ) -> Settings:
-        """Settings with the dataset's own defaults where None is given; ``others`` are the rest.
-
-        Those are the model of the same name and the official recipe; for the synthetic world
-        ``test_deen_resnet``, a recipe of its own, and ``OUTPUT/data`` and ``OUTPUT/cache``.
-
-        Raises:
-            UserError: No such dataset or recipe, or settings that do not go together.
-        """
-        if dataset not in MODELS:
-            raise UserError(f"dataset {dataset!r}: choose from {', '.join(MODELS)}")
-        output, synthetic = Path(output), dataset == "synthetic"
-        if data_root is None and not synthetic:
-            kind = DATASETS[dataset]
-            raise UserError(
-                f"{dataset} needs --data-root, the folder of {kind.title}, which is given out on "
-                f"request only: {kind.ask}; {TRY_WITHOUT_DATA}"
-            )
-        if trials and dataset != "regdb":
-            raise UserError(f"--trials chooses among RegDB's splits; {dataset} has one")
-        if epochs is not None and epochs < 1:
-            raise UserError(f"--epochs {epochs}: give 1 or more")
-        chosen = get_recipe(recipe or ("synthetic" if synthetic else "official"))
-        if cache is None and synthetic:
-            cache = output / "cache"
-        return cls(
-            dataset,
-            output,
-            Path(data_root) if data_root is not None else output / "data",
-            chosen,
-            model or MODELS[dataset],
-            epochs or chosen.epochs,
-            tuple(trials or range(1, 11)) if dataset == "regdb" else (1,),
-            None if cache is None else Path(cache),
-            **others,
-        )
-
-    @property
-    def layout(self) -> str:
-        """Of the data on disk: the name of the dataset that it looks like."""
-        return "llcm" if self.dataset == "synthetic" else self.dataset
-
-    @property
-    def protocols(self) -> list[str]:
-        return [name for name, terms in PROTOCOLS.items() if terms.dataset == self.layout]
-
-    def folder(self, trial: int) -> Path:
-        """Where a split's model is kept."""
-        return self.output / f"trial-{trial}" if self.dataset == "regdb" else self.output
 
 
 def reproduce(settings: Settings, world: World | None = None) -> dict[str, Any]:
@@ -188,24 +66,14 @@ def reproduce(settings: Settings, world: World | None = None) -> dict[str, Any]:
     models: list[dict[str, Any]] = []
     measured: dict[str, dict[str, list[ProtocolResult]]] = {"last": {}, "best": {}}
     for trial in settings.trials:
-        if settings.eval_only:
-            found: dict[str, tuple[str, int | None]] = {
-                "last": (_checkpoint(settings, trial), None)
-            }
-            models.append({"trial": trial, "history": []})
-        else:
-            run = _train(settings, dataset, trial, fingerprint["sha256"], world)
-            folder, tested = settings.folder(trial), run.best
-            found = {"last": (str(folder / "checkpoint"), run.epoch - 1)}
-            if tested is not None:
-                found["best"] = (str(folder / "best"), tested["epoch"])
-            models.append({"trial": trial, "history": run.history})
-        previous: list[ProtocolResult] = []
-        for which, (source, epoch) in found.items():
-            if which == "last" or epoch != found["last"][1]:
-                previous = _evaluate(settings, dataset, _load(source, world), trial, world)
-            models[-1][which] = {"checkpoint": source, "epoch": epoch, "sha256": _sha256(source)}
-            for result in previous:
+        ends, history = _ends(settings, dataset, trial, fingerprint["sha256"], world)
+        models.append({"trial": trial, "history": history, **ends})
+        found: list[ProtocolResult] = []
+        for which, end in ends.items():
+            if which == "last" or end["epoch"] != ends["last"]["epoch"]:
+                source = settings.output / end["checkpoint"] if history else end["checkpoint"]
+                found = _evaluate(settings, dataset, _load(source, world), trial, world)
+            for result in found:
                 measured[which].setdefault(result.protocol, []).append(result)
     results = {
         **_provenance(settings, world),
@@ -244,6 +112,27 @@ def _open_data(settings: Settings, world: World) -> ReidDataset:
     return dataset
 
 
+def _ends(
+    settings: Settings, dataset: ReidDataset, trial: int, fingerprint: str, world: World
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """The checkpoints to evaluate on a split, "last" and "best", and the log of training."""
+    if settings.eval_only:
+        source = _checkpoint(settings, trial)
+        return {"last": {"checkpoint": source, "epoch": None, "sha256": _sha256(source)}}, []
+    run = _train(settings, dataset, trial, fingerprint, world)
+    epochs = {"last": run.epoch - 1} | ({"best": run.best["epoch"]} if run.best else {})
+    folders = {"last": run.folder / "checkpoint", "best": run.folder / "best"}
+    ends = {
+        which: {
+            "checkpoint": os.path.relpath(folders[which], settings.output),
+            "epoch": epoch,
+            "sha256": _sha256(folders[which]),
+        }
+        for which, epoch in epochs.items()
+    }
+    return ends, run.history
+
+
 def _train(
     settings: Settings, dataset: ReidDataset, trial: int, fingerprint: str, world: World
 ) -> Run:
@@ -270,13 +159,20 @@ def _train(
     random.seed(settings.seed)
     np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
-    model = create_model(
-        settings.model,
-        num_classes=len({sample.identity for sample in samples}),
-        dee=settings.dee,
-        mfa=settings.mfa,
-        pretrained_backbone=not (settings.scratch or started or settings.model.startswith("test")),
-    )
+    imagenet = not (settings.scratch or started or settings.model.startswith("test"))
+    try:
+        model = create_model(
+            settings.model,
+            num_classes=len({sample.identity for sample in samples}),
+            dee=settings.dee,
+            mfa=settings.mfa,
+            form=recipe.model_form,
+            pretrained_backbone=imagenet,
+        )
+    except UserError as error:
+        if not imagenet:
+            raise
+        raise UserError(f"{error}; or start from random weights with --scratch") from error
     _place(model, world)
     data = data_config(model)
     size = data["input_size"][1:]
@@ -339,8 +235,8 @@ def _checkpoint(settings: Settings, trial: int) -> str:
     return source
 
 
-def _load(source: str, world: World) -> DEEN:
-    name = f"local-dir:{source}" if Path(source).is_dir() else source
+def _load(source: str | Path, world: World) -> DEEN:
+    name = f"local-dir:{source}" if Path(source).is_dir() else str(source)
     return _place(create_model(name, pretrained=True), world)
 
 
@@ -348,7 +244,7 @@ def _place(model: DEEN, world: World) -> DEEN:
     return model.to(world.device).to(memory_format=torch.channels_last)
 
 
-def _sha256(source: str) -> str | None:
+def _sha256(source: str | Path) -> str | None:
     weights = Path(source) / "model.safetensors"
     return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
 

@@ -22,9 +22,9 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     for model in results["models"]:
         for which in ("last", "best"):
             if which in model and not results["eval_only"]:
-                write_atomically(Path(model[which]["checkpoint"]) / "results.json", text)
+                write_atomically(folder / model[which]["checkpoint"] / "results.json", text)
         if model["history"]:
-            _try_plot(Path(model["last"]["checkpoint"]).parent, model["history"])
+            _try_plot(folder / Path(model["last"]["checkpoint"]).parent, model["history"])
     write_atomically(folder / "results.json", text)
     write_atomically(folder / "report.md", markdown(results))
 

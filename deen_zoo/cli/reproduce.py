@@ -61,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..errors import UserError
     from ..evaluation import terminal_table
-    from ..reproduce import Settings, reproduce
+    from ..reproduce import reproduce
+    from ..settings import Settings
 
     options = vars(args).copy()
     ablation, as_json, seeds = (options.pop(key) for key in ("ablation", "json", "seed"))
