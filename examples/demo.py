@@ -87,7 +87,7 @@ def build(searcher: Searcher, queries: Sequence[str], k: int) -> Any:
                 modality = gr.Radio(MODALITIES, value=MODALITIES[0], label="It was taken in")
                 count = gr.Slider(1, 24, k, step=1, label="How many")
             with gr.Column(scale=4):
-                gr.Markdown(f"Of **{len(searcher.gallery)}** visible images the most similar")
+                gr.Markdown(f"The most similar of **{len(searcher.gallery)}** visible images")
                 ranking = gr.Gallery(
                     columns=6, height="auto", show_label=False, elem_id="ranking", buttons=[]
                 )

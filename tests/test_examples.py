@@ -274,7 +274,7 @@ def test_demo_in_a_browser(sysu_tree: Path, tmp_path: Path) -> None:
 
 
 def picture_of_the_demo(file: Path, person: int = 8) -> None:
-    """The README's screenshot, as one palette image: the demo's own people, one of them asked for."""
+    """The README's screenshot: the demo's own people, one of them asked for."""
     from PIL import Image
 
     from deen_zoo.data.synthetic import picture
@@ -295,7 +295,10 @@ def picture_of_the_demo(file: Path, person: int = 8) -> None:
             time.sleep(3)  # until nothing moves
             page.screenshot(file)
     with Image.open(file) as shot:
-        shot.convert("RGB").quantize(192, dither=Image.Dither.NONE).save(file, optimize=True)
+        small = shot.convert("RGB").quantize(
+            256, Image.Quantize.MAXCOVERAGE, kmeans=4, dither=Image.Dither.NONE
+        )
+    small.save(file, optimize=True)
 
 
 if __name__ == "__main__":
