@@ -56,6 +56,10 @@ class Searcher:
     def __init__(self, extractor: FeatureExtractor, folders: Sequence[str]) -> None:
         self.extractor = extractor
         self.gallery = extractor.table(folders, modality="visible")
+        for path, reason in self.gallery.unreadable.items():
+            print(f"left out: {path}: {reason}")
+        if not len(self.gallery):
+            raise SystemExit(f"no image can be read in {', '.join(folders)}")
         self.root = os.path.commonpath([os.path.dirname(path) for path in self.gallery.paths])
 
     def __call__(self, query: str | None, modality: str, k: int) -> list[tuple[str, str]]:
@@ -64,7 +68,7 @@ class Searcher:
             return []
         found = self.extractor.table([query], modality=modality)
         if found.unreadable:
-            raise gr.Error("This file is not an image that can be read.")
+            raise gr.Error("This image cannot be read.", print_exception=False)
         hits = search(found, self.gallery, k).to_dict()[0]["hits"]
         return [(hit["path"], f"{hit['score']:.3f}\n{self.place(hit['path'])}") for hit in hits]
 
@@ -108,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=7860)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
+        os.environ["GRADIO_TEMP_DIR"] = f"{scratch}/uploads"  # nothing stays behind
         gallery, queries = args.gallery, args.queries or []
         if not gallery:
             print("drawing synthetic people ...", flush=True)

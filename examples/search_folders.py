@@ -37,7 +37,7 @@ def draw_people(root: str) -> tuple[str, str, list[Sample]]:
 
 
 def find(args: argparse.Namespace, scratch: str) -> Found:
-    query, gallery, labelled = args.query, args.gallery, []
+    query, gallery, labelled = args.query, args.gallery, list[Sample]()
     if not query:
         query, gallery, labelled = draw_people(f"{scratch}/people")
     if args.labelled:

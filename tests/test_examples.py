@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -197,6 +198,7 @@ def served(*arguments: str, notes: Path) -> Iterator[str]:
     (notes.parent / "sitecustomize.py").write_text(EAVESDROPPER)
     env = environment() | {"CALLED": str(notes)}
     env["PYTHONPATH"] += os.pathsep + str(notes.parent)
+    env["TMPDIR"] = tempfile.mkdtemp(dir=notes.parent)
     port = browser.free_port()
     command = [sys.executable, str(ROOT / "examples/demo.py"), f"--port={port}", *arguments]
     process = subprocess.Popen(command, cwd=ROOT.parent, env=env)
@@ -214,8 +216,10 @@ def served(*arguments: str, notes: Path) -> Iterator[str]:
         browser.wait(answers, "the demo's page")
         yield address
     finally:
-        process.terminate()
-        process.wait(30)
+        process.send_signal(signal.SIGINT)  # Ctrl-C
+        assert process.wait(60) == 0
+        left = [path for path in Path(env["TMPDIR"]).rglob("*") if path.is_file()]
+        assert left == []  # neither uploads nor drawn people stay behind
 
 
 @pytest.mark.slow
@@ -265,7 +269,7 @@ def test_demo_in_a_browser(sysu_tree: Path, tmp_path: Path) -> None:
         page.run("document.querySelector('#query [aria-label=\"Remove Image\"]').click()")
         browser.wait(lambda: page.captions() == [], "the empty page")
         page.upload(field, broken)
-        browser.wait(lambda: "can be read" in page.text(), "the complaint about a broken file")
+        browser.wait(lambda: "cannot be read" in page.text(), "the complaint about a broken file")
 
         asked = page.run("return performance.getEntriesByType('resource').map(e => e.name)")
         assert len(asked) > 20
