@@ -10,19 +10,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from timm.data.config import resolve_model_data_config
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from .data.cache import DecodedCache
-from .data.datasets import Sample
 from .data.transforms import eval_transform
 from .device import autocast, choose_device
 from .distributed import World
 from .errors import UserError
+from .extraction import data_config, descriptor_width, embed, extract, progress_bar, run, split
+from .extraction import weights_sha256 as weights_sha256
 from .feature_files import (
     FeatureTable,
     check_name,
@@ -31,132 +29,14 @@ from .feature_files import (
     write_feature_table,
 )
 from .models import DEEN, create_model
-from .sources import Batch, Images, Source, collate, gather, infrared_of
+from .models.deploy import is_deployed
+from .sources import Images, Source, collate, gather, infrared_of
 
-__all__ = ["FeatureExtractor", "data_config", "extract", "weights_sha256"]
+__all__ = ["FeatureExtractor", "data_config", "extract"]
 
 DESCRIPTORS, BRANCHES = ("official", "bn", "pool"), ("all", "original")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 SHARD = 1024  # images whose rows are held in memory, and lost when an extraction is killed
-
-
-def data_config(model: DEEN) -> dict[str, Any]:
-    """``input_size`` (3, H, W), ``mean``, ``std`` and the rest that the model's images need."""
-    config: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-    return {
-        key: tuple(value) if isinstance(value, list) else value for key, value in config.items()
-    }
-
-
-def weights_sha256(model: DEEN) -> str:
-    """SHA-256 of the ``model.safetensors`` that :func:`deen_zoo.save_pretrained` would write."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    return hashlib.sha256(safetensors.torch.save(tensors, {"format": "pt"})).hexdigest()
-
-
-@torch.inference_mode()
-def _embed(
-    model: DEEN,
-    images: Images,
-    batches: Sequence[range],
-    device: torch.device,
-    precision: str,
-    flip: bool,
-    workers: int,
-) -> Iterator[Batch]:
-    """Descriptors of the images of each batch, on the CPU; workers decode the next ones."""
-    training = model.training
-    model.eval()
-    loader = DataLoader(
-        images,
-        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of index sequences
-        # Starting them takes longer than a few images; more than cores would only contend.
-        num_workers=min(workers, os.cpu_count() or 1) if sum(map(len, batches)) > 16 else 0,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # its own: the global state must not move
-    )
-    try:
-        for batch in loader:
-            if batch.indices:
-                rows = _run(model, batch.rows, batch.infrared, device, precision, flip)
-                batch = batch._replace(rows=rows)
-            yield batch
-    finally:
-        model.train(training)
-
-
-def _split(rows: range, size: int) -> list[range]:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-def _run(
-    model: DEEN, images: Tensor, infrared: Tensor, device: torch.device, precision: str, flip: bool
-) -> Tensor:
-    """(n, 3, H, W) to (n, 2*B*C) float32 on the CPU; a batch of one modality needs one stem."""
-    modality: Tensor | str = infrared
-    if infrared.all() or not infrared.any():
-        modality = "infrared" if infrared[0] else "visible"
-    images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-    with autocast(device, precision):
-        rows: Tensor = model.forward_embedding(images, modality, flip)
-    return rows.float().cpu()
-
-
-def extract(
-    model: DEEN,
-    samples: Sequence[Sample],
-    world: World,
-    precision: str = "auto",
-    flip: bool = True,
-    batch_size: int = 64,
-    workers: int = 4,
-    cache: DecodedCache | None = None,
-    progress: bool = False,
-) -> Tensor:
-    """The official descriptor of every sample, each image through its own modality's stem, once.
-
-    The processes of ``world`` share the work, and all of them get all rows.
-
-    Args:
-        model: On the device of ``world``; left in the mode, training or not, that it was in.
-        samples: N images; both modalities may be mixed.
-        world: From :func:`deen_zoo.distributed.join`.
-        precision: As for :func:`deen_zoo.device.autocast`.
-        flip: Add the descriptor of the mirrored image, as the reference's test does.
-        batch_size: Images at a time.
-        workers: Processes that decode.
-        cache: Decoded images.
-        progress: Show a bar where stderr is a terminal.
-
-    Returns:
-        (N, 2*B*C) float32 on the CPU, not normalised as a whole; row i is ``samples[i]``.
-
-    Raises:
-        UserError: A file is missing or broken; the message names it.
-    """
-    images = Images(gather(samples, None), eval_transform(data_config(model)), cache)
-    mine = world.shard(len(samples))
-    out = torch.empty(len(mine), _width(model))
-    batches, done = _split(mine, batch_size), 0
-    results = _embed(model, images, batches, world.device, precision, flip, workers)
-    with _bar(len(mine), progress and world.main) as bar:
-        for batch in results:
-            if batch.unreadable:
-                raise UserError(batch.unreadable[0][1])
-            out[done : done + len(batch.indices)] = batch.rows
-            done += len(batch.indices)
-            bar.update(len(batch.indices))
-    return world.gather_rows(out, len(samples))
-
-
-def _bar(total: int, shown: bool) -> tqdm[Any]:
-    """A bar on stderr where that is a terminal."""
-    return tqdm(None, "extracting", total, unit="image", disable=None if shown else True)
-
-
-def _width(model: DEEN) -> int:
-    return int(2 * model.num_branches * model.branch_features)
 
 
 class FeatureExtractor:
@@ -180,7 +60,7 @@ class FeatureExtractor:
         batch_size: Images at a time.
         pretrained: Load the weights of a model given by name.
         descriptor: ``"official"`` (pool and bn features), ``"bn"`` or ``"pool"``.
-        branches: ``"all"``, or ``"original"`` without the generated ones.
+        branches: ``"all"``, or ``"original"`` without the generated ones, which is faster.
         dtype: Of the rows: ``"float32"`` or ``"float16"``.
         normalize: L2-normalise each row, so that products are cosine similarities. The reference
             does not: its published numbers are of the sum of image and mirrored image as it is.
@@ -239,12 +119,15 @@ class FeatureExtractor:
         }
         self.model = model.to(self.device).to(memory_format=torch.channels_last)
         self.precision, self.flip, self.batch_size = precision, flip, batch_size
+        # The deploy form has no such branch by itself.
+        self.original = branches == "original" and not is_deployed(model)
         self.normalize, self.dtype = normalize, DTYPES[dtype]
         self.workers, self.progress = workers, progress
-        parts = {"official": slice(0, 2), "pool": slice(0, 1), "bn": slice(1, 2)}
-        chosen = slice(0, 1 if branches == "original" else None)
-        shape = (2, model.num_branches, _width(model) // (2 * model.num_branches))
-        self._numbers = torch.arange(_width(model)).view(shape)[parts[descriptor], chosen].flatten()
+        computed = 1 if self.original else model.num_branches
+        numbers = torch.arange(descriptor_width(model) // model.num_branches * computed)
+        part = {"official": slice(0, 2), "pool": slice(0, 1), "bn": slice(1, 2)}[descriptor]
+        kept = slice(0, 1 if branches == "original" else None)
+        self._numbers = numbers.view(2, computed, -1)[part, kept].flatten()
         self.dim = len(self._numbers)
 
     def __call__(self, source: Any, modality: Any = None) -> Tensor:
@@ -351,10 +234,13 @@ class FeatureExtractor:
                 if None in infrared:
                     raise UserError("modality 'auto' needs images; of a batch, say which it is")
                 kinds = torch.tensor(infrared, dtype=torch.bool)
-                for rows in _split(range(len(images)), self.batch_size):
+                for rows in split(range(len(images)), self.batch_size):
                     part, kind = images[rows.start : rows.stop], kinds[rows.start : rows.stop]
                     with torch.inference_mode():
-                        raw = _run(self.model, part, kind, self.device, self.precision, self.flip)
+                        raw = run(
+                            self.model, part, kind, self.device, self.precision, self.flip,
+                            self.original,
+                        )  # fmt: skip
                     out.append(self._finish(raw))
         finally:
             self.model.train(training)
@@ -371,18 +257,18 @@ class FeatureExtractor:
         self, source: Source, shards: Sequence[range], shown: bool, strict: bool = False
     ) -> Iterator[FeatureTable]:
         """The rows of each shard, in order."""
-        batches = [batch for shard in shards for batch in _split(shard, self.batch_size)]
-        results = _embed(
+        batches = [batch for shard in shards for batch in split(shard, self.batch_size)]
+        results = embed(
             self.model, Images(source, self.transform), batches, self.device, self.precision,
-            self.flip, self.workers,
+            self.flip, self.original, self.workers,
         )  # fmt: skip
-        with _bar(sum(map(len, shards)), self.progress and shown) as bar:
+        with progress_bar(sum(map(len, shards)), self.progress and shown) as bar:
             for shard in shards:
                 rows = torch.empty(len(shard), self.dim, dtype=self.dtype)
                 kept: list[int] = []
                 infrared: list[Tensor] = []
                 unreadable: dict[str, str] = {}
-                for _, batch in zip(_split(shard, self.batch_size), results, strict=False):
+                for _, batch in zip(split(shard, self.batch_size), results, strict=False):
                     if batch.unreadable and strict:
                         raise UserError(f"{batch.unreadable[0][1]} (.table() lists all such)")
                     if batch.indices:
@@ -407,7 +293,7 @@ class FeatureExtractor:
         """(n, 2*B*C) to (n, D): the chosen numbers, normalised, as the dtype."""
         rows = raw[:, self._numbers]
         if self.normalize:
-            rows = torch.nn.functional.normalize(rows)
+            rows = F.normalize(rows)
         return rows.to(self.dtype)
 
 

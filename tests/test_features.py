@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import socket
@@ -474,6 +475,30 @@ def test_a_killed_extraction_goes_on(files, extractor, tmp_path, monkeypatch):
     assert table.paths == whole.paths and torch.equal(table.features, whole.features)
     assert sorted(os.listdir(tmp_path)) == ["f.safetensors", "whole.safetensors"]
     assert file.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_no_more_rows_in_memory_than_of_one_part(files, tmp_path, monkeypatch):
+    make, write, live = tiny(), module.write_feature_table, []
+
+    def watch(*arguments, **options):
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in gc.get_objects()
+            if type(t) is torch.Tensor and t.dim() == 2 and t.shape[1] in (make.dim, 768)
+        }
+        live.append(sum(storages.values()) / (4 * make.dim))
+        write(*arguments, **options)
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for copy in range(48):
+        os.link(files[1], folder / f"{copy}.png")
+    monkeypatch.setattr(module, "write_feature_table", watch)
+    for count in (16, 48):
+        live.clear()
+        make.write(sorted(folder.iterdir())[:count], tmp_path / "f.npz", "visible", shard=8)
+        assert len(live) == count // 8 + 1
+        assert 8 <= max(live) <= 8 + 2 * make.batch_size  # a part, and the batch on its way
 
 
 def test_what_cannot_be_written(files, extractor, tmp_path):

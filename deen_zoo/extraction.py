@@ -1,0 +1,166 @@
+"""The loop that runs a model over images: decoding in workers, one batch after the other."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from timm.data.config import resolve_model_data_config
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from .data.cache import DecodedCache
+from .data.draws import Sample
+from .data.transforms import eval_transform
+from .device import autocast
+from .distributed import World
+from .errors import UserError
+from .models import DEEN
+from .sources import Batch, Images, collate, gather
+
+__all__ = ["data_config", "descriptor_width", "embed", "extract", "progress_bar", "run", "split"]
+__all__ += ["weights_sha256"]
+
+
+def data_config(model: DEEN) -> dict[str, Any]:
+    """``input_size`` (3, H, W), ``mean``, ``std`` and the rest that the model's images need."""
+    config: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    return {
+        key: tuple(value) if isinstance(value, list) else value for key, value in config.items()
+    }
+
+
+def weights_sha256(model: DEEN) -> str:
+    """SHA-256 of the ``model.safetensors`` that :func:`deen_zoo.save_pretrained` would write."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    return hashlib.sha256(safetensors.torch.save(tensors, {"format": "pt"})).hexdigest()
+
+
+@torch.inference_mode()
+def embed(
+    model: DEEN,
+    images: Images,
+    batches: Sequence[range],
+    device: torch.device,
+    precision: str,
+    flip: bool,
+    original: bool,
+    workers: int,
+) -> Iterator[Batch]:
+    """Descriptors of the images of each batch, on the CPU; workers decode the next ones."""
+    training = model.training
+    model.eval()
+    loader = DataLoader(
+        images,
+        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of index sequences
+        # Starting them takes longer than a few images; more than cores would only contend.
+        num_workers=min(workers, os.cpu_count() or 1) if sum(map(len, batches)) > 16 else 0,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # its own: the global state must not move
+    )
+    try:
+        for batch in loader:
+            if batch.indices:
+                rows = run(model, batch.rows, batch.infrared, device, precision, flip, original)
+                batch = batch._replace(rows=rows)
+            yield batch
+    finally:
+        model.train(training)
+
+
+def split(rows: range, size: int) -> list[range]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def run(
+    model: DEEN,
+    images: Tensor,
+    infrared: Tensor,
+    device: torch.device,
+    precision: str,
+    flip: bool,
+    original: bool,
+) -> Tensor:
+    """(n, 3, H, W) to (n, 2*B*C) float32 on the CPU; a batch of one modality needs one stem."""
+    modality: Tensor | str = infrared
+    if infrared.all() or not infrared.any():
+        modality = "infrared" if infrared[0] else "visible"
+    images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+    describe = _original_branch if original else DEEN.forward_embedding
+    with autocast(device, precision):
+        rows: Tensor = describe(model, images, modality)
+        if flip:
+            rows = rows + describe(model, images.flip(3), modality)
+    return rows.float().cpu()
+
+
+def _original_branch(model: DEEN, images: Tensor, modality: Tensor | str) -> Tensor:
+    """(n, 2*C): the original branch's part of the official descriptor. DEE and what the last stage
+    makes of the generated branches are not computed, most of the work in a ResNet-50."""
+    x = model.stages[:-1](model.forward_stems(images, modality))
+    blocks = model.get_submodule(f"stages.{len(model.stages) - 1}.blocks")
+    pool = blocks(x).mean((2, 3))
+    return torch.cat([F.normalize(pool), F.normalize(model.bottleneck(pool))], dim=1)
+
+
+def extract(
+    model: DEEN,
+    samples: Sequence[Sample],
+    world: World,
+    precision: str = "auto",
+    flip: bool = True,
+    batch_size: int = 64,
+    workers: int = 4,
+    cache: DecodedCache | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """The official descriptor of every sample, each image through its own modality's stem, once.
+
+    The processes of ``world`` share the work, and all of them get all rows.
+
+    Args:
+        model: On the device of ``world``; left in the mode, training or not, that it was in.
+        samples: N images; both modalities may be mixed.
+        world: From :func:`deen_zoo.distributed.join`.
+        precision: As for :func:`deen_zoo.device.autocast`.
+        flip: Add the descriptor of the mirrored image, as the reference's test does.
+        batch_size: Images at a time.
+        workers: Processes that decode.
+        cache: Decoded images.
+        progress: Show a bar where stderr is a terminal.
+
+    Returns:
+        (N, 2*B*C) float32 on the CPU, not normalised as a whole; row i is ``samples[i]``.
+
+    Raises:
+        UserError: A file is missing or broken; the message names it.
+    """
+    images = Images(gather(samples, None), eval_transform(data_config(model)), cache)
+    mine = world.shard(len(samples))
+    out = torch.empty(len(mine), descriptor_width(model))
+    batches, done = split(mine, batch_size), 0
+    results = embed(model, images, batches, world.device, precision, flip, False, workers)
+    with progress_bar(len(mine), progress and world.main) as bar:
+        for batch in results:
+            if batch.unreadable:
+                raise UserError(batch.unreadable[0][1])
+            out[done : done + len(batch.indices)] = batch.rows
+            done += len(batch.indices)
+            bar.update(len(batch.indices))
+    return world.gather_rows(out, len(samples))
+
+
+def progress_bar(total: int, shown: bool) -> tqdm[Any]:
+    """A bar on stderr where that is a terminal."""
+    return tqdm(None, "extracting", total, unit="image", disable=None if shown else True)
+
+
+def descriptor_width(model: DEEN) -> int:
+    return int(2 * model.num_branches * model.branch_features)
