@@ -112,6 +112,7 @@ class Run:
         epoch: Epochs done.
         step: Steps done of the next one.
         history: One row of the log for each epoch done.
+        board: TensorBoard's writer, where that is installed, once there is a row.
     """
 
     folder: Path
@@ -119,6 +120,7 @@ class Run:
     epoch: int = 0
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    board: Any = None
 
     @property
     def state_file(self) -> Path:
@@ -143,9 +145,7 @@ class Run:
         }
         save_state(self.state_file, state)
 
-    def resume(
-        self, model: DEEN, optimizer: torch.optim.Optimizer, losses: Losses, rank: int = 0
-    ) -> None:
+    def resume(self, model: DEEN, optimizer: torch.optim.Optimizer, losses: Losses) -> None:
         """Go on from the saved state.
 
         Raises:
@@ -174,13 +174,16 @@ class Run:
         writer.writeheader()
         writer.writerows(self.history)
         write_atomically(self.folder / "log.csv", text.getvalue())
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
+        if self.board is None:
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
 
-            with SummaryWriter(self.folder / "tensorboard", purge_step=row["epoch"]) as board:
-                for name, value in row.items():
-                    if name != "epoch" and value is not None:
-                        board.add_scalar(name, value, row["epoch"])
+                self.board = SummaryWriter(self.folder / "tensorboard", purge_step=row["epoch"])
+        if self.board is not None:
+            for name, value in row.items():
+                if name != "epoch" and value is not None:
+                    self.board.add_scalar(name, value, row["epoch"])
+            self.board.flush()
 
 
 class Losses:
@@ -264,7 +267,7 @@ def train(
     """
     model, recipe, losses = task.model, task.recipe, Losses()
     if resume and run.state_file.exists():
-        run.resume(model, optimizer, losses, world.rank)
+        run.resume(model, optimizer, losses)
     step_of: Callable[..., Tensor] = world.wrap(task)
     if compile:
         step_of = torch.compile(step_of)
