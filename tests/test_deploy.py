@@ -62,9 +62,9 @@ def work(call, *args):
     return flops.get_total_flops(), kernels.count
 
 
-@pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS.keys())
-def test_equal_in_every_call_with_fewer_operations(kwargs):
-    plain = make(**kwargs)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equal_in_every_call_with_fewer_operations(variant):
+    plain = make(**VARIANTS[variant])
     deployed = reparameterize_model(plain)
     assert is_deployed(deployed) and not is_deployed(plain)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in deployed.stages.modules())
@@ -84,7 +84,8 @@ def test_equal_in_every_call_with_fewer_operations(kwargs):
             torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
     (before, kernels), (after, fewer) = work(plain, x), work(deployed, x)
     assert fewer < kernels
-    assert after < before or (plain.num_branches == 1 and plain.num_fused == 0 and after == before)
+    # Without DEE and MFA, or with blocks that cannot read hidden maps, only kernels are saved.
+    assert after < before or (variant in ("baseline", "blur pooling") and after == before)
 
 
 def test_blocks_of_other_kinds_are_left_alone():

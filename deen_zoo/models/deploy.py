@@ -11,11 +11,10 @@ ends here. Every step is exact but for rounding:
 - in MFA, ``g`` and ``phi`` are one convolution, and the three factors, between which there is no
   softmax, are multiplied in the cheaper order.
 """
-from typing import List
+from typing import List, Optional
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, Bottleneck
 
 from ..errors import UserError
@@ -44,15 +43,29 @@ class _InferenceOnly(nn.Module):
         return super().train(False)
 
 
-def _conv(like: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
+class Conv(nn.Conv2d):
+    """``relu(conv(x) + other)``, the one operation that all the work of the deploy form is done by,
+    so that a back end which has a kernel for it need only replace these modules."""
+
+    relu: bool = False
+
+    def forward(self, x: torch.Tensor, other: Optional[torch.Tensor] = None) -> torch.Tensor:
+        x = self._conv_forward(x, self.weight, self.bias)
+        if other is not None:
+            x = x.add_(other)
+        return x.relu_() if self.relu else x
+
+
+def _conv(like: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor, relu: bool = False) -> Conv:
     """A convolution as ``like``, with other weights (computed in float64)."""
     with torch.device("meta"):
-        conv = nn.Conv2d(
+        conv = Conv(
             weight.shape[1] * like.groups, weight.shape[0], like.kernel_size, like.stride,
             like.padding, like.dilation, like.groups, padding_mode=like.padding_mode)
     weight = weight.to(like.weight.dtype).to(memory_format=torch.channels_last)
     conv.weight = nn.Parameter(weight, requires_grad=False)
     conv.bias = nn.Parameter(bias.to(like.weight.dtype), requires_grad=False)
+    conv.relu = relu
     return conv
 
 
@@ -62,14 +75,19 @@ def _bias(conv: nn.Conv2d) -> torch.Tensor:
     return conv.bias.detach().double()
 
 
-def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
+def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, relu: bool = False) -> Conv:
     """``bn(conv(x))`` of a BN that uses its running statistics, as one convolution."""
     scale = (bn.running_var.double() + bn.eps).rsqrt()
     shift = -bn.running_mean.double() * scale
     if bn.weight is not None:
         scale, shift = scale * bn.weight.detach(), shift * bn.weight.detach() + bn.bias.detach()
     weight = conv.weight.detach().double() * scale.reshape(-1, 1, 1, 1)
-    return _conv(conv, weight, _bias(conv) * scale + shift)
+    return _conv(conv, weight, _bias(conv) * scale + shift, relu)
+
+
+def _folds(conv: nn.Module, bn: nn.Module) -> bool:
+    return (type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d
+            and bn.running_mean is not None)
 
 
 def _fold_all(module: nn.Module) -> nn.Module:
@@ -89,16 +107,16 @@ def _fold_all(module: nn.Module) -> nn.Module:
                 owner = getattr(owner, name)
                 name = [child for child, _ in owner.named_children()][-1]
             conv = getattr(owner, name, None)
-            if type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and bn.track_running_stats:
+            if _folds(conv, bn):
                 setattr(owner, name, _fold(conv, bn))
                 setattr(parent, second, nn.Identity())
     return module
 
 
-def _side_by_side(convs: List[nn.Conv2d], scale: float = 1.0) -> nn.Conv2d:
+def _side_by_side(convs: List[nn.Conv2d], scale: float = 1.0, relu: bool = False) -> Conv:
     """Convolutions of one input as one, their outputs one after the other, times ``scale``."""
     weight = torch.cat([conv.weight.detach().double() for conv in convs])
-    return _conv(convs[0], weight * scale, torch.cat([_bias(conv) for conv in convs]) * scale)
+    return _conv(convs[0], weight * scale, torch.cat([_bias(conv) for conv in convs]) * scale, relu)
 
 
 class _Stem(_InferenceOnly):
@@ -125,7 +143,7 @@ class _CNL(_InferenceOnly):
         phi, g = from_low.flatten(2).chunk(2, 1)  # (N, low, hw)
         theta = self.theta(high)
         y = triple_product(theta.flatten(2), phi.transpose(1, 2), g)
-        return self.proj(y.reshape(theta.shape)).add_(high)
+        return self.proj(y.reshape(theta.shape), high)
 
 
 class _PNL(_InferenceOnly):
@@ -143,7 +161,7 @@ class _PNL(_InferenceOnly):
         left = theta.reshape(theta.shape[0], self.low_dim, -1)  # (N, low, hw/2)
         # g (phi theta) of the transposed factors: (N, low, hw/2), already in theta's order
         y = triple_product(g, phi.transpose(1, 2), left / phi.shape[2])
-        return self.proj(y.reshape(theta.shape)).add_(high)
+        return self.proj(y.reshape(theta.shape), high)
 
 
 class _DEE(_InferenceOnly):
@@ -153,16 +171,16 @@ class _DEE(_InferenceOnly):
     def __init__(self, dee: nn.Module, expand: bool):
         super().__init__()
         dilated = [list(convs) for convs in zip(*dee.reduce)]  # of one dilation, a branch each
-        self.reduce = nn.ModuleList(_side_by_side(convs, 1 / dee.divisor) for convs in dilated)
+        self.reduce = nn.ModuleList(_side_by_side(c, 1 / len(dilated)) for c in dilated[:-1])
+        self.reduce_last = _side_by_side(dilated[-1], 1 / len(dilated), relu=True)
         self.expand = nn.ModuleList(_side_by_side([conv]) for conv in dee.expand if expand)
         self.branches = len(dee.expand)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        total = self.reduce[0](x)
-        for i, conv in enumerate(self.reduce):
-            if i > 0:
-                total = total + conv(x)
-        hidden = F.relu(total)
+        total: Optional[torch.Tensor] = None
+        for conv in self.reduce:
+            total = conv(x, total)
+        hidden = self.reduce_last(x, total)
         if len(self.expand) == 0:
             return torch.cat([x, hidden], dim=1)
         parts, out = hidden.chunk(self.branches, dim=1), [x]
@@ -174,14 +192,14 @@ class _DEE(_InferenceOnly):
 class _BranchConv(_InferenceOnly):
     """A 1x1 convolution of every branch: (N, C + 2*C/4, h, w) -> (3N, out, h', w')."""
 
-    def __init__(self, conv: nn.Conv2d, expand: nn.ModuleList):
+    def __init__(self, conv: Conv, expand: nn.ModuleList):
         super().__init__()
         outer = conv.weight.detach().double().flatten(1)  # (out, C)
         self.convs = nn.ModuleList([conv])
         for inner in expand:
             weight = outer @ inner.weight.detach().double().flatten(1)  # (out, C/4)
             bias = _bias(conv) + outer @ _bias(inner)
-            self.convs.append(_conv(conv, weight[:, :, None, None], bias))
+            self.convs.append(_conv(conv, weight[:, :, None, None], bias, conv.relu))
         self.widths = [c.in_channels for c in self.convs]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -192,38 +210,63 @@ class _BranchConv(_InferenceOnly):
         return torch.cat(out)
 
 
-def _is_pointwise(conv: nn.Module) -> bool:
-    return (type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) and conv.padding == (0, 0)
-            and conv.groups == 1)
-
-
-def _commutes(module: nn.Module) -> bool:
-    """Whether a 1x1 convolution, with its bias, may as well run before this module as after."""
-    return type(module) is nn.Identity or (
-        type(module) is nn.AvgPool2d and not module.count_include_pad)
-
-
-def _compose(block: nn.Module, expand: nn.ModuleList) -> bool:
-    """Let a Bottleneck read DEE's hidden maps, if each of its ways in is a 1x1 convolution."""
-    if type(block) is not Bottleneck or not isinstance(block.downsample, nn.Sequential):
+def _is_plain(block: nn.Module) -> bool:
+    """Whether a block is convolutions, BNs and ReLUs only (drop paths do nothing in inference)."""
+    if type(block) not in (BasicBlock, Bottleneck):
         return False
-    shortcut = list(block.downsample)
-    place = next((i for i, m in enumerate(shortcut) if not _commutes(m)), -1)
-    if not _is_pointwise(block.conv1) or not _is_pointwise(shortcut[place]):
-        return False
-    block.conv1 = _BranchConv(block.conv1, expand)
-    block.downsample[place] = _BranchConv(shortcut[place], expand)
-    return True
+    numbers = (1, 2, 3) if type(block) is Bottleneck else (1, 2)
+    return (
+        block.se is None and isinstance(block.aa, (nn.Identity, type(None)))
+        and all(type(getattr(block, f"act{i}")) is nn.ReLU for i in numbers)
+        and all(_folds(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in numbers))
+
+
+class _Block(_InferenceOnly):
+    """A BasicBlock or Bottleneck that is plain."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        numbers = (1, 2, 3) if type(block) is Bottleneck else (1, 2)
+        *convs, self.last = [
+            _fold(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"), relu=True) for i in numbers]
+        self.convs = nn.ModuleList(convs)
+        shortcut = [] if block.downsample is None else _fold_all(block.downsample)
+        self.shortcut = nn.Sequential(*(m for m in shortcut if type(m) is not nn.Identity))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x
+        for conv in self.convs:
+            y = conv(y)
+        return self.last(y, self.shortcut(x))
+
+    def compose(self, expand: nn.ModuleList) -> bool:
+        """Read DEE's hidden maps, if each way into the block is a 1x1 convolution, which the
+        shortcut may have an average pooling before."""
+        if len(self.shortcut) == 0 or not all(
+                type(m) is nn.AvgPool2d and not m.count_include_pad for m in self.shortcut[:-1]):
+            return False
+        for conv in (self.convs[0], self.shortcut[-1]):
+            if not isinstance(conv, Conv) or conv.kernel_size != (1, 1) or conv.groups != 1:
+                return False
+        self.convs[0] = _BranchConv(self.convs[0], expand)
+        self.shortcut[-1] = _BranchConv(self.shortcut[-1], expand)
+        return True
+
+
+def _blocks(blocks: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*(_Block(b) if _is_plain(b) else _fold_all(b) for b in blocks))
 
 
 class _Stage(_InferenceOnly):
     def __init__(self, stage: nn.Module):
         super().__init__()
-        self.blocks = _fold_all(stage.blocks)
-        dee = getattr(stage, "dee", None)
+        self.blocks = _blocks(stage.blocks)
         self.dee = nn.Identity()
+        dee = getattr(stage, "dee", None)
         if dee is not None:
-            self.dee = _DEE(dee, expand=not _compose(self.blocks[0], dee.expand))
+            first = self.blocks[0]
+            composed = isinstance(first, _Block) and first.compose(dee.expand)
+            self.dee = _DEE(dee, expand=not composed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.blocks(self.dee(x))
@@ -232,11 +275,7 @@ class _Stage(_InferenceOnly):
 class _FusedStage(_InferenceOnly):
     def __init__(self, stage: nn.Module):
         super().__init__()
-        self.blocks = _fold_all(stage.blocks)
-        if stage.cnl.paper:  # its softmax leaves nothing to reorder
-            self.cnl, self.pnl = _fold_all(stage.cnl), _fold_all(stage.pnl)
-        else:
-            self.cnl, self.pnl = _CNL(stage.cnl), _PNL(stage.pnl)
+        self.blocks, self.cnl, self.pnl = _blocks(stage.blocks), _CNL(stage.cnl), _PNL(stage.pnl)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.pnl(self.cnl(self.blocks(x), x), x)
