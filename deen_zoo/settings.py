@@ -18,6 +18,7 @@ MODELS = {
     "sysu": "deen_resnet50_sysu",
     "regdb": "deen_resnet50_regdb",
     "llcm": "deen_resnet50_llcm",
+    "own": "deen_resnet50_llcm",
     "synthetic": "test_deen_resnet",
 }
 TRY_WITHOUT_DATA = "without data, try 'deen-zoo reproduce synthetic'"
@@ -28,8 +29,8 @@ class Settings:
     """What to reproduce, and where; :meth:`create` fills in what depends on the dataset.
 
     Attributes:
-        dataset: ``"sysu"``, ``"regdb"``, ``"llcm"``, or ``"synthetic"``: a drawn world in LLCM's
-            layout, made when it is not there yet.
+        dataset: ``"sysu"``, ``"regdb"``, ``"llcm"``, ``"own"``, or ``"synthetic"``: a
+            drawn world in LLCM's layout, made when it is not there yet.
         output: Folder of the run.
         data_root: Of the dataset.
         recipe: How to train.
@@ -100,9 +101,10 @@ class Settings:
         output, synthetic = Path(output), dataset == "synthetic"
         if data_root is None and not synthetic:
             kind = DATASETS[dataset]
+            given = f", which is given out on request only: {kind.ask}" if kind.ask else ""
             raise UserError(
-                f"{dataset} needs --data-root, the folder of {kind.title}, which is given out on "
-                f"request only: {kind.ask}; {TRY_WITHOUT_DATA}"
+                f"{dataset} needs --data-root, the folder of {kind.title}{given}; "
+                f"{TRY_WITHOUT_DATA}"
             )
         if trials and dataset != "regdb":
             raise UserError(f"--trials chooses among RegDB's splits; {dataset} has one")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 
+import numpy as np
 import pytest
 
-from deen_zoo.data import Sample
+from deen_zoo.cli import main
+from deen_zoo.data import Sample, check_dataset, open_dataset
 from deen_zoo.data.folder import UNKNOWN, list_images, open_folder, read_csv
 from deen_zoo.errors import UserError
 
@@ -89,8 +92,8 @@ def test_two_folders(tmp_path):
 @pytest.mark.parametrize(
     "names, message",
     [
-        (["visible/1/a.jpg"], "no folder infrared in it"),
-        (["a.jpg"], "no folder visible and infrared in it"),
+        (["visible/1/a.jpg"], "no folder infrared in it; lay images out"),
+        (["a.jpg"], "no folder visible in it; lay images out"),
         (["visible/1/a.jpg", "infrared/alice/a.jpg"], "infrared/alice/a.jpg: not infrared/IDENT"),
         (["visible/a.jpg", "infrared/1/a.jpg"], "visible/a.jpg: not visible/IDENTITY"),
         (["visible/1/a/b/c.jpg", "infrared/1/a.jpg"], "not visible/IDENTITY"),
@@ -103,3 +106,69 @@ def test_other_layouts_are_refused(names, message, tmp_path):
         (tmp_path / name).touch()
     with pytest.raises(UserError, match=message):
         open_folder(tmp_path)
+
+
+def own_tree(root):
+    """Eight people to train on, in folders; two to test on, in a CSV file."""
+    for identity in range(1, 9):
+        for modality in ("visible", "infrared"):
+            for n in range(2):
+                write(root / f"train/{modality}/{identity}/{n}.jpg", modality, identity + n)
+    rows = ["path,identity,camera,modality"]
+    for identity in (17, 19):
+        for n, modality in enumerate(("infrared", "visible", "visible")):
+            write(root / f"test/all/{identity}-{n}.jpg", modality, identity + n)
+            rows.append(f"all/{identity}-{n}.jpg,{identity},,{modality}")
+    (root / "test/images.csv").write_text("\n".join(rows))
+    return root
+
+
+def test_own_data_is_a_dataset(tmp_path):
+    dataset = open_dataset("own", own_tree(tmp_path))
+    assert len(dataset.train()) == 32 and {s.identity for s in dataset.train()} == {*range(1, 9)}
+    assert [(s.identity, s.camera) for s in dataset.test("infrared")] == [(17, 2), (19, 2)]
+    assert len(dataset.query("own-vis2ir")) == 4 and len(dataset.gallery("own-vis2ir")) == 2
+    report = check_dataset("own", tmp_path)
+    assert report.usable and report.complete
+    assert [note.where for note in report.notes] == ["test/images.csv", "infrared"]  # one channel
+    assert report.counts["test"]["identities"] == 2
+    assert main(["check", "own", str(tmp_path)]) == 0
+    write(tmp_path / "train/visible/17/x.jpg", "visible")
+    write(tmp_path / "train/infrared/17/x.jpg", "infrared")
+    assert main(["check", "own", str(tmp_path)]) == 1
+    with pytest.raises(UserError, match="identity 17: in both training and test"):
+        open_dataset("own", tmp_path).train()
+
+
+def test_own_data_mistakes(tmp_path, capsys):
+    for message in ("there is no such folder", "it has no folder train, test"):
+        assert main(["check", "own", str(tmp_path / "data")]) == 2
+        assert message in capsys.readouterr().err
+        (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "images.csv").write_text("path,modality\nx.jpg,visible\n")
+    with pytest.raises(UserError, match=r"images\.csv: 1 rows have no identity, as"):
+        open_folder(tmp_path)
+
+
+def test_own_protocols_over_a_feature_file(tmp_path, capsys):
+    samples = open_dataset("own", own_tree(tmp_path)).test("visible")
+    samples += open_dataset("own", tmp_path).test("infrared")
+    features = np.eye(20)[[s.identity for s in samples]]
+    file = tmp_path / "f.npz"
+    np.savez(file, features=features, paths=[s.path for s in samples])
+    arguments = ["evaluate", str(file), "--data-root", str(tmp_path), "--json"]
+    for protocol in ("own-ir2vis", "own-vis2ir"):
+        assert main([*arguments, "--protocol", protocol]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["mean"]["mAP"] == 1 and result["published"] == []
+
+
+@pytest.mark.slow
+def test_own_data_is_trained_on(tmp_path, capsys):
+    root = own_tree(tmp_path / "own")
+    arguments = ["reproduce", "own", "--data-root", str(root), "--output", str(tmp_path / "run")]
+    arguments += ["--model", "test_deen_resnet", "--recipe", "synthetic", "--epochs", "1"]
+    assert main([*arguments, "--workers", "0", "--device", "cpu"]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(results["protocols"]) == {"own-ir2vis", "own-vis2ir"}
+    assert results["protocols"]["own-ir2vis"]["counts"]["queries"] == 2

@@ -17,6 +17,7 @@ EXAMPLES = """\
   deen-zoo reproduce sysu --data-root /data/SYSU-MM01 --recipe paper
   deen-zoo reproduce sysu --data-root /data/SYSU-MM01 --eval-only runs/sysu/checkpoint \\
       --output runs/sysu-again
+  deen-zoo reproduce own --data-root people/ --output runs/people
   deen-zoo reproduce synthetic --ablation --seed 0 1 2 --output runs/ablation
 """
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..device import PRECISIONS
     from ..recipes import RECIPES
 
-    parser.add_argument("dataset", choices=("sysu", "regdb", "llcm", "synthetic"))
+    parser.add_argument("dataset", choices=("sysu", "regdb", "llcm", "own", "synthetic"))
     parser.add_argument("--data-root", metavar="FOLDER", help="of the dataset")
     parser.add_argument("--output", metavar="FOLDER", help="of the run (default: runs/DATASET)")
     parser.add_argument(

@@ -87,7 +87,7 @@ class CheckReport:
         lines += ["", f"{self.decoded} images decoded"]
         verdict = "usable" if self.usable else f"unusable: {len(self.faults)} faults"
         lines.append(verdict + ("" if self.complete else ", counts differ from the expected ones"))
-        if not (self.usable and self.complete):
+        if kind.ask and not (self.usable and self.complete):
             lines.append(f"{kind.title} is given out on request: {kind.ask}")
         return "\n".join(lines).encode(errors="backslashreplace").decode()  # file names may be odd
 

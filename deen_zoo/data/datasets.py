@@ -15,6 +15,7 @@ from pathlib import Path
 from ..errors import UserError
 from .draws import INFRARED, PROTOCOLS, SPLITS, VISIBLE, Protocol, Sample, draw_gallery
 from .draws import read_permutations as read_permutations
+from .folder import OwnData
 from .reader import Fault, ReidDataset
 
 __all__ = ["DATASETS", "LLCM", "PROTOCOLS", "Fault", "Protocol", "RegDB", "ReidDataset", "Sample"]
@@ -180,7 +181,9 @@ class LLCM(ReidDataset):
         return (int(folder_identity), int(camera), modality), complaint
 
 
-DATASETS: dict[str, type[ReidDataset]] = {kind.name: kind for kind in (SysuMM01, RegDB, LLCM)}
+DATASETS: dict[str, type[ReidDataset]] = {
+    kind.name: kind for kind in (SysuMM01, RegDB, LLCM, OwnData)
+}
 
 
 def open_dataset(
@@ -189,8 +192,9 @@ def open_dataset(
     """A dataset by name, from the folder that holds it as its authors hand it out.
 
     Args:
-        name: ``"sysu"``, ``"regdb"`` or ``"llcm"``.
-        root: The folder with ``cam1``, ``Visible`` or ``test_vis`` in it.
+        name: ``"sysu"``, ``"regdb"``, ``"llcm"``, or ``"own"`` for one's own images, see
+            :class:`~deen_zoo.data.folder.OwnData`.
+        root: The folder with ``cam1``, ``Visible``, ``test_vis`` or ``test`` in it.
         skip_broken: Leave out what can't be trusted, with one counted warning, instead of raising.
 
     Raises:
@@ -201,9 +205,9 @@ def open_dataset(
         raise UserError(f"dataset {name!r}; known are {', '.join(DATASETS)}")
     kind, folder = DATASETS[name], Path(root).expanduser()
     if not folder.is_dir():
+        given = f" {kind.title} is given out on request only: {kind.ask}" if kind.ask else ""
         raise UserError(
-            f"{folder}: there is no such folder; give the one that holds {kind.folders[0]}. "
-            f"{kind.title} is given out on request only: {kind.ask}"
+            f"{folder}: there is no such folder; give the one that holds {kind.folders[0]}.{given}"
         )
     absent = [sub for sub in kind.folders if not (folder / sub).is_dir()]
     if not absent:
@@ -228,4 +232,4 @@ def _advice(kind: type[ReidDataset], folder: Path) -> str:
     for place in near:
         if holds(kind, place):
             return f"did you mean {place}?"
-    return f"copy it again from the source ({kind.ask})"
+    return f"copy it again from the source ({kind.ask})" if kind.ask else "see docs/features.md"

@@ -35,6 +35,11 @@ class Protocol(NamedTuple):
     sampled: str = "gallery"
     gallery_cameras: tuple[int, ...] = ()  # empty: all
 
+    @property
+    def rule(self) -> str:
+        """Of ``evaluate_ranking``: as for RegDB, nothing is ignored among one's own images."""
+        return "regdb" if self.dataset == "own" else self.dataset
+
 
 SEEDS, SPLITS = range(10), range(1, 11)  # of galleries; of RegDB into training and test
 PROTOCOLS = {
@@ -46,6 +51,9 @@ PROTOCOLS = {
     "llcm-vis2ir": Protocol("llcm", VISIBLE, INFRARED, SEEDS),
     # what the official script calls "VIS to IR" since June 2023: sampled NIR queries all VIS
     "llcm-vis2ir-official": Protocol("llcm", INFRARED, VISIBLE, SEEDS, sampled="query"),
+    # one's own images, all against all
+    "own-ir2vis": Protocol("own", INFRARED, VISIBLE, range(1, 2), sampled=""),
+    "own-vis2ir": Protocol("own", VISIBLE, INFRARED, range(1, 2), sampled=""),
 }
 
 Permutations = dict[tuple[int, int], list[list[int]]]

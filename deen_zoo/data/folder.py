@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 from ..errors import UserError
 from .draws import INFRARED, VISIBLE, Sample
 from .files import is_image_name
+from .reader import Fault, ReidDataset
 
-__all__ = ["UNKNOWN", "list_images", "open_folder", "read_csv"]
+__all__ = ["UNKNOWN", "OwnData", "list_images", "open_folder", "read_csv"]
 
 UNKNOWN = -1  # an identity or camera that nobody said
 COLUMNS = ("path", "identity", "camera", "modality")
@@ -107,39 +109,69 @@ def _label(text: str, name: str, where: str) -> int:
 
 
 def open_folder(root: str | os.PathLike[str]) -> list[Sample]:
-    """Labelled samples of two folders, ``ROOT/visible`` and ``ROOT/infrared``, visible ones first.
+    """Labelled samples of one folder, visible ones first.
 
-    Each holds a folder for every identity, named by its number (``0007`` and ``7`` are the same),
-    with the images in it; or in ``0007/cam3`` when cameras are known. Without, all visible images
-    are of camera 1 and all infrared ones of camera 2.
+    Either ``ROOT/visible`` and ``ROOT/infrared``, each with a folder for every identity, named by
+    its number (``0007`` and ``7`` are the same), and the images in it, or in ``0007/cam3`` where
+    cameras are known; or ``ROOT/images.csv``, as :func:`read_csv` takes it. Where no camera is
+    known, the visible images are of camera 1 and the infrared ones of camera 2.
 
     Raises:
         UserError: Another layout; the message names the first thing that does not fit.
     """
     root = Path(root).expanduser()
-    absent = [name for name in (VISIBLE, INFRARED) if not (root / name).is_dir()]
-    if absent:
-        raise UserError(
-            f"{root}: no folder {' and '.join(absent)} in it; lay images out as "
-            "visible/IDENTITY/*.jpg and infrared/IDENTITY/*.jpg, or list them in a CSV file"
-        )
-    samples = []
-    for number, modality in enumerate((VISIBLE, INFRARED), start=1):
-        paths, _ = list_images(root / modality)
-        for path in paths:
-            parts = Path(path).relative_to(root / modality).parts
-            match = re.fullmatch(r"(\d{1,18})(?:/[^/\d]*(\d{1,9}))?/[^/]+", "/".join(parts))
-            if match is None:
-                raise UserError(
-                    f"{path}: not {modality}/IDENTITY/name or {modality}/IDENTITY/camN/name, where "
-                    "IDENTITY is a number; move it, or list the images in a CSV file"
-                )
-            samples.append(Sample(path, int(match[1]), int(match[2] or number), modality))
-    return _labelled(samples, str(root))
-
-
-def _labelled(samples: Sequence[Sample], source: str) -> list[Sample]:
-    for modality in (VISIBLE, INFRARED):
+    number = {VISIBLE: 1, INFRARED: 2}
+    table = root / "images.csv"
+    if table.is_file():
+        samples = read_csv(table)
+        unknown = [sample.path for sample in samples if sample.identity == UNKNOWN]
+        if unknown:
+            raise UserError(f"{table}: {len(unknown)} rows have no identity, as {unknown[0]}")
+        samples = [
+            s._replace(camera=number[s.modality]) if s.camera == UNKNOWN else s for s in samples
+        ]
+        samples.sort(key=lambda sample: number[sample.modality])
+    else:
+        samples = [sample for kind in number for sample in _of_folder(root, kind, number[kind])]
+    for modality in number:
         if not any(sample.modality == modality for sample in samples):
-            raise UserError(f"{source}: no {modality} image")
-    return list(samples)
+            raise UserError(f"{root}: no {modality} image")
+    return samples
+
+
+def _of_folder(root: Path, modality: str, camera: int) -> Iterator[Sample]:
+    if not (root / modality).is_dir():
+        raise UserError(
+            f"{root}: no folder {modality} in it; lay images out as visible/IDENTITY/*.jpg and "
+            "infrared/IDENTITY/*.jpg, or list them in images.csv"
+        )
+    for path in list_images(root / modality)[0]:
+        relative = Path(path).relative_to(root / modality).as_posix()
+        match = re.fullmatch(r"(\d{1,18})(?:/[^/\d]*(\d{1,9}))?/[^/]+", relative)
+        if match is None:
+            raise UserError(
+                f"{path}: not {modality}/IDENTITY/name or {modality}/IDENTITY/camN/name, where "
+                "IDENTITY is a number; move it, or list the images in images.csv"
+            )
+        yield Sample(path, int(match[1]), int(match[2] or camera), modality)
+
+
+class OwnData(ReidDataset):
+    """One's own images to train and test on: ``ROOT/train`` and ``ROOT/test``, of different
+    people, each as :func:`open_folder` takes it."""
+
+    name, title, ask = "own", "one's own images", ""
+    folders = ("train", "test")
+    expected: ClassVar[dict[str, dict[str, int]]] = {}
+
+    def _read_train(self, trial: int) -> tuple[list[Sample], list[Fault]]:
+        return open_folder(Path(self.root, "train")), []
+
+    def read_test(self, trial: int = 1) -> tuple[list[Sample], list[Fault]]:
+        return open_folder(Path(self.root, "test")), []
+
+    def _test_identities(self, trial: int) -> set[int]:
+        return {sample.identity for sample in self.read_test()[0]}
+
+    def belongs(self, relative: str) -> bool:
+        return relative.startswith(("train/", "test/"))

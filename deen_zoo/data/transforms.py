@@ -37,6 +37,7 @@ IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
 # Share of the image that random erasing covers, in the reference's train.py; the paper gives none.
 ERASING_AREA = {"sysu": (0.2, 0.8), "regdb": (0.02, 0.4), "llcm": (0.02, 0.4)}
+ERASING_AREA["own"] = ERASING_AREA["llcm"]
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> Pixels:
@@ -123,7 +124,7 @@ def train_transform(
     """A recipe's augmentation on a dataset.
 
     Args:
-        dataset: ``"sysu"``, ``"regdb"`` or ``"llcm"``, for the share that is erased.
+        dataset: ``"sysu"``, ``"regdb"``, ``"llcm"`` or ``"own"``, for the share that is erased.
         recipe: ``"official"`` (the reference's code) or ``"paper"``: flip and random erasing alone,
             with the code's erasing, as the paper gives no numbers for it.
         mean: The model's, from its data config.

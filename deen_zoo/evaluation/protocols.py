@@ -78,9 +78,9 @@ def evaluate(
         similarity = compare(queries, gallery)
         sampled = [samples[i] for i in queries], [samples[i] for i in gallery]
         labels = _labels(*sampled)
-        done.append(Trial(number, *sampled, evaluate_ranking(similarity, *labels, terms.dataset)))
+        done.append(Trial(number, *sampled, evaluate_ranking(similarity, *labels, terms.rule)))
         if camera_pairs:
-            pairs.append(_score_pairs(similarity, labels, terms.dataset))
+            pairs.append(_score_pairs(similarity, labels, terms.rule))
     return ProtocolResult(
         protocol,
         done,

@@ -104,6 +104,8 @@ class ProtocolResult:
     def expected_counts(self) -> dict[str, int]:
         """Images that a complete dataset has in a single-shot trial, as far as published."""
         dataset = DATASETS[PROTOCOLS[self.protocol].dataset]
+        if not dataset.expected:
+            return {}
         test = dataset.expected["test" if "test" in dataset.expected else "test 1"]
         counts = {"identities": test["identities"]}
         for side, count in dataset.expected[self.protocol].items():
