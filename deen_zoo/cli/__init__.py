@@ -11,6 +11,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from ..errors import UserError
 
@@ -47,6 +48,19 @@ def _overview() -> argparse.ArgumentParser:
     return parser
 
 
+def load_verb(verb: str) -> tuple[ModuleType, argparse.ArgumentParser]:
+    """The verb's module and the parser of its arguments."""
+    module = importlib.import_module(f"{__name__}.{verb}")
+    parser = argparse.ArgumentParser(
+        prog=f"deen-zoo {verb}",
+        description=module.__doc__,
+        epilog=f"examples:\n{module.EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    return module, parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
@@ -58,14 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stderr says what and what to do), 130 interrupted.
     """
     first = _overview().parse_args(argv)
-    module = importlib.import_module(f"{__name__}.{first.verb}")
-    parser = argparse.ArgumentParser(
-        prog=f"deen-zoo {first.verb}",
-        description=module.__doc__,
-        epilog=f"examples:\n{module.EXAMPLES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    module.add_arguments(parser)
+    module, parser = load_verb(first.verb)
     args = parser.parse_args(first.arguments)
     try:
         return int(module.run(args))

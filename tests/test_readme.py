@@ -1,0 +1,77 @@
+"""README keeps its word: its python blocks run, its commands parse, its test command is CI's."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from deen_zoo.cli import VERBS, load_verb, main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+def commands():
+    for block in blocks("sh"):
+        joined = block.replace("\\\n", " ")
+        for line in joined.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["deen-zoo"]:
+                yield words[1:]
+            elif words[:1] == ["torchrun"] or "-m" in words:
+                start = next((i for i, w in enumerate(words) if w.startswith("deen_zoo")), None)
+                if start is not None:
+                    verb = words[start].partition(".")[2]
+                    yield [verb, *words[start + 1 :]] if verb else words[start + 1 :]
+
+
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+def test_commands_parse(words):
+    _, parser = load_verb(words[0])
+    parser.parse_args(words[1:])
+
+
+@pytest.mark.slow
+def test_python_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    assert len(blocks("python")) >= 2
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_links_and_pictures_exist():
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    local = [target for target in targets if not target.startswith("http")]
+    assert local and not [target for target in local if not (ROOT / target).exists()]
+
+
+def test_every_verb_has_help_with_examples(capsys):
+    for verb in VERBS:
+        with pytest.raises(SystemExit) as done:
+            main([verb, "--help"])
+        assert done.value.code == 0
+        out = capsys.readouterr().out
+        assert "examples:" in out and f"deen-zoo {verb}" in out
+
+
+def test_examples_in_help_parse():
+    for verb in VERBS:
+        module, parser = load_verb(verb)
+        for line in module.EXAMPLES.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.partition(" > ")[0])
+            if words[:2] == ["deen-zoo", verb]:
+                parser.parse_args(words[2:])
+
+
+def test_unknown_verb_is_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["retrieve"])
+    assert done.value.code == 2 and "reproduce" in capsys.readouterr().err
