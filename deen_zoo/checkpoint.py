@@ -6,7 +6,6 @@ whatever happens to the process or the disk.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -19,32 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .errors import UserError
+from .models.checkpoint import write_atomically
 
 __all__ = ["load_state", "random_state", "save_state", "set_random_state", "write_atomically"]
 
 _TENSOR = "__tensor__"
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Write a file whole or not at all; what was there stays until the new one is on the disk.
-
-    Raises:
-        OSError: It cannot be written; the message names the file, and the old one is as it was.
-    """
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        kept = "; the file of that name is still the previous one" if path.exists() else ""
-        raise OSError(f"cannot write {path}: {error.strerror or error}{kept}") from error
 
 
 def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from .data.cache import DecodedCache, open_cache
 from .data.check import check_dataset
-from .data.datasets import ReidDataset, Sample, open_dataset
+from .data.datasets import PROTOCOLS, ReidDataset, Sample, open_dataset
 from .data.loading import train_loader
 from .data.synthetic import synthesize
 from .data.transforms import ERASING_AREA, TrainTransform
@@ -194,7 +194,7 @@ def _train(
         world_size=world.size,
     )  # fmt: skip
     protocol = settings.protocols[0]
-    number = trial if settings.dataset == "regdb" else 0
+    number = trial if settings.dataset == "regdb" else PROTOCOLS[protocol].trials[0]
     sides = dataset.query(protocol, number) + dataset.gallery(protocol, number)
 
     def test() -> dict[str, float]:

@@ -1,7 +1,9 @@
 """The real command, whole, on generated trees of each layout."""
 
 import json
+import re
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -145,6 +147,34 @@ def test_an_output_that_cannot_be_written_is_one_line(trees, tmp_path, capsys):
     options = ["--data-root", str(trees["llcm"]), "--output", str(tmp_path / "file" / "run")]
     assert main(["reproduce", "llcm", *options]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+FULL_DISK = """
+import resource, signal, sys
+from deen_zoo.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_loses_nothing(trees, tmp_path):
+    """A limit on the size of files stands for a disk without room."""
+    output = tmp_path / "run"
+    command = ["reproduce", "llcm", "--data-root", str(trees["llcm"]), "--output", str(output)]
+    assert main([*command, *FAST, "--epochs", "1"]) == 0
+    more = [*command, *FAST, "--resume"]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *more], capture_output=True, text=True, check=False
+    )
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and re.fullmatch(
+        r"deen-zoo reproduce: error: cannot write \S+/(last|model)\.safetensors: File too large; "
+        r"the file of that name is still the previous one", last
+    )  # fmt: skip
+    assert main(more) == 0
+    assert [row["epoch"] for row in read(output)["models"][0]["history"]] == [0, 1]
 
 
 def test_a_broken_tree_is_refused_before_training(trees, tmp_path, capsys):

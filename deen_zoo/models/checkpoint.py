@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import re
@@ -9,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..errors import UserError
-from .weights import CONFIG, FORMAT, WEIGHTS, sha256
+from .weights import CONFIG, FORMAT, WEIGHTS
 
 StateDict = dict[str, torch.Tensor]
 
@@ -124,22 +126,44 @@ def _some(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
+def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Write a file whole or not at all; what was there stays until the new one is on the disk.
+
+    Raises:
+        OSError: It cannot be written; the message names the file, and the old one is as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        kept = "; the file of that name is still the previous one" if path.exists() else ""
+        raise OSError(f"cannot write {path}: {error.strerror or error}{kept}") from error
+
+
 def save_pretrained(model: Any, folder: str | os.PathLike[str]) -> Path:
     """Write ``config.json`` and ``model.safetensors``: a folder for timm and for transformers.
 
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` builds the same model from it, in a
     process that has imported ``deen_zoo``. Each file is written whole and then renamed.
+
+    Raises:
+        OSError: One cannot be written; the message names it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / WEIGHTS
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    save_file(tensors, f"{weights}.partial", metadata={"format": "pt"})
-    config = json.dumps(model_config(model, sha256(f"{weights}.partial")), indent=2) + "\n"
-    os.replace(f"{weights}.partial", weights)
-    target = folder / CONFIG
-    Path(f"{target}.partial").write_text(config, encoding="utf-8")
-    os.replace(f"{target}.partial", target)
+    weights = save(tensors, {"format": "pt"})
+    config = model_config(model, hashlib.sha256(weights).hexdigest())
+    write_atomically(folder / WEIGHTS, weights)
+    write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     return folder
 
 
