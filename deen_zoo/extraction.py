@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from .data.cache import DecodedCache
 from .data.draws import Sample
+from .data.loading import DEFAULT_WORKERS
 from .data.transforms import eval_transform
 from .device import autocast
 from .distributed import World
@@ -117,7 +118,7 @@ def extract(
     precision: str = "auto",
     flip: bool = True,
     batch_size: int = 64,
-    workers: int = 4,
+    workers: int = DEFAULT_WORKERS,
     cache: DecodedCache | None = None,
     progress: bool = False,
 ) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .data.loading import DEFAULT_WORKERS
 from .data.transforms import eval_transform
 from .device import autocast, choose_device
 from .distributed import World
@@ -53,7 +54,7 @@ class FeatureExtractor:
     samples and CSV files, which have their own.
 
     Args:
-        model: A model, or what :func:`deen_zoo.create_model` takes, or a checkpoint folder.
+        model: A model, which is moved to the device, or what :func:`deen_zoo.create_model` takes, or a checkpoint folder.
         device: ``"auto"`` or a torch device.
         precision: ``"auto"`` (bfloat16 on a GPU that has it), ``"float32"`` or ``"bfloat16"``.
         flip: Add the descriptor of the mirrored image, as the reference's test does.
@@ -88,7 +89,7 @@ class FeatureExtractor:
         branches: str = "all",
         dtype: str = "float32",
         normalize: bool = True,
-        workers: int = 4,
+        workers: int = DEFAULT_WORKERS,
         progress: bool = True,
     ) -> None:
         for name, value, valid in (
@@ -113,7 +114,7 @@ class FeatureExtractor:
             "branches": branches,
             "flip": str(flip).lower(),
             "normalize": str(normalize).lower(),
-            "precision": precision,
+            "precision": f"{precision} on {self.device.type}",
             "dtype": dtype,
             "deen_zoo": _version(),
         }
@@ -193,12 +194,14 @@ class FeatureExtractor:
         world.barrier()
         mine = [k for k in range(world.rank, len(parts), world.size) if not parts.path(k).exists()]
         tables = self._tables(found, [parts.rows(k) for k in mine], world.main)
-        for k, table in zip(mine, tables, strict=True):
-            write_feature_table(parts.path(k), [table], allow_empty=True)
+        for k in mine:  # no name holds a part while the next one is made
+            write_feature_table(parts.path(k), [next(tables)], allow_empty=True)
         world.barrier()
         if world.main:
-            write_feature_table(file, parts)
-            shutil.rmtree(parts.folder)
+            try:
+                write_feature_table(file, parts)
+            finally:
+                shutil.rmtree(parts.folder)
         world.barrier()
         table = read_feature_table(file)
         if world.main:
@@ -278,7 +281,8 @@ class FeatureExtractor:
                     infrared.append(batch.infrared)
                     unreadable |= {source.name(i): reason for i, reason in batch.unreadable}
                     bar.update(len(batch.indices) + len(batch.unreadable))
-                labels = torch.tensor([source.labels[i] for i in kept]).view(-1, 2)
+                labels = torch.tensor([source.labels[i] for i in kept], dtype=torch.int64)
+                labels = labels.view(-1, 2)
                 columns = {"identity": labels[:, 0].clone(), "camera": labels[:, 1].clone()}
                 yield FeatureTable(
                     source.name(0) if len(source.items) == 1 else f"{len(source.items)} images",
@@ -288,6 +292,7 @@ class FeatureExtractor:
                     self.provenance,
                     unreadable,
                 )
+                del rows
 
     def _finish(self, raw: Tensor) -> Tensor:
         """(n, 2*B*C) to (n, D): the chosen numbers, normalised, as the dtype."""

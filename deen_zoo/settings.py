@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .data.datasets import DATASETS, PROTOCOLS
+from .data.loading import DEFAULT_WORKERS
 from .errors import UserError
 from .recipes import Recipe, get_recipe
 
@@ -69,7 +70,7 @@ class Settings:
     device: str = "auto"
     precision: str = "auto"
     compile: bool = False
-    workers: int = 4
+    workers: int = DEFAULT_WORKERS
     batch_size: int = 64
     save_every: int | None = None
     resume: bool = False

@@ -27,6 +27,7 @@ The layout "own" is ROOT/visible/IDENTITY/*.jpg and ROOT/infrared/IDENTITY/*.jpg
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
     """The options of a FeatureExtractor, shared by the verbs that make one."""
+    from ..data.loading import DEFAULT_WORKERS
     from ..device import PRECISIONS
 
     add = parser.add_argument
@@ -38,7 +39,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--precision", choices=PRECISIONS, default="auto")
     add("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
-    add("--workers", type=int, default=4, metavar="N", help="processes that decode (default: 4)")
+    add("--workers", type=int, default=DEFAULT_WORKERS, metavar="N", help="processes that decode")
 
 
 def extractor(args: argparse.Namespace, **options: Any) -> Any:

@@ -23,6 +23,7 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..data.loading import DEFAULT_WORKERS
     from ..device import PRECISIONS
     from ..recipes import RECIPES
 
@@ -47,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="several: with --ablation")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
-    parser.add_argument("--workers", type=int, default=4, help="processes that decode (default: 4)")
+    parser.add_argument(
+        "--workers", type=int, default=DEFAULT_WORKERS, help="processes that decode (default: up to 4)"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="in evaluation (default: 64)")
     parser.add_argument("--cache", metavar="FOLDER", help="keep decoded images there")
     parser.add_argument("--compile", action="store_true", help="torch.compile")

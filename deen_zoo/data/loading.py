@@ -26,6 +26,7 @@ __all__ = ["EvalBatch", "EvalSet", "Loader", "TrainBatch", "TrainLoader", "Train
 __all__ += ["eval_loader", "read_image", "train_loader"]
 
 Batch = TypeVar("Batch")
+DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
 Size = tuple[int, int]
 
 
@@ -258,7 +259,7 @@ def train_loader(
     identities_per_batch: int = 6,
     images_per_modality: int = 4,
     seed: int = 0,
-    workers: int = 4,
+    workers: int = DEFAULT_WORKERS,
     cache: DecodedCache | None = None,
     skip_broken: bool = False,
     rank: int = 0,
@@ -303,7 +304,7 @@ def eval_loader(
     images: Sequence[Sample | str | os.PathLike[str]],
     transform: EvalTransform,
     batch_size: int = 64,
-    workers: int = 4,
+    workers: int = DEFAULT_WORKERS,
     cache: DecodedCache | None = None,
     skip_broken: bool = False,
     pin_memory: bool | None = None,
