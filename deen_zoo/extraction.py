@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -60,8 +59,7 @@ def embed(
     loader = DataLoader(
         images,
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of index sequences
-        # Starting them takes longer than a few images; more than cores would only contend.
-        num_workers=min(workers, os.cpu_count() or 1) if sum(map(len, batches)) > 16 else 0,
+        num_workers=workers if sum(map(len, batches)) > 16 else 0,  # starting them takes longer
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own: the global state must not move

@@ -54,7 +54,8 @@ class FeatureExtractor:
     samples and CSV files, which have their own.
 
     Args:
-        model: A model, which is moved to the device, or what :func:`deen_zoo.create_model` takes, or a checkpoint folder.
+        model: A model, which is moved to the device; what :func:`deen_zoo.create_model` takes; or a
+            checkpoint folder.
         device: ``"auto"`` or a torch device.
         precision: ``"auto"`` (bfloat16 on a GPU that has it), ``"float32"`` or ``"bfloat16"``.
         flip: Add the descriptor of the mirrored image, as the reference's test does.
@@ -200,8 +201,10 @@ class FeatureExtractor:
         if world.main:
             try:
                 write_feature_table(file, parts)
-            finally:
+            except UserError:  # no image can be read: mended ones must be tried again
                 shutil.rmtree(parts.folder)
+                raise
+            shutil.rmtree(parts.folder)
         world.barrier()
         table = read_feature_table(file)
         if world.main:

@@ -81,6 +81,8 @@ def ranking_sheet(
         size: (height, width) in pixels of each image on the sheet.
     """
     rows = range(min(10, len(result.query))) if queries is None else queries
+    if not rows:
+        raise UserError("a ranking sheet needs a query")
     k, correct = result.indices.shape[1], result.correct
     wide, high = 0.62, 0.62 * size[0] / size[1]
     with _figure(file, wide * (k + 1.6) * 1.12, (high + 0.24) * len(rows) + 0.3) as figure:

@@ -1,0 +1,99 @@
+"""Size, speed and agreement of each choice of descriptor: the table of docs/features.md.
+
+    python benchmarks/descriptors.py --model test_deen_resnet
+    python benchmarks/descriptors.py --speed-only --model deen_resnet50_llcm --images 16
+
+Rank-1 and mAP are of llcm-ir2vis over synthetic people that the model has not seen; "same first
+hit" is the share of infrared images whose most similar visible image is that of the official
+descriptor. Times are the best of three, in turns, in one CPU thread unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deen_zoo import FeatureExtractor
+from deen_zoo.data import open_dataset, synthesize
+from deen_zoo.evaluation import evaluate
+
+CHOICES: list[tuple[str, dict[str, Any]]] = [
+    ("official, float32 (default)", {}),
+    ("official, float16", {"dtype": "float16"}),
+    ("official, no flip", {"flip": False}),
+    ("official, not normalised (`--raw`)", {"normalize": False}),
+    ("bn", {"descriptor": "bn"}),
+    ("pool", {"descriptor": "pool"}),
+    ("official, original branch", {"branches": "original"}),
+    ("bn, original branch", {"descriptor": "bn", "branches": "original"}),
+    ("bn, original branch, no flip, float16",
+     {"descriptor": "bn", "branches": "original", "flip": False, "dtype": "float16"}),
+]  # fmt: skip
+
+
+def speeds(extractors: list[FeatureExtractor], images: int) -> list[float]:
+    """Images a second of each, decoding left out."""
+    height, width = extractors[0].transform.size
+    batch = torch.randn(images, 3, height, width, generator=torch.Generator().manual_seed(0))
+    best = [float("inf")] * len(extractors)
+    for _ in range(3):
+        for i, extract in enumerate(extractors):
+            start = time.perf_counter()
+            extract(batch, "infrared")
+            best[i] = min(best[i], time.perf_counter() - start)
+    return [images / seconds for seconds in best]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="test_deen_resnet")
+    parser.add_argument("--identities", type=int, default=40)
+    parser.add_argument("--images", type=int, default=64, help="in a batch that is timed")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--speed-only", action="store_true", help="any model, without weights")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    extractors = [
+        FeatureExtractor(
+            args.model, args.device, pretrained=not args.speed_only, batch_size=args.images,
+            progress=False, **options,
+        )
+        for _, options in CHOICES
+    ]  # fmt: skip
+    rates = speeds(extractors, args.images)
+    print("| choice | numbers | MB per 1,000 rows | images/s |", end="")
+    print("" if args.speed_only else " same first hit | rank-1 | mAP |")
+    print("|---|---:|---:|---:|" + ("" if args.speed_only else "---:|---:|---:|"))
+    quality = [""] * len(CHOICES) if args.speed_only else qualities(extractors, args.identities)
+    for (name, _), extract, rate, scores in zip(CHOICES, extractors, rates, quality, strict=True):
+        size = extract.dim * extract.dtype.itemsize / 1000
+        print(f"| {name} | {extract.dim:,} | {size:.1f} | {rate:.1f} |{scores}")
+
+
+def qualities(extractors: list[FeatureExtractor], identities: int) -> list[str]:
+    out: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch, "people")
+        synthesize("llcm", root, identities, seed=7, test_fraction=0.9)
+        dataset = open_dataset("llcm", root)
+        samples = dataset.test("visible") + dataset.test("infrared")
+        first: torch.Tensor | None = None
+        for extract in extractors:
+            rows = extract(samples).float()
+            infrared = torch.tensor([s.modality == "infrared" for s in samples])
+            hits = (rows[infrared] @ rows[~infrared].T).argmax(dim=1)
+            first = hits if first is None else first
+            mean = evaluate(rows, samples, "llcm-ir2vis").mean
+            same = float((hits == first).float().mean())
+            out.append(f" {100 * same:.1f} % | {100 * mean['r1']:.1f} | {100 * mean['mAP']:.1f} |")
+    return out
+
+
+if __name__ == "__main__":
+    main()
