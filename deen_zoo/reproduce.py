@@ -95,17 +95,26 @@ def _open_data(settings: Settings, world: World) -> ReidDataset:
             synthesize("llcm", root, identities=settings.identities)
         world.barrier()
     try:
-        dataset = open_dataset(settings.layout, root)
+        dataset = open_dataset(settings.layout, root, settings.skip_broken)
     except UserError as error:
         raise UserError(f"{error}; {TRY_WITHOUT_DATA}") from error
-    if world.main:
+    if settings.skip_broken:
+        report = check_dataset(settings.layout, root, progress=world.main)
+        dataset.leave_out(fault.where for fault in report.faults if fault.kind == "unreadable")
+        if report.faults:
+            first = report.faults[0]
+            _say(world, f"warning: {len(report.faults)} faults are left out, the first "
+                        f"{first.kind}, {first.where}: {first.detail}")  # fmt: skip
+    elif world.main:
         report = check_dataset(settings.layout, root, decode=False)
         if not report.usable:
             fault = report.faults[0]
             raise UserError(
                 f"{root} cannot be used: {len(report.faults)} faults, the first {fault.kind}, "
-                f"{fault.where}: {fault.detail}; list all by 'deen-zoo check {dataset.name} {root}'"
+                f"{fault.where}: {fault.detail}; list all by 'deen-zoo check {dataset.name} {root}', "
+                f"or leave them out by --skip-broken"
             )
+    if world.main:
         complete = "" if report.complete else " (counts differ from the published ones)"
         images = (report.fingerprint or {}).get("images")
         _say(world, f"{root}: {images} images, usable{complete}")

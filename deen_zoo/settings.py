@@ -50,6 +50,8 @@ class Settings:
         workers: Processes that decode.
         batch_size: Images at a time in evaluation.
         save_every: Steps between saves within an epoch; None is at its end only.
+        skip_broken: Leave out, counted and reported, what ``check`` finds broken or mislabelled;
+            it decodes every image once to know.
         resume: Go on from where ``output`` stands.
         eval_only: Train nothing; evaluate this checkpoint folder, model name or ``hf-hub:`` id.
     """
@@ -73,6 +75,7 @@ class Settings:
     workers: int = DEFAULT_WORKERS
     batch_size: int = 64
     save_every: int | None = None
+    skip_broken: bool = False
     resume: bool = False
     eval_only: str | None = None
 

@@ -186,6 +186,25 @@ def test_a_broken_tree_is_refused_before_training(trees, tmp_path, capsys):
     assert "cannot be used" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_broken_images_are_named_or_left_out(trees, tmp_path, capsys):
+    root = tmp_path / "llcm"
+    shutil.copytree(trees["llcm"], root)
+    train = sorted((root / "vis").glob("*/*.jpg"))[0]
+    test = sorted((root / "test_nir").glob("*/*/*.jpg"))[-1]
+    for path in (train, test):
+        path.write_bytes(path.read_bytes()[:-100])
+    command = ["reproduce", "llcm", "--data-root", str(root), *FAST, "--epochs", "1"]
+    assert main([*command, "--output", str(tmp_path / "stops")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert train.name in error or test.name in error
+    assert main([*command, "--output", str(tmp_path / "goes"), "--skip-broken"]) == 0
+    assert "warning: 2 faults are left out" in capsys.readouterr().err
+    whole = len(list((root / "test_nir").glob("*/*/*.jpg")))
+    counts = read(tmp_path / "goes")["protocols"]["llcm-ir2vis"]["counts"]
+    assert counts["queries"] == whole - 1
+
+
 def test_without_matplotlib_there_is_a_note(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     results = example_results(tmp_path)

@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trials", type=int, nargs="+", metavar="N", help="RegDB's splits, 1 to 10"
     )
+    parser.add_argument(
+        "--skip-broken", action="store_true", help="leave out broken images, with a counted warning"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
     parser.add_argument(
         "--eval-only", metavar="CHECKPOINT", help="a checkpoint folder or hf-hub: id; no training"

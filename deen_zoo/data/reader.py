@@ -67,6 +67,7 @@ class ReidDataset:
 
     def __init__(self, root: str | os.PathLike[str], skip_broken: bool = False) -> None:
         self.root, self.skip_broken = os.fspath(root), skip_broken
+        self.left_out: frozenset[str] = frozenset()  # names below the root, see leave_out
         self._listed: dict[str, list[str]] = {}
 
     def train(self, trial: int = 1) -> list[Sample]:
@@ -193,9 +194,14 @@ class ReidDataset:
                     "skip_broken leaves them out"
                 )
             warnings.warn(f"{found}; they are left out", stacklevel=3)
+        samples = [s for s in samples if self.relative(s.path) not in self.left_out]
         if not samples:
             raise UserError(f"{self.title} at {self.root}: no {split} images were found")
         return samples
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """From now on, do as if these images (names below the root) were not there."""
+        self.left_out = frozenset(names)
 
     def _path(self, relative: str) -> str:
         return os.path.join(self.root, *relative.split("/"))
