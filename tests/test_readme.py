@@ -45,6 +45,13 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     assert len(blocks("python")) >= 2
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), namespace)
+    result = namespace["result"]  # of the five lines that search: identities are in the paths
+    query, gallery = (
+        [Path(path).parent.name for path in table.paths] for table in (result.query, result.gallery)
+    )
+    first = [gallery[i] for i in result.indices[:, 0].tolist()]
+    right = sum(a == b for a, b in zip(first, query, strict=True)) / len(query)
+    assert right > 2.5 / len(set(gallery)), right
 
 
 def test_links_and_pictures_exist():
