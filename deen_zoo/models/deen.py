@@ -219,14 +219,18 @@ class DEEN(nn.Module):
         """(N, B*C) -> (B*N, C), branch-major as the reference orders them."""
         return torch.cat(x.chunk(self.num_branches, dim=1))
 
-    def forward_features(self, x: torch.Tensor, modality: Modality = None) -> torch.Tensor:
-        """Images (N, in_chans, H, W) -> (N, B*C, H/16, W/16); channels b*C:(b+1)*C are branch b."""
+    def _forward_stages(self, x: torch.Tensor, modality: Modality) -> torch.Tensor:
+        """Images (N, in_chans, H, W) -> (B*N, C, H/16, W/16), branch-major."""
         x = self.forward_stems(x, modality)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.stages, x)
         else:
             x = self.stages(x)
-        return self._side_by_side(x)
+        return x
+
+    def forward_features(self, x: torch.Tensor, modality: Modality = None) -> torch.Tensor:
+        """Images (N, in_chans, H, W) -> (N, B*C, H/16, W/16); channels b*C:(b+1)*C are branch b."""
+        return self._side_by_side(self._forward_stages(x, modality))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Maps (N, B*C, h, w) -> mean of the branches' logits (N, num_classes).
@@ -252,7 +256,7 @@ class DEEN(nn.Module):
 
         ``pool`` are average-pooled maps before the BN neck, ``bn`` after it; neither is normalised.
         """
-        pool = self._branch_major(self.forward_features(x, modality).mean((2, 3)))
+        pool = self._forward_stages(x, modality).mean((2, 3))
         return pool, self.bottleneck(pool)
 
     def forward_embedding(

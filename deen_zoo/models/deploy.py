@@ -131,6 +131,20 @@ class _Stem(_InferenceOnly):
         return self.layers(x)
 
 
+def channel_product(theta: torch.Tensor, phi_g: torch.Tensor) -> torch.Tensor:
+    """CNL between its convolutions: (N, low, h, w) and phi over g (N, 2*low, h, w) -> as theta."""
+    phi, g = phi_g.flatten(2).transpose(1, 2).chunk(2, 2)  # (N, hw, low): channels_last's order
+    y = triple_product(g, phi.transpose(1, 2), theta.flatten(2).transpose(1, 2))  # (N, hw, low)
+    return y.transpose(1, 2).reshape(theta.shape)
+
+
+def position_product(theta: torch.Tensor, phi_g: torch.Tensor, low_dim: int) -> torch.Tensor:
+    """PNL's: (N, low/2, h, w) and phi over g (N, low, H, W), in rows of half the positions."""
+    phi, g = phi_g.reshape(phi_g.shape[0], 2 * low_dim, -1).chunk(2, 1)  # (N, low, HW/2)
+    rows = theta.reshape(theta.shape[0], low_dim, -1)  # (N, low, hw/2)
+    return triple_product(g, phi.transpose(1, 2), rows / phi.shape[2]).reshape(theta.shape)
+
+
 class _CNL(_InferenceOnly):
     def __init__(self, cnl: nn.Module):
         super().__init__()
@@ -139,11 +153,7 @@ class _CNL(_InferenceOnly):
         self.proj = _fold(cnl.proj.conv, cnl.proj.bn)
 
     def forward(self, high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        from_low = self.phi_g(low)  # (N, 2*low, h, w)
-        phi, g = from_low.flatten(2).chunk(2, 1)  # (N, low, hw)
-        theta = self.theta(high)
-        y = triple_product(theta.flatten(2), phi.transpose(1, 2), g)
-        return self.proj(y.reshape(theta.shape), high)
+        return self.proj(channel_product(self.theta(high), self.phi_g(low)), high)
 
 
 class _PNL(_InferenceOnly):
@@ -155,13 +165,7 @@ class _PNL(_InferenceOnly):
         self.proj = _fold(pnl.proj.conv, pnl.proj.bn)
 
     def forward(self, high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        rows = self.phi_g(low).reshape(low.shape[0], 2 * self.low_dim, -1)
-        phi, g = rows.chunk(2, 1)  # (N, low, HW/2)
-        theta = self.theta(high)  # (N, low/2, h, w)
-        left = theta.reshape(theta.shape[0], self.low_dim, -1)  # (N, low, hw/2)
-        # g (phi theta) of the transposed factors: (N, low, hw/2), already in theta's order
-        y = triple_product(g, phi.transpose(1, 2), left / phi.shape[2])
-        return self.proj(y.reshape(theta.shape), high)
+        return self.proj(position_product(self.theta(high), self.phi_g(low), self.low_dim), high)
 
 
 class _DEE(_InferenceOnly):
@@ -171,8 +175,8 @@ class _DEE(_InferenceOnly):
     def __init__(self, dee: nn.Module, expand: bool):
         super().__init__()
         dilated = [list(convs) for convs in zip(*dee.reduce)]  # of one dilation, a branch each
-        self.reduce = nn.ModuleList(_side_by_side(c, 1 / len(dilated)) for c in dilated[:-1])
-        self.reduce_last = _side_by_side(dilated[-1], 1 / len(dilated), relu=True)
+        self.reduce = nn.ModuleList(_side_by_side(c, 1 / dee.divisor) for c in dilated[:-1])
+        self.reduce_last = _side_by_side(dilated[-1], 1 / dee.divisor, relu=True)
         self.expand = nn.ModuleList(_side_by_side([conv]) for conv in dee.expand if expand)
         self.branches = len(dee.expand)
 
@@ -275,7 +279,11 @@ class _Stage(_InferenceOnly):
 class _FusedStage(_InferenceOnly):
     def __init__(self, stage: nn.Module):
         super().__init__()
-        self.blocks, self.cnl, self.pnl = _blocks(stage.blocks), _CNL(stage.cnl), _PNL(stage.pnl)
+        self.blocks = _blocks(stage.blocks)
+        if stage.cnl.paper:  # its softmax leaves nothing to reorder
+            self.cnl, self.pnl = _fold_all(stage.cnl), _fold_all(stage.pnl)
+        else:
+            self.cnl, self.pnl = _CNL(stage.cnl), _PNL(stage.pnl)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.pnl(self.cnl(self.blocks(x), x), x)
