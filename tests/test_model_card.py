@@ -16,7 +16,7 @@ from deen_zoo.models.weights import TINY_WEIGHTS, sha256
 TEXT = (Path(__file__).parents[1] / "MODEL_CARD.md").read_text(encoding="utf-8")
 HEAD, _, *ROWS = [
     [cell.strip().strip("`") for cell in line.strip("|").split("|")]
-    for line in TEXT.splitlines()
+    for line in TEXT.partition("## No SYSU")[0].splitlines()
     if line.startswith("|")
 ]
 TABLE = {row[0]: dict(zip(HEAD, row, strict=True)) for row in ROWS}
