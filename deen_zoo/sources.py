@@ -25,6 +25,8 @@ from .errors import UserError
 __all__ = ["Batch", "Images", "Source", "collate", "gather", "infrared_of", "three_equal_channels"]
 
 Item = Image.Image | np.ndarray[Any, Any] | str
+Labels = tuple[int, int]  # identity, camera
+UNLABELLED = UNKNOWN, UNKNOWN
 
 
 def three_equal_channels(image: Pixels) -> bool:
@@ -42,7 +44,7 @@ class Source:
 
     items: Sequence[Item]
     infrared: Sequence[bool | None]
-    labels: Sequence[Sequence[int]]  # identity, camera
+    labels: Sequence[Labels]
 
     def name(self, index: int) -> str:
         item = self.items[index]
@@ -112,26 +114,26 @@ def _in_memory(item: Image.Image | np.ndarray[Any, Any], name: str) -> Image.Ima
         raise UserError(f"{name}: {error}") from None
 
 
-def _flatten(source: Any, modality: Any) -> Iterator[tuple[Item, str | None, int, int]]:
-    """(image, its own modality if it has one, identity, camera) of whatever a source may be."""
+def _flatten(source: Any, modality: Any) -> Iterator[tuple[Item, str | None, Labels]]:
+    """(image, its own modality if it has one, its labels) of whatever a source may be."""
     if isinstance(source, Sample):
-        yield source.path, source.modality, source.identity, source.camera
+        yield source.path, source.modality, (source.identity, source.camera)
     elif isinstance(source, (str, os.PathLike)):
         path = os.fspath(source)
         if os.path.isdir(path):
             images, _ = list_images(path)
             if not images:
                 raise UserError(f"{path}: no image in this folder")
-            yield from ((image, None, UNKNOWN, UNKNOWN) for image in images)
+            yield from ((image, None, UNLABELLED) for image in images)
         elif path.lower().endswith(".csv"):
             said = modality if isinstance(modality, str) else None
             for sample in read_csv(path, said):
                 own = None if sample.modality == "auto" else sample.modality
-                yield sample.path, own, sample.identity, sample.camera
+                yield sample.path, own, (sample.identity, sample.camera)
         else:
-            yield path, None, UNKNOWN, UNKNOWN
+            yield path, None, UNLABELLED
     elif isinstance(source, Image.Image) or isinstance(source, np.ndarray) and source.ndim != 4:
-        yield source, None, UNKNOWN, UNKNOWN
+        yield source, None, UNLABELLED
     elif isinstance(source, Iterable) and not isinstance(source, Tensor):
         for one in source:
             yield from _flatten(one, modality)
@@ -144,14 +146,14 @@ def _flatten(source: Any, modality: Any) -> Iterator[tuple[Item, str | None, int
 
 def gather(source: Any, modality: Any) -> Source:
     found = list(_flatten(source, modality))
-    own = [None if kind is None else kind == "infrared" for _, kind, _, _ in found]
+    own = [None if kind is None else kind == "infrared" for _, kind, _ in found]
     if modality is not None or None in own:
         said = infrared_of(modality, len(found))
-        for (item, kind, *_), mine, theirs in zip(found, own, said, strict=True):
+        for (item, kind, _), mine, theirs in zip(found, own, said, strict=True):
             if None not in (mine, theirs) and mine != theirs:
                 raise UserError(f"{item} is {kind} by its own label; modality says otherwise")
         own = [a if a is not None else b for a, b in zip(own, said, strict=True)]
-    return Source([item for item, *_ in found], own, [labels for _, _, *labels in found])
+    return Source([item for item, _, _ in found], own, [labels for _, _, labels in found])
 
 
 def infrared_of(modality: Any, count: int) -> list[bool | None]:

@@ -240,7 +240,7 @@ def activation_maps(
     size = extractor.transform.size
     names = ["original", *(f"generated {n}" for n in range(1, maps.shape[1]))]
     high = 0.8 * size[0] / size[1]
-    with _figure(file, 0.8 * len(images) + 0.9, high * (len(names) + 1)) as figure:
+    with _figure(file, 0.8 * len(images) + 0.1, high * (len(names) + 1)) as figure:
         grid = figure.add_gridspec(len(names) + 1, len(images), wspace=0.06, hspace=0.06)
         for column, (path, branches) in enumerate(zip(images, maps, strict=True)):
             photo = resize(open_image(path), size)

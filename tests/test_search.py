@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ import torch
 import deen_zoo
 from deen_zoo import search as module
 from deen_zoo.cli import main
-from deen_zoo.data import open_dataset
+from deen_zoo.data import open_dataset, synthesize
 from deen_zoo.errors import MissingExtraError, UserError
 from deen_zoo.feature_files import FeatureTable, write_feature_table
 from deen_zoo.features import FeatureExtractor
+from deen_zoo.models.weights import TINY_WEIGHTS
 from deen_zoo.search import calibrate, search
 from tests import seeded
 
@@ -289,3 +291,35 @@ def test_command_mistakes(people, checkpoint, tmp_path, capsys):
     arguments = ["--query", query, "--query-modality", "infrared", "--model", tmp_path / "other"]
     code, out, err = command(capsys, *arguments, *gallery)
     assert code == 2 and "are not comparable: weights" in err
+
+
+FIVE_LINES = """
+from deen_zoo import FeatureExtractor
+from deen_zoo.search import search
+
+extract = FeatureExtractor("test_deen_resnet")
+people = extract.table("gallery", modality="visible")
+print(search(extract.table("night", modality="infrared"), people, k=5))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path(TINY_WEIGHTS).exists(), reason="needs the shipped tiny weights")
+def test_the_readmes_lines_find_the_right_person(tmp_path, monkeypatch, capsys):
+    synthesize("llcm", tmp_path / "people", 16, seed=3, images_per_camera=1, test_fraction=0.5)
+    dataset = open_dataset("llcm", tmp_path / "people")
+    for name, modality in (("night", "infrared"), ("gallery", "visible")):
+        (tmp_path / name).mkdir()
+        for n, sample in enumerate(dataset.test(modality)):
+            (tmp_path / name / f"{sample.identity:03}-{n}.jpg").symlink_to(sample.path)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(FIVE_LINES, "README.md", "exec"), names)
+    assert capsys.readouterr().out.startswith("night/")
+    found = search(names["extract"].table("night", modality="infrared"), names["people"], k=1)
+    people = len({Path(path).name[:3] for path in found.gallery.paths})
+    right = [
+        Path(query["path"]).name[:3] == Path(query["hits"][0]["path"]).name[:3]
+        for query in found.to_dict()
+    ]
+    assert people == 8 and np.mean(right) > 0.5  # by chance it would be 0.125
