@@ -111,8 +111,8 @@ def _open_data(settings: Settings, world: World) -> ReidDataset:
             fault = report.faults[0]
             raise UserError(
                 f"{root} cannot be used: {len(report.faults)} faults, the first {fault.kind}, "
-                f"{fault.where}: {fault.detail}; list all by 'deen-zoo check {dataset.name} {root}', "
-                f"or leave them out by --skip-broken"
+                f"{fault.where}: {fault.detail}; list all by 'deen-zoo check {dataset.name} "
+                f"{root}', or leave them out by --skip-broken"
             )
     if world.main:
         complete = "" if report.complete else " (counts differ from the published ones)"

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     parser.add_argument(
-        "--workers", type=int, default=DEFAULT_WORKERS, help="processes that decode (default: up to 4)"
+        "--workers", type=int, default=DEFAULT_WORKERS, help="that decode (default: up to 4)"
     )
     parser.add_argument("--batch-size", type=int, default=64, help="in evaluation (default: 64)")
     parser.add_argument("--cache", metavar="FOLDER", help="keep decoded images there")
