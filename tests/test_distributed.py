@@ -38,14 +38,14 @@ with join(torch.device("cpu")) as world:
     task.register_forward_hook(lambda module, args, out: steps.append(args[1].unique().tolist()))
     train(task, make_optimizer(model, recipe), loader, Run(folder), world, 1)
     counts = []
-    embed = model.forward_embedding
-    def counted(images, modality, flip=False):
-        counts.append(len(images) * flip)  # it calls itself for the mirrored images
-        return embed(images, modality, flip)
-    model.forward_embedding = counted
+    stems = model.forward_stems
+    def counted(images, modality=None):
+        counts.append(len(images))
+        return stems(images, modality)
+    model.forward_stems = counted
     samples = (dataset.test("visible") + dataset.test("infrared"))[:-1]  # odd
     shared = extract(model, samples, world, workers=0)
-    count = sum(counts)
+    count = sum(counts) // 2  # each image and its mirror image
     sizes = []
     for n in (0, 1, 2, 5):
         rows = world.gather_rows(torch.arange(n)[world.rank :: world.size, None], n)
