@@ -522,6 +522,7 @@ def test_command_on_layouts(llcm_tree, checkpoint, tmp_path, capsys):
     assert table.samples() == samples.test("visible") + samples.test("infrared")
     assert "rows of 768 numbers, 0 images unreadable" in capsys.readouterr().out
     assert main(["evaluate", str(raw), "--protocol", "llcm-ir2vis", "--json"]) == 0
+    assert "note:" not in capsys.readouterr().err
     for sample in table.samples()[:2] + table.samples()[-2:]:
         place = tmp_path / "tree" / sample.modality / str(sample.identity)
         place.mkdir(parents=True, exist_ok=True)
@@ -529,6 +530,9 @@ def test_command_on_layouts(llcm_tree, checkpoint, tmp_path, capsys):
     arguments = ["extract", str(tmp_path / "tree"), "--layout", "own", "-o", str(own)]
     assert main([*arguments, *common]) == 0
     assert len(read_feature_table(own).samples()) == 4
+    capsys.readouterr()
+    assert main(["evaluate", str(own), "--protocol", "own-ir2vis", "--json"]) == 0
+    assert "note: these rows are L2-normalised" in capsys.readouterr().err
     arguments = ["extract", "a", "b", "--layout", "own", "-o", str(own)]
     assert main([*arguments, *common]) == 2
     assert "takes one root, not 2" in capsys.readouterr().err

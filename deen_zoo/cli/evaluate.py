@@ -81,6 +81,12 @@ def run(args: argparse.Namespace) -> int:
             "--draw official reads exp/rand_perm_cam.mat of SYSU-MM01: give --data-root"
         )
     table = read_feature_table(*args.features)
+    if table.provenance.get("normalize") == "true" and table.provenance.get("flip") == "true":
+        print(
+            "note: these rows are L2-normalised, those behind published numbers are not: "
+            "'deen-zoo extract --raw' gives the like",
+            file=sys.stderr,
+        )
     if args.data_root:
         dataset = open_dataset(terms.dataset, args.data_root)
         features, samples = table.of_dataset(dataset, args.split)
