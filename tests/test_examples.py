@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,7 +199,7 @@ def served(*arguments: str, notes: Path) -> Iterator[str]:
     (notes.parent / "sitecustomize.py").write_text(EAVESDROPPER)
     env = environment() | {"CALLED": str(notes)}
     env["PYTHONPATH"] += os.pathsep + str(notes.parent)
-    env["TMPDIR"] = tempfile.mkdtemp(dir=notes.parent)
+    env["TMPDIR"] = tempfile.mkdtemp()  # not below tmp_path: sockets' names are limited in length
     port = browser.free_port()
     command = [sys.executable, str(ROOT / "examples/demo.py"), f"--port={port}", *arguments]
     process = subprocess.Popen(command, cwd=ROOT.parent, env=env)
@@ -220,6 +221,7 @@ def served(*arguments: str, notes: Path) -> Iterator[str]:
         assert process.wait(60) == 0
         left = [path for path in Path(env["TMPDIR"]).rglob("*") if path.is_file()]
         assert left == []  # neither uploads nor drawn people stay behind
+        shutil.rmtree(env["TMPDIR"])
 
 
 @pytest.mark.slow

@@ -290,6 +290,41 @@ def test_memory_of_a_34_000_image_tree_stays_under_1500_mb(tmp_path):
     assert megabytes < 1500
 
 
+LONG_FOLDER = """
+import sys, tempfile
+from pathlib import Path
+from deen_zoo.data.loading import eval_loader
+from deen_zoo.data.transforms import EvalTransform
+from deen_zoo.errors import UserError
+transform = EvalTransform((32, 16), (0.5,) * 3, (0.5,) * 3)
+for limit in range(60, 90):
+    folder = Path("/tmp", "x" * (limit - len("/tmp/")))
+    tempfile.tempdir = str(folder)
+    try:
+        loader = eval_loader([sys.argv[1]], transform, workers=1)
+    except UserError as error:
+        print(error)
+        break
+    longest = folder
+longest.mkdir()
+try:
+    tempfile.tempdir = str(longest)
+    print([len(batch.images) for batch in eval_loader([sys.argv[1]], transform, workers=1)])
+finally:
+    longest.rmdir()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit differs by system")
+def test_the_longest_temporary_folder_works_and_a_longer_one_is_an_error(samples):
+    command = [sys.executable, "-c", LONG_FOLDER, samples[0].path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    error, batches = done.stdout.splitlines()
+    assert "set TMPDIR to a shorter one" in error and "at most 75 work" in error
+    assert batches == "[1]"
+
+
 def test_sizes_must_agree():
     class Cache:
         size = (64, 64)

@@ -7,6 +7,8 @@ never on the worker, so any number of workers gives the same batches.
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -160,6 +162,19 @@ class EvalSet(Dataset[Item | UserError]):
         return Item((self.transform(pixels), torch.tensor(index)), [])
 
 
+def _check_workers(workers: int) -> None:
+    """Workers hand batches over by a socket below the temporary folder; where its name would be too
+    long for the system (107 bytes on Linux, 103 on macOS), they would wait for ever."""
+    limit = 107 if sys.platform == "linux" else 103
+    folder = tempfile.gettempdir()
+    longest = limit - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
+    if workers and os.name == "posix" and len(os.fsencode(folder)) > longest:
+        raise UserError(
+            f"workers={workers}: the temporary folder's name has {len(os.fsencode(folder))} bytes "
+            f"and at most {longest} work ({folder}): set TMPDIR to a shorter one, or workers=0"
+        )
+
+
 def _collate(items: list[Item | UserError]) -> Item | UserError:
     """One item of stacked rows, or the first error."""
     rows, broken = [], []
@@ -190,6 +205,7 @@ class Loader(Generic[Batch]):
         pin_memory: bool | None,
         **options: Any,
     ) -> None:
+        _check_workers(workers)
         self.make = make
         self.broken: dict[str, str] = {}
         self.loader: DataLoader[Item | UserError] = DataLoader(

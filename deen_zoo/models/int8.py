@@ -1,8 +1,8 @@
 """A DEEN in bytes, for a CPU with oneDNN: what ``optimize_for_inference(model, "int8")`` builds.
 
-Activations have one scale a tensor, weights one an output channel. Everything between the stems,
-which stay in bfloat16, and the last pooling is uint8, but for the three factors of MFA (bfloat16)
-and the sums of DEE's dilated convolutions.
+Activations have a scale for each channel, and so have weights for each output channel. Between the
+stems, which stay in bfloat16, and the last maps all is uint8 but for what MFA adds, the sums of
+DEE's dilated convolutions and the last block's output, which are bfloat16.
 """
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,7 +15,6 @@ from ..errors import UserError
 from .deen import DEEN
 from .deploy import (
     _DEE,
-    _PNL,
     Conv,
     _Block,
     _BranchConv,
@@ -27,20 +26,27 @@ from .deploy import (
 __all__ = ["Ranges", "check_plain", "quantize_stages"]
 
 
-class _Scale(NamedTuple):
-    """What a byte b stands for: ``scale * (b - zero)``."""
+MARGIN = 1.2  # for images that go beyond those of the calibration
 
-    scale: float
+
+class _Scale(NamedTuple):
+    """What a byte b of channel c stands for: ``scale[c] * (b - zero)``.
+
+    A convolution that reads bytes has the scales of their channels in its weights, and one that
+    writes them in those of its outputs, so that a scale for each channel costs nothing.
+    """
+
+    scale: Tensor
     zero: int
 
     def quantize(self, x: Tensor) -> Tensor:
         """To uint8, channels_last."""
         x = x.contiguous(memory_format=torch.channels_last)
-        x = x.mul(1 / self.scale).add_(self.zero).round_().clamp_(0, 255)
-        return x.to(torch.uint8)
+        x = x.mul((1 / self.scale).to(x.dtype).view(-1, 1, 1)).add_(self.zero)
+        return x.round_().clamp_(0, 255).to(torch.uint8)
 
     def dequantize(self, x: Tensor) -> Tensor:
-        return x.float().sub_(self.zero).mul_(self.scale)
+        return x.bfloat16().sub_(self.zero).mul_(self.scale.bfloat16().view(-1, 1, 1))
 
 
 def check_plain(model: DEEN) -> None:
@@ -50,10 +56,10 @@ def check_plain(model: DEEN) -> None:
 
 
 class Ranges:
-    """Ranges of what modules put out and take in: mean over images of each one's extremes."""
+    """Ranges of what modules put out, by channel, over all images, and a margin."""
 
     def __init__(self, model: DEEN, calibration: Sequence[tuple[Tensor, str | Tensor]]):
-        self.seen: dict[tuple[nn.Module, str], list[Tensor]] = {}
+        self.seen: dict[nn.Module, list[Tensor]] = {}
         hooks = [
             module.register_forward_hook(self._record) for module in model.modules()
             if isinstance(module, (Conv, _BranchConv, _DEE, type(model.visible_stem)))]
@@ -61,45 +67,63 @@ class Ranges:
             model.forward_features(images, modality)
         for hook in hooks:
             hook.remove()
-        stems = (model.visible_stem, model.infrared_stem)
-        if not all((stem, "out") in self.seen for stem in stems):
+        if not {model.visible_stem, model.infrared_stem} <= set(self.seen):
             raise UserError(
                 "int8 needs calibration=[(images, 'visible'), (images, 'infrared')]: some tens of "
                 "preprocessed images of both modalities")
 
     def _record(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        for side, x in (("in", args[0]), ("out", out)):
-            flat = x.flatten(1).float()
-            self.seen.setdefault((module, side), []).append(
-                torch.stack([flat.amin(1), flat.amax(1)]))
+        extremes = torch.stack([out.amin((2, 3)), out.amax((2, 3))]).float()  # (2, N, C)
+        self.seen.setdefault(module, []).append(extremes)
 
-    def of(self, *modules: nn.Module, side: str = "out") -> _Scale:
-        each = [torch.cat(self.seen[module, side], dim=1).mean(1) for module in modules]
-        low = min(0.0, *(float(r[0]) for r in each))
-        high = max(1e-6, *(float(r[1]) for r in each))
-        scale = (high - low) / 255
-        return _Scale(scale, round(-low / scale))
+    def extremes(self, *modules: nn.Module) -> tuple[Tensor, Tensor]:
+        """(C,) lowest and (C,) highest values over the modules."""
+        low = torch.cat([extremes[0] for module in modules for extremes in self.seen[module]])
+        high = torch.cat([extremes[1] for module in modules for extremes in self.seen[module]])
+        return MARGIN * low.amin(0), MARGIN * high.amax(0)
+
+    def spread(self, *modules: nn.Module) -> Tensor:
+        """(C,) greatest magnitudes; that of a channel that is nearly dead is not taken as it is."""
+        low, high = self.extremes(*modules)
+        spread = torch.maximum(-low, high)
+        return spread.clamp(min=max(1e-6, 0.02 * float(spread.max())))
+
+    def of(self, *modules: nn.Module, along: Tensor | None = None) -> _Scale:
+        """The scale of bytes that hold these outputs, in proportion to ``along`` if given."""
+        return _cover(*self.extremes(*modules), self.spread(*modules) if along is None else along)
+
+
+def _cover(low: Tensor, high: Tensor, along: Tensor) -> _Scale:
+    lowest, highest = min(0.0, float((low / along).min())), float((high / along).max())
+    step = max(1e-6, highest - lowest) / 255
+    return _Scale(along * step, round(-lowest / step))
 
 
 class _Int8Conv(nn.Module):
     """The operation of :class:`Conv` on bytes, with a scale for each output channel's weights.
 
-    ``out`` is the scale of the bytes it gives, or None for bfloat16. ``other`` is overwritten.
+    ``out`` is the scale of the bytes it gives, or None for bfloat16. ``other``, of the same type
+    and in proportion to ``out``, is overwritten.
     """
 
     def __init__(
             self, conv: Conv, x: _Scale, out: _Scale | None, other: _Scale | None = None):
         super().__init__()
         weight = conv.weight.detach().float()
+        groups, (rows, columns) = conv.groups, weight.shape[:2]
+        read = x.scale.view(groups, 1, columns).expand(-1, rows // groups, -1)
+        weight = weight * read.reshape(rows, columns, 1, 1)
         scales = weight.flatten(1).abs().amax(1).clamp(min=1e-12) / 127
-        values = (weight / scales[:, None, None, None]).round().to(torch.int8).contiguous()
-        self.where = [list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups]
-        self.x, self.values, self.scales = x, values, scales
-        self.bias = conv.bias.detach().float()
-        self.zeros = torch.zeros(len(scales), dtype=torch.int64)
-        dtype = torch.bfloat16 if out is None else torch.uint8
-        self.output = (*(out or (1.0, 0)), dtype)
-        self.other = other or (1.0, 0)
+        self.values = (weight / scales[:, None, None, None]).round().to(torch.int8).contiguous()
+        written = torch.ones(rows) if out is None else out.scale
+        self.scales, self.bias = scales / written, conv.bias.detach().float() / written
+        self.zeros = torch.zeros(rows, dtype=torch.int64)
+        self.where = [list(conv.stride), list(conv.padding), list(conv.dilation), groups]
+        self.x = (1.0, x.zero)
+        self.output = (1.0, 0, torch.bfloat16) if out is None else (1.0, out.zero, torch.uint8)
+        self.other = (1.0, 0)
+        if other is not None:
+            self.other = (float((other.scale / written).mean()), other.zero)
         self.relu = "relu" if conv.relu else "none"
         self.packed: Tensor | None = None
 
@@ -119,7 +143,7 @@ class _Int8Conv(nn.Module):
 class _Int8Branches(nn.Module):
     """:class:`_BranchConv` on bytes: (N, C + 2*C/4, h, w) -> (3N, out, h', w')."""
 
-    def __init__(self, branches: _BranchConv, parts: list[_Scale], out: _Scale):
+    def __init__(self, branches: _BranchConv, parts: list[_Scale], out: _Scale | None):
         super().__init__()
         self.widths = branches.widths
         self.convs = nn.ModuleList(
@@ -144,52 +168,72 @@ class _BytePool(nn.Module):
 
 
 class _Int8Block(nn.Module):
-    def __init__(self, block: _Block, x: list[_Scale], ranges: Ranges):
+    """``along`` are the proportions of the channels of the residual stream; None for the very last
+    block, which gives bfloat16."""
+
+    def __init__(
+            self, block: _Block, x: list[_Scale], along: Tensor | None, first: bool,
+            ranges: Ranges):
         super().__init__()
-        self.out = ranges.of(block.last)
+        self.x, self.out = x[0], ranges.of(block.last, along=along)
         self.convs, scales = nn.ModuleList(), x
         for conv in block.convs:
             out = ranges.of(conv)
             self.convs.append(_int8(conv, scales, out))
             scales = [out]
-        shortcut = list(block.shortcut)
-        other = ranges.of(shortcut[-1]) if shortcut else x[0]
+        shortcut, self.bytes = list(block.shortcut), along is not None
+        self.other = self.x
+        if self.bytes and shortcut:
+            self.other = ranges.of(shortcut[-1], along=along)
+        elif self.bytes and first:  # the stage's input has proportions of its own
+            low, high = (self.x.scale * (end - self.x.zero) for end in (0, 255))
+            self.other = _cover(low, high, along)
+        out, other = (self.out, self.other) if self.bytes else (None, None)
         self.shortcut = nn.Sequential(
             *(_BytePool(pool) for pool in shortcut[:-1]),
             *(_int8(conv, x, other) for conv in shortcut[-1:]))
-        self.last = _Int8Conv(block.last, scales[0], self.out, other)
+        self.last = _Int8Conv(block.last, scales[0], out, other)
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
         for conv in self.convs:
             y = conv(y)
-        return self.last(y, self.shortcut(x) if len(self.shortcut) else x.clone())
+        if len(self.shortcut):
+            x = self.shortcut(x)
+        elif not self.bytes:
+            x = self.x.dequantize(x)
+        elif self.other is self.x:
+            x = x.clone()
+        else:
+            x = self.other.quantize(self.x.dequantize(x))
+        return self.last(y, x)
 
 
-def _int8(conv: nn.Module, x: list[_Scale], out: _Scale) -> nn.Module:
+def _int8(conv: nn.Module, x: list[_Scale], out: _Scale | None) -> nn.Module:
     if isinstance(conv, _BranchConv):
         return _Int8Branches(conv, x, out)
     return _Int8Conv(conv, x[0], out)
 
 
 class _Int8MFA(nn.Module):
-    """CNL or PNL: convolutions in int8, the three factors in bfloat16."""
+    """CNL and PNL. They are cubic in their inputs, with tails that eight bits cannot hold: what
+    they add is computed from int8 convolutions of bytes, and from then on in bfloat16."""
 
-    def __init__(self, part: nn.Module, high: _Scale, low: _Scale, ranges: Ranges):
+    def __init__(self, stage: _FusedStage, high: _Scale, low: _Scale, ranges: Ranges):
         super().__init__()
-        self.low_dim = part.low_dim if isinstance(part, _PNL) else 0
-        self.phi_g = _Int8Conv(part.phi_g, low, None)
-        self.theta = _Int8Conv(part.theta, high, None)
-        self.y, self.out = ranges.of(part.proj, side="in"), ranges.of(part.proj)
-        self.proj = _Int8Conv(part.proj, self.y, self.out, high)
+        cnl, pnl = stage.cnl, stage.pnl
+        self.high, self.out, self.low_dim = high, ranges.of(pnl.proj), pnl.low_dim
+        self.low_convs = nn.ModuleList(_Int8Conv(part.phi_g, low, None) for part in (cnl, pnl))
+        self.theta = _Int8Conv(cnl.theta, high, None)
+        self.projs = nn.ModuleList([cnl.proj, pnl.theta, pnl.proj]).to(torch.bfloat16)
 
     def forward(self, high: Tensor, low: Tensor) -> Tensor:
-        theta, phi_g = self.theta(high), self.phi_g(low)
-        if self.low_dim:
-            y = position_product(theta, phi_g, self.low_dim)
-        else:
-            y = channel_product(theta, phi_g)
-        return self.proj(self.y.quantize(y), high)
+        cnl_phi_g, pnl_phi_g = [conv(low) for conv in self.low_convs]
+        cnl_proj, pnl_theta, pnl_proj = self.projs
+        y = channel_product(self.theta(high), cnl_phi_g)
+        z = cnl_proj(y, self.high.dequantize(high))
+        y = position_product(pnl_theta(z), pnl_phi_g, self.low_dim)
+        return self.out.quantize(pnl_proj(y, z))
 
 
 class _Int8DEE(nn.Module):
@@ -201,10 +245,13 @@ class _Int8DEE(nn.Module):
         self.reduce = nn.ModuleList(_Int8Conv(conv, x, None) for conv in dee.reduce)
         self.reduce_last = _Int8Conv(dee.reduce_last, x, None)
         self.hidden = ranges.of(dee.reduce_last)
-        self.out = [x, *[self.hidden] * dee.branches]
+        parts = self.hidden.scale.chunk(dee.branches)
+        self.out = [x, *(_Scale(part, self.hidden.zero) for part in parts)]
         if len(dee.expand):
             self.out = [ranges.of(dee)]
-        self.expand = nn.ModuleList(_Int8Conv(c, self.hidden, self.out[0]) for c in dee.expand)
+        self.expand = nn.ModuleList(
+            _Int8Conv(conv, _Scale(part, self.hidden.zero), self.out[0])
+            for conv, part in zip(dee.expand, parts, strict=False))  # none when composed
 
     def forward(self, x: Tensor) -> Tensor:
         total: Tensor | None = None
@@ -233,18 +280,20 @@ class _Int8Trunk(nn.Module):
             if isinstance(getattr(stage, "dee", None), _DEE):
                 layers["dee"] = _Int8DEE(stage.dee, x, ranges)
                 inputs = layers["dee"].out
-            blocks = []
+            stream = [m for block in stage.blocks for m in (block.last, *block.shortcut[-1:])]
+            along = ranges.spread(*stream)
+            blocks: list[_Int8Block] = []
             for block in stage.blocks:
-                blocks.append(_Int8Block(block, inputs, ranges))
+                last = block is model.stages[-1].blocks[-1]
+                blocks.append(
+                    _Int8Block(block, inputs, None if last else along, not blocks, ranges))
                 x = blocks[-1].out
                 inputs = [x]
             layers["blocks"] = nn.Sequential(*blocks)
             if isinstance(stage, _FusedStage):
-                layers["cnl"] = _Int8MFA(stage.cnl, x, low, ranges)
-                layers["pnl"] = _Int8MFA(stage.pnl, layers["cnl"].out, low, ranges)
-                x = layers["pnl"].out
+                layers["mfa"] = _Int8MFA(stage, x, low, ranges)
+                x = layers["mfa"].out
             self.stages.append(layers)
-        self.leave = x
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.enter.quantize(x)
@@ -252,9 +301,9 @@ class _Int8Trunk(nn.Module):
             low = x
             for name in ("dee", "blocks"):
                 x = stage[name](x) if name in stage else x
-            for name in ("cnl", "pnl"):
-                x = stage[name](x, low) if name in stage else x
-        return self.leave.dequantize(x)
+            if "mfa" in stage:
+                x = stage["mfa"](x, low)
+        return x.float()
 
 
 def quantize_stages(model: DEEN, ranges: Ranges) -> nn.Module:
