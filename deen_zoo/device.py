@@ -6,7 +6,7 @@ import torch
 
 from .errors import UserError
 
-__all__ = ["PRECISIONS", "autocast", "choose_device"]
+__all__ = ["PRECISIONS", "autocast", "choose_device", "resolve_precision"]
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -29,15 +29,21 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
-    """A context of mixed bfloat16; ``"auto"`` is bfloat16 on a GPU that has it, else float32.
+def resolve_precision(device: torch.device, precision: str) -> str:
+    """``"float32"`` or ``"bfloat16"``; ``"auto"`` is the latter on a GPU that has it.
 
     Raises:
         UserError: No such precision.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r}: choose from {', '.join(PRECISIONS)}")
-    mixed = precision == "bfloat16"
     if precision == "auto":
         mixed = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return "bfloat16" if mixed else "float32"
+    return precision
+
+
+def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
+    """A context of mixed bfloat16, or of nothing, as :func:`resolve_precision` has it."""
+    mixed = resolve_precision(device, precision) == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16, enabled=mixed)

@@ -11,7 +11,7 @@ import platform
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ from .data.datasets import PROTOCOLS, ReidDataset, Sample, open_dataset
 from .data.loading import train_loader
 from .data.synthetic import synthesize
 from .data.transforms import ERASING_AREA, TrainTransform
-from .device import choose_device
+from .device import choose_device, resolve_precision
 from .distributed import World, join
 from .errors import UserError
-from .evaluation import ProtocolResult, evaluate, merge_trials
+from .evaluation import ProtocolResult, evaluate, images_of, merge_trials
 from .features import data_config, extract
 from .models import DEEN, create_model, save_pretrained
+from .models.inference import optimize_for_inference
 from .run_report import write_results
 from .settings import TRY_WITHOUT_DATA, Settings
 from .train import Run, Task, make_optimizer, train
@@ -287,10 +288,17 @@ def _extract(
 def _evaluate(
     settings: Settings, dataset: ReidDataset, model: DEEN, trial: int, world: World
 ) -> list[ProtocolResult]:
+    """Every protocol of a split; each image that any trial compares goes through the model once."""
     samples = dataset.test("visible", trial) + dataset.test("infrared", trial)
-    cache = _cache(settings, dataset, data_config(model)["input_size"][1:])
-    features = _extract(settings, model, samples, cache, world)
     trials = [trial] if settings.dataset == "regdb" else None
+    drawn = sorted({i for name in settings.protocols for i in images_of(samples, name, trials)})
+    cache = _cache(settings, dataset, data_config(model)["input_size"][1:])
+    if settings.optimize:
+        model = optimize_for_inference(model, resolve_precision(world.device, settings.precision))
+        settings = replace(settings, precision="float32")  # of what goes in and out
+    rows = _extract(settings, model, [samples[i] for i in drawn], cache, world)
+    features = rows.new_zeros(len(samples), rows.shape[1])  # the others are never looked at
+    features[drawn] = rows
     return [evaluate(features, samples, name, trials=trials) for name in settings.protocols]
 
 
@@ -327,6 +335,7 @@ def _provenance(settings: Settings, world: World) -> dict[str, Any]:
         "device": world.device.type,
         "processes": world.size,
         "precision": settings.precision,
+        "optimize": settings.optimize,
         "versions": {
             "deen_zoo": __version__,
             "python": platform.python_version(),

@@ -47,6 +47,8 @@ class Settings:
         device: ``"auto"`` or a torch device.
         precision: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
         compile: Use ``torch.compile``.
+        optimize: Evaluate checkpoints in the form that
+            :func:`~deen_zoo.models.inference.optimize_for_inference` gives.
         workers: Processes that decode.
         batch_size: Images at a time in evaluation.
         save_every: Steps between saves within an epoch; None is at its end only.
@@ -72,6 +74,7 @@ class Settings:
     device: str = "auto"
     precision: str = "auto"
     compile: bool = False
+    optimize: bool = False
     workers: int = DEFAULT_WORKERS
     batch_size: int = 64
     save_every: int | None = None

@@ -13,7 +13,7 @@ import torch
 
 from deen_zoo.data import PROTOCOLS, Sample, draw_gallery, open_dataset
 from deen_zoo.errors import UserError
-from deen_zoo.evaluation import KReciprocal, evaluate, evaluate_ranking, merge_trials
+from deen_zoo.evaluation import KReciprocal, evaluate, evaluate_ranking, images_of, merge_trials
 from deen_zoo.evaluation.results import METRICS
 
 from .reference import needs_official, official
@@ -316,3 +316,19 @@ def test_mistakes_are_one_clear_line(name):
     with pytest.raises(UserError, match=message) as caught:
         evaluate(**arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("trials", [None, 1])
+def test_only_the_images_that_are_drawn_count(protocol, trials):
+    """The other rows may hold anything, and every row that is drawn changes something."""
+    drawn = images_of(WORLD, protocol, trials)
+    others = np.setdiff1d(np.arange(len(WORLD)), drawn)
+    spoilt = FEATURES.copy()
+    spoilt[others] = 99.0
+    wanted = evaluate(FEATURES, WORLD, protocol, trials=trials)
+    assert evaluate(spoilt, WORLD, protocol, trials=trials).mean == wanted.mean
+    compared = {s.path for t in wanted.trials for side in (t.queries, t.gallery) for s in side}
+    assert {WORLD[i].path for i in drawn} == compared
+    if protocol == "sysu-indoor" or (trials == 1 and PROTOCOLS[protocol].sampled):
+        assert len(others)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import deen_zoo
-from deen_zoo import ablation
+from deen_zoo import ablation, reproduce
 from deen_zoo.cli import main
 from deen_zoo.data import open_dataset, synthesize
-from deen_zoo.evaluation import published_ablation
+from deen_zoo.evaluation import protocols, published_ablation
 from deen_zoo.features import weights_sha256
 from deen_zoo.run_report import markdown, write_results
 
@@ -85,6 +85,11 @@ def test_the_whole_command(dataset, trees, tmp_path, capsys):
     for name, entry in echoed["protocols"].items():
         assert entry["mean"] == results["protocols"][name]["mean"]
         assert "best" not in entry
+    if dataset == "sysu":
+        assert main([*evaluation[:4], "--output", str(tmp_path / "fast"), *evaluation[6:],
+                     "--optimize"]) == 0  # fmt: skip
+        for name, entry in read(tmp_path / "fast")["protocols"].items():
+            assert entry["mean"] == pytest.approx(results["protocols"][name]["mean"], abs=0.02)
 
 
 @pytest.mark.slow
@@ -283,3 +288,25 @@ def test_the_ablation_trains_seven_rows(trees, tmp_path, capsys, monkeypatch):
         folder = tmp_path / "ablation" / name / "seed-0" / "checkpoint"
         model = deen_zoo.create_model(f"local-dir:{folder}", pretrained=True)
         assert model.num_branches == branches
+
+
+def test_images_that_no_trial_draws_are_not_computed(sysu_tree, tmp_path, monkeypatch):
+    seen = []
+    whole = reproduce.extract
+
+    def spy(model, samples, *args, **kwargs):
+        seen.append([sample.path for sample in samples])
+        return whole(model, samples, *args, **kwargs)
+
+    monkeypatch.setattr(reproduce, "extract", spy)
+    monkeypatch.setattr(protocols, "PROTOCOLS", protocols.PROTOCOLS | {
+        name: protocols.PROTOCOLS[name]._replace(trials=range(1)) for name in PROTOCOLS["sysu"]
+    })  # fmt: skip
+    command = ["reproduce", "sysu", "--data-root", str(sysu_tree), "--workers", "0"]
+    command += ["--eval-only", "test_deen_resnet", "--output", str(tmp_path / "run")]
+    assert main(command) == 0
+    dataset = open_dataset("sysu", sysu_tree)
+    wanted = {s.path for name in PROTOCOLS["sysu"]
+              for s in dataset.query(name, 0) + dataset.gallery(name, 0)}  # fmt: skip
+    assert set(seen[0]) == wanted and len(seen[0]) == len(wanted)
+    assert len(wanted) < len(dataset.test("visible") + dataset.test("infrared"))

@@ -57,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="in evaluation (default: 64)")
     parser.add_argument("--cache", metavar="FOLDER", help="keep decoded images there")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser.add_argument(
+        "--optimize",
+        action="store_true",
+        help="evaluate by faster kernels, equal to 1e-5 in float32",
+    )
     parser.add_argument("--scratch", action="store_true", help="no ImageNet weights to start from")
     parser.add_argument("--save-every", type=int, metavar="STEPS", help="save within epochs too")
     parser.add_argument(

@@ -3,6 +3,7 @@
 from .metrics import Ranking as Ranking
 from .metrics import evaluate_ranking as evaluate_ranking
 from .protocols import evaluate as evaluate
+from .protocols import images_of as images_of
 from .published import published as published
 from .published import published_ablation as published_ablation
 from .report import report as report

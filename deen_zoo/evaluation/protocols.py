@@ -44,7 +44,7 @@ def evaluate(
         protocol: One of ``deen_zoo.data.PROTOCOLS``.
         trials: How many (the first ones) or which ones; None for all ten. RegDB takes the features
             of one split, the one that the model was trained for: ``[3]`` says that it is split 3;
-            join the ten by :func:`merge_trials`.
+            join the ten by :func:`~deen_zoo.evaluation.merge_trials`.
         draw: ``"seeded"``, the reference's draw, or ``"official"``, the SYSU authors'.
         shots: Gallery images of each identity and camera: 1, or 10 for SYSU's multi-shot setting.
         permutations: ``deen_zoo.data.datasets.read_permutations(root)``, for the official draw.
@@ -55,23 +55,11 @@ def evaluate(
         UserError: Unknown protocol or draw, features and samples that do not fit, a side without
             images, or features that are not finite.
     """
-    if protocol not in PROTOCOLS:
-        raise UserError(f"unknown protocol {protocol!r}; choose from {', '.join(PROTOCOLS)}")
-    terms = PROTOCOLS[protocol]
+    terms = _terms(protocol)
     _check_draw(protocol, terms, draw, shots, permutations)
     numbers = _trial_numbers(protocol, terms, trials)
     rows = _as_tensor(features, samples)
-    query_side, gallery_side = _sides(samples, protocol, terms)
-
-    sides = []
-    for number in numbers:
-        queries, gallery = query_side, gallery_side
-        if terms.sampled == "query":
-            queries = _draw(samples, query_side, number, shots, None)
-        elif terms.sampled:
-            gallery = _draw(samples, gallery_side, number, shots, permutations)
-        sides.append((queries, gallery))
-
+    sides = _trial_sides(samples, protocol, numbers, shots, permutations)
     compare = _Comparison(rows, sides, rerank)
     done, pairs = [], []
     for number, (queries, gallery) in zip(numbers, sides, strict=True):
@@ -89,6 +77,44 @@ def evaluate(
         rerank=rerank,
         camera_pairs=_mean_pairs(pairs),
     )
+
+
+def images_of(
+    samples: Sequence[Sample], protocol: str, trials: int | Sequence[int] | None = None
+) -> list[int]:
+    """Which samples :func:`evaluate` compares in its seeded, single-shot trials, ascending.
+
+    The features of the others need not be computed; their rows may hold anything finite.
+    """
+    numbers = _trial_numbers(protocol, _terms(protocol), trials)
+    sides = _trial_sides(samples, protocol, numbers, 1, None)
+    return sorted({i for trial in sides for side in trial for i in side})
+
+
+def _terms(protocol: str) -> Protocol:
+    if protocol not in PROTOCOLS:
+        raise UserError(f"unknown protocol {protocol!r}; choose from {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[protocol]
+
+
+def _trial_sides(
+    samples: Sequence[Sample],
+    protocol: str,
+    numbers: Sequence[int],
+    shots: int,
+    permutations: Permutations | None,
+) -> list[tuple[Indices, Indices]]:
+    """Queries and gallery of each trial."""
+    terms, sides = PROTOCOLS[protocol], []
+    query_side, gallery_side = _sides(samples, protocol, terms)
+    for number in numbers:
+        queries, gallery = query_side, gallery_side
+        if terms.sampled == "query":
+            queries = _draw(samples, query_side, number, shots, None)
+        elif terms.sampled:
+            gallery = _draw(samples, gallery_side, number, shots, permutations)
+        sides.append((queries, gallery))
+    return sides
 
 
 def _check_draw(
