@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from .data.loading import DEFAULT_WORKERS
 from .data.transforms import eval_transform
-from .device import autocast, choose_device
+from .device import choose_device, resolve_precision
 from .distributed import World
 from .errors import UserError
 from .extraction import data_config, descriptor_width, embed, extract, progress_bar, run, split
@@ -31,6 +31,7 @@ from .feature_files import (
 )
 from .models import DEEN, create_model
 from .models.deploy import is_deployed
+from .models.inference import optimize_for_inference
 from .sources import Images, Source, collate, gather, infrared_of
 
 __all__ = ["FeatureExtractor", "data_config", "extract"]
@@ -66,6 +67,8 @@ class FeatureExtractor:
         dtype: Of the rows: ``"float32"`` or ``"float16"``.
         normalize: L2-normalise each row, so that products are cosine similarities. The reference
             does not: its published numbers are of the sum of image and mirrored image as it is.
+        optimize: Compute by the faster kernels of
+            :func:`~deen_zoo.models.inference.optimize_for_inference`: equal to 1e-5 in float32.
         workers: Processes that decode while the model computes.
         progress: Show a bar where stderr is a terminal.
 
@@ -90,6 +93,7 @@ class FeatureExtractor:
         branches: str = "all",
         dtype: str = "float32",
         normalize: bool = True,
+        optimize: bool = False,
         workers: int = DEFAULT_WORKERS,
         progress: bool = True,
     ) -> None:
@@ -100,8 +104,11 @@ class FeatureExtractor:
         ):
             if value not in valid:
                 raise UserError(f"{name} {value!r}: choose from {', '.join(valid)}")
+        for name, number, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
+            if number < least:
+                raise UserError(f"{name} {number}: give {least} or more")
         self.device = choose_device(device)
-        autocast(self.device, precision)
+        resolve_precision(self.device, precision)
         if not isinstance(model, torch.nn.Module):
             name = os.fspath(model)
             model = create_model(f"local-dir:{name}" if os.path.isdir(name) else name, pretrained)
@@ -115,16 +122,23 @@ class FeatureExtractor:
             "branches": branches,
             "flip": str(flip).lower(),
             "normalize": str(normalize).lower(),
-            "precision": f"{precision} on {self.device.type}",
+            "precision": f"{precision} on {self.device.type}" + ", optimized" * optimize,
             "dtype": dtype,
             "deen_zoo": _version(),
         }
         self.model = model.to(self.device).to(memory_format=torch.channels_last)
+        if optimize:
+            if branches == "original":
+                raise UserError("optimize=True computes all branches: take branches='all'")
+            self.model = optimize_for_inference(
+                self.model, resolve_precision(self.device, precision)
+            )
+            precision = "float32"  # of what goes in and out
         self.precision, self.flip, self.batch_size = precision, flip, batch_size
         # The deploy form has no such branch by itself.
         self.original = branches == "original" and not is_deployed(model)
         self.normalize, self.dtype = normalize, DTYPES[dtype]
-        self.workers, self.progress = workers, progress
+        self.workers, self.progress, self._channels = workers, progress, int(model.in_chans)
         computed = 1 if self.original else model.num_branches
         numbers = torch.arange(descriptor_width(model) // model.num_branches * computed)
         part = {"official": slice(0, 2), "pool": slice(0, 1), "bn": slice(1, 2)}[descriptor]
@@ -136,7 +150,8 @@ class FeatureExtractor:
         """Rows (N, D) on the CPU, in the order of the images.
 
         Beside the sources above it takes a preprocessed batch, a tensor (N, 3, H, W), and a
-        ``DataLoader`` of such batches (or of tuples that begin with one).
+        ``DataLoader`` of such batches (or of tuples that begin with one); ``modality`` is then one
+        for all of its images, or a list in their order.
 
         Raises:
             UserError: An image cannot be read, by name (:meth:`table` lists all of these and goes
@@ -227,16 +242,14 @@ class FeatureExtractor:
 
     def _preprocessed(self, source: Tensor | DataLoader[Any], modality: Any) -> Tensor:
         out, training = [torch.empty(0, self.dim, dtype=self.dtype)], self.model.training
+        done, each = 0, isinstance(modality, (list, tuple, Tensor))  # one modality for each image
         self.model.eval()
         try:
             for batch in [source] if isinstance(source, Tensor) else source:
-                images = batch[0] if isinstance(batch, (tuple, list)) else batch
-                if not isinstance(images, Tensor) or not images.is_floating_point():
-                    raise UserError(
-                        f"a batch of {getattr(images, 'dtype', type(images).__name__)}; give "
-                        "preprocessed float tensors (N, 3, H, W), or images"
-                    )
-                infrared = infrared_of(modality, len(images))
+                images = self._checked(batch)
+                mine = modality[done : done + len(images)] if each else modality
+                infrared = infrared_of(mine, len(images))
+                done += len(images)
                 if None in infrared:
                     raise UserError("modality 'auto' needs images; of a batch, say which it is")
                 kinds = torch.tensor(infrared, dtype=torch.bool)
@@ -250,7 +263,21 @@ class FeatureExtractor:
                     out.append(self._finish(raw))
         finally:
             self.model.train(training)
+        if each and len(modality) != done:
+            raise UserError(f"{len(modality)} modalities for {done} images; give one for each")
         return torch.cat(out)
+
+    def _checked(self, batch: Any) -> Tensor:
+        """The images of a preprocessed batch, float32."""
+        images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        what, channels = type(images).__name__, self._channels
+        if isinstance(images, Tensor):
+            if images.is_floating_point() and images.ndim == 4 and images.shape[1] == channels:
+                return images.float()
+            what = f"{tuple(images.shape)} {images.dtype}"
+        raise UserError(
+            f"a batch of {what}; give preprocessed float tensors (N, {channels}, H, W), or images"
+        )
 
     def _table(self, source: Source, strict: bool) -> FeatureTable:
         if not source.items:

@@ -242,6 +242,26 @@ def test_the_model_keeps_its_mode(files):
     assert make.model.training
 
 
+@pytest.mark.parametrize("descriptor", ["official", "bn", "pool"])
+def test_optimized_rows_are_equal(files, descriptor):
+    options = {"pretrained": True, "workers": 0, "progress": False, "descriptor": descriptor}
+    plain = FeatureExtractor("test_deen_resnet", "cpu", **options)
+    fast = FeatureExtractor("test_deen_resnet", "cpu", optimize=True, **options)
+    for modality in ("visible", "infrared"):
+        wanted = plain(files, modality)
+        torch.testing.assert_close(fast(files, modality), wanted, rtol=0, atol=1e-5)
+    half = FeatureExtractor(
+        "test_deen_resnet", "cpu", precision="bfloat16", optimize=True, **options
+    )
+    got = half(files, "visible")
+    assert not torch.equal(got, plain(files, "visible"))
+    assert float((got * plain(files, "visible")).sum(1).min()) > 0.999
+    assert plain.provenance["weights_sha256"] == half.provenance["weights_sha256"]
+    assert half.provenance["precision"] == "bfloat16 on cpu, optimized"
+    with pytest.raises(UserError, match="computes all branches"):
+        FeatureExtractor("test_deen_resnet", "cpu", optimize=True, branches="original")
+
+
 def test_models_by_name_and_folder(files, tmp_path):
     torch.manual_seed(0)
     made = FeatureExtractor("test_deen_resnet", "cpu", pretrained=False)

@@ -16,7 +16,7 @@ from typing import Any
 EXAMPLES = """\
   deen-zoo extract gallery/ -o gallery.safetensors --model test_deen_resnet --modality visible
   deen-zoo extract night/*.jpg -o night.npz --model runs/llcm/checkpoint --modality infrared
-  deen-zoo extract images.csv -o own.safetensors --model deen-zoo/deen_resnet50_llcm
+  deen-zoo extract images.csv -o own.safetensors --model hf-hub:ORG/NAME
   deen-zoo extract LLCM/ --layout llcm -o llcm.safetensors --model runs/llcm/checkpoint --raw
   torchrun --nproc-per-node 4 -m deen_zoo extract big/ -o big.safetensors --dtype float16 \\
       --model runs/llcm/checkpoint --modality auto
@@ -38,6 +38,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--precision", choices=PRECISIONS, default="auto")
+    add("--optimize", action="store_true", help="faster kernels, equal to 1e-5 in float32")
     add("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
     add("--workers", type=int, default=DEFAULT_WORKERS, metavar="N", help="processes that decode")
 
@@ -46,7 +47,8 @@ def extractor(args: argparse.Namespace, **options: Any) -> Any:
     """The FeatureExtractor of the options above."""
     from ..features import FeatureExtractor
 
-    common = {name: getattr(args, name) for name in ("precision", "batch_size", "workers")}
+    names = ("precision", "optimize", "batch_size", "workers")
+    common = {name: getattr(args, name) for name in names}
     return FeatureExtractor(args.model, options.pop("device", args.device), **common, **options)
 
 
