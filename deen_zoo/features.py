@@ -107,9 +107,6 @@ class FeatureExtractor:
         for name, number, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
             if number < least:
                 raise UserError(f"{name} {number}: give {least} or more")
-        for name, number, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
-            if number < least:
-                raise UserError(f"{name} {number}: give {least} or more")
         self.device = choose_device(device)
         resolve_precision(self.device, precision)
         if not isinstance(model, torch.nn.Module):

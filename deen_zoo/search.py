@@ -123,6 +123,12 @@ def search(
         scores, indices = _exact(query.features, gallery.features, k, device)
     else:
         scores, indices = _faiss(query.features, gallery.features, k, index)
+    if scores.isnan().any():
+        row = int(scores.isnan().any(1).nonzero()[0])
+        raise UserError(
+            f"the scores of {query.paths[row]} are not all numbers: {query.source} or "
+            f"{gallery.source} holds NaN or infinity; extract again"
+        )
     # Equal scores in the gallery's order, whatever the index made of them.
     order = indices.argsort(dim=1)
     scores, indices = scores.gather(1, order), indices.gather(1, order)

@@ -47,6 +47,7 @@ class Source:
     labels: Sequence[Labels]
 
     def name(self, index: int) -> str:
+        """The path of an image, or ``image 3`` for one in memory."""
         item = self.items[index]
         return item if isinstance(item, str) else f"image {index}"
 
@@ -107,6 +108,8 @@ def _in_memory(item: Image.Image | np.ndarray[Any, Any], name: str) -> Image.Ima
                 "of uint8 or uint16, preprocessed batches are tensors"
             )
         item = Image.fromarray(item)
+    if not (item.width and item.height):
+        raise UserError(f"{name}: no pixels, {item.height} x {item.width}")
     try:
         item.load()
         return to_rgb(item)
@@ -145,6 +148,16 @@ def _flatten(source: Any, modality: Any) -> Iterator[tuple[Item, str | None, Lab
 
 
 def gather(source: Any, modality: Any) -> Source:
+    """Images, folders, CSV files and samples, however nested, as one list.
+
+    Args:
+        source: One of these or an iterable of them; samples and CSV rows know their modality.
+        modality: ``"visible"``, ``"infrared"``, ``"auto"`` or one for each image; may be None where
+            every image knows its own.
+
+    Raises:
+        UserError: Something else, an empty folder, or a modality that is missing or contradicts.
+    """
     found = list(_flatten(source, modality))
     own = [None if kind is None else kind == "infrared" for _, kind, _ in found]
     if modality is not None or None in own:
@@ -166,8 +179,9 @@ def infrared_of(modality: Any, count: int) -> list[bool | None]:
         said = ["infrared" if x else "visible" for x in said.tolist()]
     wrong = [x for x in said if str(x) not in kinds] if isinstance(said, (list, tuple)) else [said]
     if wrong:
+        what = f"modality {wrong[0]!r}" if modality is not None else "no modality"
         raise UserError(
-            f"modality {wrong[0]!r}; say 'visible', 'infrared' or 'auto' (three equal channels are "
+            f"{what}; say 'visible', 'infrared' or 'auto' (three equal channels are "
             "infrared), or a list with one for each image"
         )
     if len(said) != count:
@@ -176,6 +190,7 @@ def infrared_of(modality: Any, count: int) -> list[bool | None]:
 
 
 def collate(items: list[tuple[int, Tensor | str, bool]]) -> Batch:
+    """One batch of :class:`Images`; those that cannot be read stand apart, with the reason."""
     good = [(i, x, infrared) for i, x, infrared in items if isinstance(x, Tensor)]
     return Batch(
         [i for i, _, _ in good],

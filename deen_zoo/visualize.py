@@ -22,6 +22,7 @@ from .data.transforms import resize
 from .errors import UserError, require
 from .feature_files import FeatureTable
 from .search import SearchResult, search
+from .sources import gather
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,11 +44,22 @@ STYLE = {
 }
 
 
+def check_picture(file: str | os.PathLike[str]) -> None:
+    """Whether a picture of that name can be drawn here; to be asked before long work.
+
+    Raises:
+        UserError: It has another ending than those of :data:`FORMATS`.
+        MissingExtraError: There is no matplotlib.
+    """
+    if Path(file).suffix.lower() not in FORMATS:
+        raise UserError(f"{os.fspath(file)}: name the picture {', '.join(FORMATS)}")
+    require("matplotlib", extra="viz")
+
+
 @contextmanager
 def _figure(file: str | os.PathLike[str], width: float, height: float) -> Iterator[Figure]:
     """An empty figure of so many inches, written to ``file`` at the end."""
-    if Path(file).suffix.lower() not in FORMATS:
-        raise UserError(f"{os.fspath(file)}: name the picture {', '.join(FORMATS)}")
+    check_picture(file)
     matplotlib = require("matplotlib", extra="viz")
     figure = require("matplotlib.figure", extra="viz").Figure
     with matplotlib.rc_context(STYLE):
@@ -114,8 +126,10 @@ def sample_ranking(
     """A sheet of some infrared images, drawn by the seed, that search all visible ones."""
     infrared = table.label("infrared")
     rows, visible = infrared.nonzero()[:, 0], table.select(~infrared)
-    if not len(rows) or not len(visible):
-        raise UserError(f"{table.source}: a ranking needs images of both modalities")
+    if not len(rows) or not len(visible) or queries < 1:
+        raise UserError(
+            f"{table.source}: a ranking needs images of both modalities and a query, not {queries}"
+        )
     generator = torch.Generator().manual_seed(seed)
     chosen = rows[torch.randperm(len(rows), generator=generator)[:queries]]
     result = search(table.select(chosen), visible, k)
@@ -179,9 +193,10 @@ def tsne(
     """
     infrared, ids = table.label("infrared"), table.label("identity")
     both = sorted(set(ids[infrared].tolist()) & set(ids[~infrared].tolist()))
-    if len(both) < 2:
+    if min(len(both), identities) < 2:
         raise UserError(
-            f"{table.source}: t-SNE needs two identities with images of both modalities"
+            f"{table.source}: t-SNE needs two identities with images of both modalities, not "
+            f"{min(len(both), identities)}"
         )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(both), generator=generator)[:identities].tolist()
@@ -214,7 +229,7 @@ def tsne(
 @torch.inference_mode()
 def activation_maps(
     extractor: FeatureExtractor,
-    images: Sequence[str],
+    images: Any,
     file: str | os.PathLike[str],
     modality: Any = None,
 ) -> Tensor:
@@ -225,13 +240,18 @@ def activation_maps(
 
     Args:
         extractor: Its model and preprocessing are used.
-        images: N paths.
+        images: N image files, as the extractor takes them: paths, folders, CSV files, samples.
         file: The picture.
         modality: As for the extractor.
 
     Returns:
         (N, B, H/16, W/16), the maps.
     """
+    check_picture(file)
+    found = gather(images, modality)
+    paths = [item for item in found.items if isinstance(item, str)]
+    if not paths or len(paths) < len(found.items):
+        raise UserError("activation maps are drawn of image files: give paths or folders")
     pixels, infrared = extractor.preprocess(images, modality)
     model = extractor.model
     deep = model.eval().forward_features(pixels.to(extractor.device), infrared)
@@ -240,9 +260,9 @@ def activation_maps(
     size = extractor.transform.size
     names = ["original", *(f"generated {n}" for n in range(1, maps.shape[1]))]
     high = 0.8 * size[0] / size[1]
-    with _figure(file, 0.8 * len(images) + 0.1, high * (len(names) + 1)) as figure:
-        grid = figure.add_gridspec(len(names) + 1, len(images), wspace=0.06, hspace=0.06)
-        for column, (path, branches) in enumerate(zip(images, maps, strict=True)):
+    with _figure(file, 0.8 * len(paths) + 0.1, high * (len(names) + 1)) as figure:
+        grid = figure.add_gridspec(len(names) + 1, len(paths), wspace=0.06, hspace=0.06)
+        for column, (path, branches) in enumerate(zip(paths, maps, strict=True)):
             photo = resize(open_image(path), size)
             axes = [figure.add_subplot(grid[row, column]) for row in range(len(names) + 1)]
             axes[0].set_title("infrared" if infrared[column] else "visible", fontsize=8, pad=4)

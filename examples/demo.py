@@ -56,8 +56,8 @@ class Searcher:
     def __init__(self, extractor: FeatureExtractor, folders: Sequence[str]) -> None:
         self.extractor = extractor
         self.gallery = extractor.table(folders, modality="visible")
-        for path, reason in self.gallery.unreadable.items():
-            print(f"left out: {path}: {reason}")
+        for reason in self.gallery.unreadable.values():
+            print(f"left out: {reason}")
         if not len(self.gallery):
             raise SystemExit(f"no image can be read in {', '.join(folders)}")
         self.root = os.path.commonpath([os.path.dirname(path) for path in self.gallery.paths])

@@ -45,8 +45,8 @@ def find(args: argparse.Namespace, scratch: str) -> Found:
     extractor = FeatureExtractor(args.model)
     queries = extractor.table(query, modality="infrared")
     everyone = extractor.table(gallery, modality="visible")
-    for path, reason in (queries.unreadable | everyone.unreadable).items():
-        print(f"left out: {path}: {reason}")
+    for reason in (queries.unreadable | everyone.unreadable).values():
+        print(f"left out: {reason}")
     result = search(queries, everyone, k=args.k)
     if not labelled:
         return Found(result, None)

@@ -199,6 +199,13 @@ def test_preprocessed_tensors_and_loaders(files, extractor):
     loader = DataLoader(TensorDataset(images, torch.zeros(len(files))), batch_size=4)
     visible = extractor(files, "visible")
     torch.testing.assert_close(extractor(loader, "visible"), visible, rtol=0, atol=1e-5)
+    for each in (modality, infrared):  # one for each image, over all batches
+        torch.testing.assert_close(extractor(loader, each), wanted, rtol=0, atol=1e-5)
+    for count in (17, 19):
+        with pytest.raises(UserError, match="modalities for .* images; give one for each"):
+            extractor(loader, ["visible"] * count)
+    double = extractor(images[:2].double(), "visible")
+    torch.testing.assert_close(double, visible[:2], rtol=0, atol=1e-5)
     assert extractor(images[:0], "visible").shape == (0, extractor.dim)
 
 
@@ -293,7 +300,7 @@ def test_extract_gives_the_raw_official_descriptor(files):
 
 
 WRONG = {
-    "unsaid": (lambda f: (f, None), "say 'visible', 'infrared' or 'auto'"),
+    "unsaid": (lambda f: (f, None), "no modality; say 'visible', 'infrared' or 'auto'"),
     "unknown": (lambda f: (f, "thermal"), "modality 'thermal'; say 'visible', 'infrared' or"),
     "number": (lambda f: (f, 1), "modality 1; say"),
     "count": (lambda f: (f, ["visible"]), "1 modalities for 18 images"),
@@ -301,9 +308,18 @@ WRONG = {
     "nothing": (lambda f: ([], "visible"), "the source is empty"),
     "kind": (lambda f: (3, "visible"), "a int is no source of images"),
     "bytes8": (lambda f: (torch.zeros(1, 3, 128, 64, dtype=torch.uint8), "visible"), "float"),
+    "one image": (
+        lambda f: (torch.zeros(3, 128, 64), "visible"),
+        r"a batch of \(3, 128, 64\) torch",
+    ),
+    "one channel": (lambda f: (torch.zeros(2, 1, 128, 64), "visible"), r"tensors \(N, 3, H, W\)"),
     "auto batch": (lambda f: (torch.zeros(1, 3, 128, 64), "auto"), "say which it is"),
     "float array": (lambda f: (np.zeros((8, 8, 3)), "visible"), r"image 0: an array \(8, 8, 3\)"),
     "channels": (lambda f: (np.zeros((8, 8, 2), np.uint8), "visible"), "image 0: an array"),
+    "no pixels": (
+        lambda f: (np.zeros((0, 5, 3), np.uint8), "visible"),
+        "image 0: no pixels, 0 x 5",
+    ),
     "missing": (lambda f: ([f[0], "absent.jpg"], "visible"), "absent.jpg: there is no such file"),
     "list of tensors": (lambda f: ([torch.zeros(3, 8, 8)], "visible"), "a Tensor is no source"),
 }
@@ -323,6 +339,8 @@ def test_mistakes(name, files, extractor):
         ({"branches": "two"}, "branches 'two'"),
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"precision": "half"}, "precision 'half'"),
+        ({"batch_size": 0}, "batch_size 0: give 1 or more"),
+        ({"workers": -1}, "workers -1: give 0 or more"),
     ],
 )
 def test_wrong_options(options, message):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deen_zoo import list_models
 from deen_zoo.cli import VERBS, load_verb, main
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +76,9 @@ def test_examples_in_help_parse():
         for line in module.EXAMPLES.replace("\\\n", " ").splitlines():
             words = shlex.split(line.partition(" > ")[0])
             if words[:2] == ["deen-zoo", verb]:
-                parser.parse_args(words[2:])
+                model = getattr(parser.parse_args(words[2:]), "model", None)
+                known = model is None or model in list_models() or ":" in model
+                assert known or model.startswith("runs/"), model
 
 
 def test_unknown_verb_is_exit_code_2(capsys):

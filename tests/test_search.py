@@ -123,6 +123,14 @@ def test_mistakes(query, gallery, options, message):
         search(query, gallery, **options)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_that_are_no_numbers_are_refused(value):
+    rows = table(30, 2).features.clone()
+    rows[7, 3:5] = torch.tensor([value, -value])
+    with pytest.raises(UserError, match="holds NaN or infinity; extract again"):
+        search(table(2, 1, features=torch.ones(2, 24)), table(30, 2, features=rows), 3)
+
+
 def test_ivfpq_needs_rows_to_learn_from():
     pytest.importorskip("faiss")
     with pytest.raises(UserError, match="needs a gallery of 10000 rows"):

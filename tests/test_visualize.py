@@ -172,6 +172,11 @@ def test_activations_command(extractor, table, tmp_path, capsys):
     file = tmp_path / "maps.svg"
     arguments = ["visualize", "activations", table.paths[0], "-o", str(file)]
     assert main([*arguments, "--modality", "visible", "--model", str(folder)]) == 0
+    one, (arguments[2], people) = file.read_bytes(), (str(tmp_path / "people"), tmp_path / "people")
+    people.mkdir()
+    (people / "a.png").symlink_to(table.paths[0])
+    assert main([*arguments, "--modality", "visible", "--model", str(folder)]) == 0
+    assert file.read_bytes() == one  # a folder is its images
     assert file.read_text().startswith("<?xml")
     assert main([*arguments, "--modality", "visible"]) == 2
     assert "activations are a model's: name it by --model" in capsys.readouterr().err
@@ -188,6 +193,17 @@ def test_search_draws_the_sheet(table, tmp_path, capsys):
     assert pixels(tmp_path / "r.png", visualize.RIGHT) > 1000
 
 
+def test_the_pictures_name_is_looked_at_before_the_work(tmp_path, capsys):
+    arguments = ["search", "--query", "absent.npz", "--gallery", "absent.npz", "-o", "r.gif"]
+    assert main(arguments) == 2
+    assert "r.gif: name the picture .png" in capsys.readouterr().err
+
+
+def test_only_image_files_have_activations(extractor, tmp_path):
+    with pytest.raises(UserError, match="drawn of image files: give paths or folders"):
+        visualize.activation_maps(extractor, [Image.new("RGB", (9, 9))], tmp_path / "x.png", "auto")
+
+
 def test_mistakes(table, tmp_path):
     with pytest.raises(UserError, match=r"name the picture \.png, \.svg, \.pdf"):
         visualize.distances(table, tmp_path / "d.gif")
@@ -199,6 +215,10 @@ def test_mistakes(table, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             draw(visible, tmp_path / "x.png")
+    with pytest.raises(UserError, match="and a query, not -2"):
+        visualize.sample_ranking(table, tmp_path / "x.png", queries=-2)
+    with pytest.raises(UserError, match="needs two identities .*, not 1"):
+        visualize.tsne(table, tmp_path / "x.png", identities=1)
     assert not list(tmp_path.iterdir())
 
 

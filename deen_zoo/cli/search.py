@@ -56,6 +56,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.query is None and args.calibrate is None:
         raise UserError("--query is missing: name the images or the feature file to search for")
+    if args.output:
+        from ..visualize import check_picture, ranking_sheet
+
+        check_picture(args.output)
     query, gallery = _tables(args)
     code = name_unreadable({**(query.unreadable if query else {}), **gallery.unreadable})
     if args.calibrate is not None:
@@ -66,8 +70,6 @@ def run(args: argparse.Namespace) -> int:
     device = "cpu" if args.device == "auto" else args.device
     result = search(query, gallery, args.k, args.index, device)
     if args.output:
-        from ..visualize import ranking_sheet
-
         ranking_sheet(result, args.output, threshold=args.threshold)
     if args.json:
         found = {"index": args.index, "provenance": gallery.provenance}
