@@ -75,6 +75,7 @@ def embed(
 
 
 def split(rows: range, size: int) -> list[range]:
+    """``rows`` in runs of ``size``, the last one shorter."""
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
@@ -156,10 +157,11 @@ def extract(
     return world.gather_rows(out, len(samples))
 
 
-def progress_bar(total: int, shown: bool) -> tqdm[Any]:
+def progress_bar(total: int, shown: bool) -> Any:
     """A bar on stderr where that is a terminal."""
     return tqdm(None, "extracting", total, unit="image", disable=None if shown else True)
 
 
 def descriptor_width(model: DEEN) -> int:
+    """Numbers of the official descriptor, 2*B*C."""
     return int(2 * model.num_branches * model.branch_features)

@@ -133,6 +133,7 @@ class Run:
         return max(tested, key=lambda row: row["r1"], default=None)
 
     def save(self, model: DEEN, optimizer: torch.optim.Optimizer, losses: Losses) -> None:
+        """Write all that the next step depends on; a run goes on from it bit for bit."""
         state = {
             "config": self.config,
             "epoch": self.epoch,

@@ -30,6 +30,8 @@ class CheckReport:
     """What :func:`check_dataset` found.
 
     Attributes:
+        dataset: Its name, as :func:`check_dataset` took it.
+        root: The folder.
         counts: Found, by split or protocol and kind; ``expected`` is the like, where known.
         faults: What makes the dataset unusable: the readers refuse it.
         notes: What is worth knowing and changes no number.
@@ -144,6 +146,8 @@ def check_dataset(
     """Check a dataset folder.
 
     Args:
+        name: ``"sysu"``, ``"regdb"``, ``"llcm"`` or ``"own"``.
+        root: The folder as its authors give it.
         decode: Decode every image, the only way to find a truncated one; else only their sizes
             are looked at, which finds the empty ones.
         progress: Show a bar on stderr, if that is a terminal.

@@ -50,7 +50,7 @@ def count(samples: Sequence[Sample]) -> dict[str, int]:
 
 
 class ReidDataset:
-    """A dataset on disk; :func:`open_dataset` makes one.
+    """A dataset on disk; :func:`~deen_zoo.data.open_dataset` makes one.
 
     Attributes:
         name: ``"sysu"``, ``"regdb"`` or ``"llcm"``.
@@ -97,9 +97,11 @@ class ReidDataset:
     def gallery(
         self, protocol: str, trial: int | None = None, draw: str = "seeded", shots: int = 1
     ) -> list[Sample]:
-        """The images that are searched, in a trial of a protocol (the first one when None).
+        """The images that are searched.
 
         Args:
+            protocol: One of :data:`PROTOCOLS` of this dataset.
+            trial: Its number; None is the first one.
             draw: ``"seeded"`` as the reference, or for SYSU-MM01 ``"official"``, as its authors.
             shots: Images of each identity and camera, where the protocol draws the gallery.
 

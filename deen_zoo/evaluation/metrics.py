@@ -70,13 +70,11 @@ def evaluate_ranking(
     """Score a similarity matrix, equal to the reference's ``eval_sysu``, ``eval_llcm`` and
     ``eval_regdb`` (which take the negated matrix).
 
-    ===========  ==========================================  ===============================
-    rule         gallery images a query ignores              the CMC counts
-    ===========  ==========================================  ===============================
-    ``"sysu"``   camera 2, for a query of camera 3           each wrong identity once
-    ``"llcm"``   same identity *and* same camera             each wrong identity once
-    ``"regdb"``  none                                        each wrong image
-    ===========  ==========================================  ===============================
+    | rule | gallery images a query ignores | the CMC counts |
+    |---|---|---|
+    | ``"sysu"`` | camera 2, for a query of camera 3 | each wrong identity once |
+    | ``"llcm"`` | same identity *and* same camera | each wrong identity once |
+    | ``"regdb"`` | none | each wrong image |
 
     mAP and mINP always count images. A query without a match is left out of every mean. Equal
     scores rank in gallery order, the earlier column first (the reference leaves it to an unstable

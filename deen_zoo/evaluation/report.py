@@ -16,7 +16,8 @@ def report(results: Results) -> str:
     """Markdown: per cent, measured (mean ± standard deviation over trials) above the published.
 
     Args:
-        results: Of :func:`evaluate`, or their ``to_dict()`` as ``results.json`` has them.
+        results: Of :func:`~deen_zoo.evaluation.evaluate`, or their ``to_dict()`` as
+            ``results.json`` has them.
 
     Published numbers stand under the protocol that they were measured by and nowhere else: none
     beside re-ranked or multi-shot results, and the repository's 69.21/55.52 is beside

@@ -55,7 +55,7 @@ class CameraPair(NamedTuple):
 
 @dataclass(frozen=True)
 class ProtocolResult:
-    """What :func:`evaluate` returns.
+    """What :func:`~deen_zoo.evaluation.evaluate` returns.
 
     Attributes:
         protocol: Its name, such as ``"llcm-ir2vis"``.

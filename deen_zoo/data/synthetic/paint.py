@@ -35,6 +35,7 @@ def mix(a: Point, b: Point, t: float) -> Point:
 
 
 def polygon(*corners: Point) -> Piece:
+    """A flat piece; its stripes run from the first corner to the last."""
     return Piece(np.array(corners, float), (corners[0], corners[-1]))
 
 

@@ -46,6 +46,7 @@ class SyntheticTree:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
         return asdict(self)
 
 
