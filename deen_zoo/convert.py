@@ -6,7 +6,9 @@ and NumPy values are read, anything that would run code is refused.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import functools
 import hashlib
 import importlib
 import os
@@ -43,6 +45,7 @@ class ConversionReport:
     mAP: float | None
 
     def to_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -104,12 +107,21 @@ def _numpy_values_allowed() -> Iterator[None]:
     core = "numpy._core" if hasattr(np, "_core") else "numpy.core"
     multiarray = importlib.import_module(f"{core}.multiarray")
     scalar, reconstruct = multiarray.scalar, multiarray._reconstruct
-    allowed: list[Any] = [np.ndarray, np.dtype]
+    allowed: list[Any] = [np.ndarray, np.dtype, codecs.encode]  # torch 2.4 lacks the last
     allowed += [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")]
     for name, function in (("scalar", scalar), ("_reconstruct", reconstruct)):
-        allowed += [(function, f"{m}.multiarray.{name}") for m in ("numpy.core", "numpy._core")]
-    with torch.serialization.safe_globals(allowed):
+        for home in ("numpy.core", "numpy._core"):
+            named: Any = functools.partial(function)  # torch before 2.6 takes no name beside it
+            named.__module__, named.__name__ = f"{home}.multiarray", name
+            named.__qualname__ = name
+            allowed.append(named)
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(allowed)  # torch 2.4 has no ``safe_globals`` context yet
+    try:
         yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def _brief(error: BaseException) -> str:

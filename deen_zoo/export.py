@@ -6,6 +6,7 @@ Nothing is written unless the file, read back and run, gives the numbers that to
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import warnings
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import reparameterize_model
+from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from .errors import UserError, require
@@ -52,6 +53,7 @@ class ExportReport:
     differences: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -222,6 +224,11 @@ def _write_onnx(
 ) -> Run:
     import onnxruntime
 
+    if "kwargs" not in inspect.signature(torch.onnx.export).parameters:
+        raise UserError(
+            f"{path.stem}: ONNX needs torch 2.6 or newer, and this is {torch.__version__}: upgrade "
+            "it, or write OUT.pt2"
+        )
     batch = torch.export.Dim("batch")
     program = torch.onnx.export(
         function, (), kwargs=example, input_names=list(example), output_names=[output],

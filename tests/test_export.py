@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 
 import deen_zoo
 from deen_zoo import export

@@ -1,6 +1,7 @@
 """The Hub, end to end: the real client in processes of its own against a server on 127.0.0.1."""
 
 import contextlib
+import inspect
 import json
 import pickle
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, file_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -248,6 +249,8 @@ def test_errors_of_publishing(hub, online, unplugged, folder):
 
 def test_a_cut_download_resumes_or_leaves_nothing(hub, online, folder, sums, home, tmp_path):
     size = (folder / "model.safetensors").stat().st_size
+    # Older Hub clients give up at a cut connection, and begin anew when they are asked again.
+    resumes = "RemoteProtocolError" in inspect.getsource(file_download)
     for tenth in range(10):
         repo, cut = f"cut/at{tenth}", size * tenth // 10
         hub.add(repo, folder)
@@ -262,11 +265,13 @@ def test_a_cut_download_resumes_or_leaves_nothing(hub, online, folder, sums, hom
 
         hub.faults[where] = Fault(cut=cut, times=1)  # once; the client goes on from there
         hub.requests.clear()
+        if not resumes:
+            refused(online, load(f"hf-hub:{repo}"), "could not be had whole")
         assert online.run(load(f"hf-hub:{repo}")) == sums
         assert cached(home, repo)
         ranges = [r for method, path, r in hub.requests if method == "GET" and path == where]
         assert ranges[0] == "" and len(ranges) == 2
-        assert bool(ranges[1]) == (cut >= 65536), (ranges, cut)
+        assert bool(ranges[1]) == (resumes and cut >= 65536), (ranges, cut)
 
         # A proxy that ends the file early and says that this is its length.
         shutil.rmtree(home / "hub" / f"models--{repo.replace('/', '--')}")

@@ -66,6 +66,8 @@ class DEEN(nn.Module):
             convolutions summed, not averaged, and a softmax on MFA's attention.
         modality: What ``modality=None`` means in the calls, ``"visible"`` or ``"infrared"``.
         drop_rate: Dropout on DEE's output.
+        device: Of the parameters, as for torch's own modules.
+        dtype: Of the parameters.
     """
 
     def __init__(
@@ -152,10 +154,12 @@ class DEEN(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
+        """Parameters without weight decay besides biases and norms: none."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Patterns of parameter names, for timm's layer-wise learning rates and freezing."""
         if coarse:
             blocks = [(r"^stages\.(\d+)", None), (r"^bottleneck", (99999,))]
         else:
@@ -166,10 +170,12 @@ class DEEN(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the stages in the backward pass instead of keeping their activations."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
+        """The linear classifier of one branch's BN-neck features; Identity without classes."""
         return self.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
@@ -217,7 +223,8 @@ class DEEN(nn.Module):
 
     def _branch_major(self, x: torch.Tensor) -> torch.Tensor:
         """(N, B*C) -> (B*N, C), branch-major as the reference orders them."""
-        return torch.cat(x.chunk(self.num_branches, dim=1))
+        x = x.reshape(-1, self.num_branches, self.branch_features)
+        return x.transpose(0, 1).flatten(0, 1)
 
     def _forward_stages(self, x: torch.Tensor, modality: Modality) -> torch.Tensor:
         """Images (N, in_chans, H, W) -> (B*N, C, H/16, W/16), branch-major."""
