@@ -579,6 +579,23 @@ def test_best_epoch_drawn_worlds_and_weights_from_elsewhere(folder, tmp_path):
     assert ModelCard(foreign).data.license_name == "see-card"
 
 
+def test_ones_own_images_are_real_people(folder, tmp_path):
+    """They have no published counts, as drawn ones, but are not free for that."""
+    digest = sha256(folder / "model.safetensors")
+    content = results(digest, "own", ("own-ir2vis",))
+    for entry in content["protocols"].values():
+        entry |= {"expected_counts": {}, "published": []}
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(content))
+    publish(folder, "lab/own", results=file, dry_run=tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert card.data.license == "other" and "drawn" not in card.text
+    assert "The publisher's own images: 1,234 images" in card.text
+    assert not measured(content, digest).drawn
+    drawn = {**content, "dataset": "synthetic"}
+    assert measured(drawn, digest).drawn
+
+
 @pytest.mark.slow
 def test_the_folder_of_a_run_is_taken_as_it_is(tmp_path):
     run = tmp_path / "run"

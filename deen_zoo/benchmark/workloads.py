@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,13 +23,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import create_model
-from ..errors import UserError
 from ..evaluation import evaluate_ranking
 from ..losses import batch_hard_triplet_loss, cpm_loss, orthogonality_loss
 from ..models import DEEN
 from ..models.checkpoint import checkpoint_filter_fn
 from ..models.inference import optimize_for_inference
 from ..recipes import get_recipe
+from ..reproduce import reproduce
+from ..settings import Settings
 from ..train import Task, make_optimizer
 from . import official
 from .contest import Spec, synchronize
@@ -266,15 +265,12 @@ def sysu_test(contestant: str, spec: Spec) -> Callable[[], dict[str, float]]:
     precision, *how = contestant.split()
 
     def ours() -> dict[str, float]:
-        from ..cli import main
-
-        with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
-            command = ["reproduce", "sysu", "--eval-only", str(spec.folder / "sysu-checkpoint")]
-            command += ["--data-root", str(root), "--output", scratch, "--precision", precision]
-            command += ["--optimize"] if how else []
-            if main(command) != 0:
-                raise UserError("deen-zoo reproduce sysu --eval-only failed")
-            results = json.loads(Path(scratch, "results.json").read_text())
+        with tempfile.TemporaryDirectory() as scratch:
+            settings = Settings.create(
+                "sysu", scratch, root, eval_only=str(spec.folder / "sysu-checkpoint"),
+                precision=precision, optimize=bool(how),
+            )  # fmt: skip
+            results = reproduce(settings)
         mean = results["protocols"]["sysu-all"]["mean"]
         return {key: mean[key] for key in ("r1", "r20", "mAP", "mINP")}
 

@@ -1,0 +1,179 @@
+"""The model card of published weights: what they are, what was measured, and on what terms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
+
+from .data.datasets import DATASETS
+from .evaluation import report
+from .evaluation.results import METRICS
+from .models import DEEN
+
+__all__ = ["Measured", "card", "licence_of"]
+
+TERMS = {
+    "sysu": "https://github.com/wuancong/SYSU-MM01",
+    "regdb": "http://dm.dongguk.edu/link.html",
+    "llcm": "https://github.com/ZYK100/LLCM",
+}
+TITLES = {"r1": "rank-1", "r5": "rank-5", "r10": "rank-10", "r20": "rank-20"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The part of ``results.json`` that was measured with one file of weights.
+
+    Attributes:
+        which: ``"last"`` or ``"best"`` epoch; the latter was chosen on the test set.
+        epoch: Counted from 0; None when the weights were evaluated only.
+        split: Of RegDB; None elsewhere.
+        protocols: Entries as ``results.json`` has them, with this file's mean, std and trials.
+        drawn: The data is a synthetic world.
+    """
+
+    which: str
+    epoch: int | None
+    split: int | None
+    protocols: Sequence[Mapping[str, Any]]
+    drawn: bool
+
+
+def card(
+    model: DEEN,
+    results: Mapping[str, Any],
+    found: Measured,
+    repo: str,
+    tag: str,
+    digest: str,
+) -> ModelCard:
+    """The model card: metadata that the Hub reads, then ``card.md`` filled in."""
+    dataset = results["dataset"]
+    cfg: Any = model.pretrained_cfg
+    title = "a synthetic world" if found.drawn else DATASETS[dataset].title
+    licence, name, link, in_words = licence_of(results, found, repo)
+    data = ModelCardData(
+        license=licence,
+        license_name=name,
+        license_link=link,
+        library_name="timm",
+        pipeline_tag="image-feature-extraction",
+        tags=["person-re-identification", "visible-infrared", "deen_zoo", "timm", "DEEN"],
+        model_name=repo.partition("/")[2],
+        eval_results=[
+            EvalResult(
+                task_type="image-feature-extraction",
+                task_name="Visible-infrared person re-identification",
+                dataset_type="synthetic" if found.drawn else dataset,
+                dataset_name=title,
+                dataset_config=entry["name"],
+                dataset_split="test" if found.split is None else f"test, split {found.split}",
+                metric_type=TITLES.get(key, key),
+                metric_name=f"{TITLES.get(key, key)}, a fraction",
+                metric_value=float(entry["mean"][key]),
+            )
+            for entry in found.protocols
+            for key in METRICS
+        ],
+    )
+    template = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
+    body = template.substitute(
+        title=repo.partition("/")[2],
+        repo=repo,
+        tag=tag,
+        architecture=cfg["architecture"],
+        parameters=f"{sum(p.numel() for p in model.parameters()):,}",
+        height=cfg["input_size"][1],
+        width=cfg["input_size"][2],
+        descriptor=f"{2 * model.num_branches * model.branch_features:,}",
+        identities=model.num_classes,
+        results_note=_results_note(found, title),
+        results=report(found.protocols),
+        training=_training(results, found),
+        data=_data(results, found, title),
+        licence=in_words,
+        sha256=digest,
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def _results_note(found: Measured, title: str) -> str:
+    notes = [f"Re-identification across modalities on {title}; per cent, with the counts found."]
+    if found.drawn:
+        notes.append("The people are drawn: these numbers say nothing about real cameras.")
+    if found.split is not None:
+        notes.append(
+            f"This model is that of split {found.split} and was tested on it; published numbers "
+            f"are means over ten splits, each with a model of its own."
+        )
+    if found.which == "best":
+        notes.append(
+            "The epoch was chosen by its rank-1 on the test set, as the reference does, which "
+            "flatters."
+        )
+    return " ".join(notes)
+
+
+def _training(results: Mapping[str, Any], found: Measured) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    if results["eval_only"]:
+        return (
+            "The weights come from elsewhere and were evaluated, not trained, with deen_zoo "
+            f"({versions}). How they were trained is for their author to say."
+        )
+    recipe = dict(results["recipe"])
+    name = recipe.pop("name")
+    epoch = "" if found.epoch is None else f"; these are the weights after epoch {found.epoch + 1}"
+    values = ", ".join(f"{key} {json.dumps(value)}" for key, value in recipe.items())
+    return (
+        f"Trained with `deen-zoo reproduce {results['dataset']} --recipe {name}`, seed "
+        f"{results['seed']}, {results['epochs']} epochs{epoch}. DEE {_on(results['dee'])}, MFA "
+        f"{_on(results['mfa'])}.\n\nThe recipe: {values}.\n\nOn {results['device']}, "
+        f"{results['processes']} process(es), precision {results['precision']}; {versions}."
+    )
+
+
+def _on(switch: bool) -> str:
+    return "on" if switch else "off"
+
+
+def _data(results: Mapping[str, Any], found: Measured, title: str) -> str:
+    facts = results["data"]
+    names = f"{facts['images']:,} images; SHA-256 of their names `{facts['sha256']}`."
+    if found.drawn:
+        return f"Pictures drawn by `deen-zoo synthesize`, which show no real person: {names}"
+    if results["dataset"] == "own":
+        return f"The publisher's own images: {names} They are not redistributed here."
+    return (
+        f"{title}: {names} It is given out on a signed request only ({TERMS[results['dataset']]}), "
+        f"for research, and is not redistributed here. It shows real people: keep to the terms "
+        f"that you, too, would have to sign."
+    )
+
+
+def licence_of(
+    results: Mapping[str, Any], found: Measured, repo: str
+) -> tuple[str, str | None, str | None, str]:
+    """Terms of the weights: the Hub's name for them, their name and link, and all in words."""
+    code = "The code, deen_zoo, is under Apache-2.0."
+    if results["eval_only"]:
+        words = "That does not extend to the weights, whose terms are for their author to say."
+        return "other", "see-card", f"{constants.ENDPOINT}/{repo}#licence", f"{code} {words}"
+    if found.drawn:
+        words = "So are these weights, which come from drawn pictures alone."
+        return "apache-2.0", None, None, f"{code} {words}"
+    if results["dataset"] == "own":
+        words = "That does not extend to the weights, whose terms are for their publisher to say."
+        return "other", "see-card", f"{constants.ENDPOINT}/{repo}#licence", f"{code} {words}"
+    link = TERMS[results["dataset"]]
+    words = (
+        f"That does not extend to the weights: they are for research only, within the terms of "
+        f"the dataset that they were trained on ({link})."
+    )
+    return "other", "research-only", link, f"{code} {words}"
