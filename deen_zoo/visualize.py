@@ -160,10 +160,10 @@ def distances(table: FeatureTable, file: str | os.PathLike[str], bins: int = 60)
         axes = figure.add_subplot()
         edges = np.linspace(float(values.min()), float(values.max()), bins + 1)
         means = []
-        for name, part, color in (("same", same, SAME), ("different", ~same, DIFFERENT)):
+        for name, part, color in (("same person", same, SAME), ("two persons", ~same, DIFFERENT)):
             chosen = values[part].numpy()
             means.append(float(chosen.mean()))
-            label = f"{name} person, mean {means[-1]:.3f}"
+            label = f"{name}, mean {means[-1]:.3f}"
             axes.hist(chosen, edges.tolist(), density=True, color=color, alpha=0.55, label=label)
             axes.axvline(means[-1], color=color, linestyle="--", linewidth=1)
         axes.set_xlabel("distance, infrared to visible")
@@ -211,12 +211,12 @@ def tsne(
         palette = require("matplotlib", extra="viz").colormaps
         colors = palette["tab20" if len(chosen) <= 20 else "hsv"].resampled(len(chosen))
         for marker, name, kind in (("o", "visible", False), ("^", "infrared", True)):
-            axes.scatter([], [], marker=marker, color="#555555", label=name, s=22)
+            axes.scatter([], [], marker=marker, color="#555555", label=name, s=32)
             for n, identity in enumerate(chosen):
                 rows = (part.labels["infrared"] == kind) & (part.labels["identity"] == identity)
                 x, y = places[rows.numpy()].T
                 axes.scatter(
-                    x, y, s=22, marker=marker, color=colors(n), alpha=0.85,
+                    x, y, s=32, marker=marker, color=colors(n), alpha=0.85,
                     edgecolors="white", linewidths=0.4,
                 )  # fmt: skip
         axes.set(xticks=[], yticks=[])

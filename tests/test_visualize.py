@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -226,3 +227,31 @@ def test_matplotlib_is_an_extra(table, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'deen-zoo\[viz\]'"):
         visualize.distances(table, tmp_path / "d.png")
+
+
+def benchmark(name: str):
+    file = Path(__file__).parents[1] / f"benchmarks/{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_pictures_of_the_docs(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(sys, "argv", ["pictures.py", "--output", str(tmp_path), "--identities=6"])
+    benchmark("pictures").main()
+    docs = Path(__file__).parents[1] / "docs"
+    names = {"ranking.png", "tsne.png", "distances.png", "activations.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert names < {path.name for path in docs.iterdir()}
+    assert all(min(Image.open(path).size) > 200 for path in tmp_path.iterdir())
+
+
+def test_a_table_of_the_docs_is_replaced_by_its_head(tmp_path):
+    file = tmp_path / "a.md"
+    file.write_text("before\n\n| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |\n\n| a |\n|---|\n| 5 |\n")
+    benchmark("descriptors").update(file, ["| a | b |", "|---|---|", "| 6 | 7 |"])
+    text = "before\n\n| a | b |\n|---|---|\n| 6 | 7 |\n\n| a |\n|---|\n| 5 |\n"
+    assert file.read_text() == text
