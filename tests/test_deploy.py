@@ -10,8 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import deen_zoo
+from deen_zoo.data import open_dataset
+from deen_zoo.data.files import open_image
+from deen_zoo.data.transforms import eval_transform
 from deen_zoo.errors import UserError
+from deen_zoo.extraction import data_config
 from deen_zoo.models.deploy import is_deployed
+from deen_zoo.models.inference import optimize_for_inference
 from tests import seeded
 
 NARROW = {"channels": (16, 32, 48, 64), "layers": (1, 1, 1, 2)}
@@ -183,3 +188,107 @@ def test_bfloat16():
         wanted = plain.forward_embedding(x, "visible")
         got = deployed.bfloat16().forward_embedding(x.bfloat16(), "visible").float()
     assert torch.nn.functional.cosine_similarity(got, wanted).min() > 0.999
+
+
+# Faster kernels
+
+CALLS = ["forward_features", "forward", "forward_intermediates", "forward_embedding"]
+PLAIN = ["basic blocks", "bottlenecks", "bottlenecks, averaging shortcuts", "three stages"]
+PLAIN += ["without DEE", "without MFA", "baseline", "groups"]
+TWO_BLOCKS = {"backbone": "resnet18", "backbone_args": {"channels": (16, 32, 48, 64)}}
+
+
+def calibration(model):
+    return [(images(model, 4), "visible"), (images(model, 4) + 0.5, "infrared")]
+
+
+def variant(name):
+    return TWO_BLOCKS if name == "two blocks" else VARIANTS[name]
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "two blocks"])
+def test_float32_kernels_are_equal_in_every_call(name):
+    plain = make(**variant(name))
+    fast = optimize_for_inference(plain)
+    x = images(plain)
+    before = x.clone()
+    for call in CALLS if plain.global_pool else CALLS[:3]:
+        for modality in ("visible", "infrared", MIXED):
+            with torch.no_grad():
+                wanted = getattr(plain, call)(x, modality=modality)
+                got = getattr(fast, call)(x, modality=modality)
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(x, before) and not is_deployed(plain)
+
+
+def test_winograd_kernels_are_equal():
+    args = {"channels": (16, 32, 512, 512), "layers": (1, 1, 2, 2)}
+    plain = make(backbone="resnet18", backbone_args=args)
+    x = images(plain)
+    fast = {p: optimize_for_inference(plain, p) for p in ("float32", "bfloat16")}
+    kinds = [type(module).__name__ for module in fast["float32"].modules()]
+    assert kinds.count("_Winograd") > 3
+    with torch.no_grad():
+        wanted = plain.forward_embedding(x)
+        torch.testing.assert_close(
+            fast["float32"].forward_embedding(x), wanted, rtol=1e-5, atol=1e-5)
+        got = fast["bfloat16"].forward_embedding(x)
+    assert torch.nn.functional.cosine_similarity(got, wanted).min() > 0.999
+
+
+@pytest.mark.parametrize("precision, close", [("bfloat16", 0.999), ("int8", 0.98)])
+@pytest.mark.parametrize("name", [*PLAIN, "two blocks"])
+def test_low_precisions_are_close(name, precision, close):
+    plain = make(**variant(name))
+    fast = optimize_for_inference(plain, precision, calibration(plain))
+    x = images(plain)
+    for modality in ("visible", MIXED):
+        with torch.no_grad():
+            wanted = plain.forward_embedding(x, modality, flip=True)
+            got = fast.forward_embedding(x, modality, flip=True)
+            again = fast.forward_embedding(x, modality, flip=True)
+        assert got.dtype == torch.float32 and torch.equal(got, again)
+        assert torch.nn.functional.cosine_similarity(got, wanted).min() > close
+
+
+@pytest.fixture(scope="module")
+def world(llcm_tree):
+    """The shipped weights, and the images of people that they were not trained on."""
+    model = deen_zoo.create_model("test_deen_resnet", pretrained=True).eval()
+    dataset, transform = open_dataset("llcm", llcm_tree), eval_transform(data_config(model))
+    sides = []
+    for modality in ("infrared", "visible"):
+        samples = [s for s in dataset.train() if s.modality == modality]
+        samples += dataset.test(modality)
+        sides.append(torch.stack([transform(open_image(s.path)) for s in samples]))
+    return model, *sides
+
+
+@pytest.mark.parametrize(
+    "precision, close, agreement", [("bfloat16", 0.9998, 0.97), ("int8", 0.99, 0.9)])
+def test_low_precisions_rank_alike(world, precision, close, agreement):
+    model, infrared, visible = world
+    fast = optimize_for_inference(
+        model, precision, [(visible[::3], "visible"), (infrared[::3], "infrared")])
+    with torch.no_grad():
+        wanted, got = [
+            (net.forward_embedding(infrared, "infrared", flip=True),
+             net.forward_embedding(visible, "visible", flip=True)) for net in (model, fast)]
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert torch.nn.functional.cosine_similarity(ours, theirs).min() > close
+    scores = [queries @ gallery.T for queries, gallery in (wanted, got)]
+    same = torch.cat([scores[0].argmax(d) == scores[1].argmax(d) for d in (0, 1)])
+    assert len(same) > 100 and same.float().mean() >= agreement
+
+
+def test_errors_of_optimize_for_inference():
+    model = make()
+    with pytest.raises(UserError, match="'half': choose from float32, bfloat16, int8"):
+        optimize_for_inference(model, "half")
+    for given in (None, calibration(model)[:1]):
+        with pytest.raises(UserError, match="int8 needs calibration"):
+            optimize_for_inference(model, "int8", given)
+    with pytest.raises(UserError, match="plain ResNet blocks"):
+        optimize_for_inference(make(**VARIANTS["attention in the blocks"]), "int8", [])
+    with pytest.raises(UserError, match="form='official'"):
+        optimize_for_inference(make(form="paper"), "int8", [])

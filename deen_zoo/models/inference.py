@@ -2,8 +2,9 @@
 
 ``float32`` and ``bfloat16`` run oneDNN's convolutions with the addition and the ReLU inside, and
 the widest 3x3 ones by Winograd's minimal filtering (arXiv:1509.09308), which multiplies less.
-``int8`` keeps every map between the stem and the last pooling in eight bits, with scales taken from
-the images that it is calibrated on.
+``int8`` keeps most maps between the stem and the last pooling in eight bits, with scales taken from
+the images that it is calibrated on. Batches of about eight images are the fastest: the maps of more
+outgrow what the allocator keeps.
 """
 import copy
 from collections.abc import Sequence
@@ -11,12 +12,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.models import reparameterize_model
+from timm.utils.model import reparameterize_model
 from torch import Tensor
 
 from ..errors import UserError
 from .deen import DEEN
-from .deploy import Conv
+from .deploy import Conv, _Block
 from .int8 import Ranges, check_plain, quantize_stages
 
 __all__ = ["INFERENCE_PRECISIONS", "optimize_for_inference"]
@@ -41,12 +42,12 @@ def optimize_for_inference(
         model: In either form.
         precision: ``"float32"``, ``"bfloat16"`` or ``"int8"``; the latter on a CPU only, and
             without the stages' own outputs (``forward_intermediates``).
-        calibration: For int8: some tens of preprocessed images of both modalities, like those to
-            come, as ``[(images, "visible"), (images, "infrared")]``.
+        calibration: For int8: some hundreds of preprocessed images of both modalities, like those
+            to come, as ``[(images, "visible"), (images, "infrared")]``; tens will do, less well.
 
     Raises:
-        UserError: No such precision; int8 without calibration, off the CPU, or of a backbone that
-            is not made of plain ResNet blocks.
+        UserError: No such precision; int8 without calibration, off the CPU, of a backbone that is
+            not made of plain ResNet blocks, or of ``form="paper"``.
     """
     if precision not in INFERENCE_PRECISIONS:
         raise UserError(f"precision {precision!r}: choose from {', '.join(INFERENCE_PRECISIONS)}")
@@ -57,15 +58,15 @@ def optimize_for_inference(
             raise UserError("int8 is for a CPU with oneDNN: move the model there, or take bfloat16")
         check_plain(fast)
         fast.stages = quantize_stages(fast, Ranges(fast, calibration or []))
-    if precision != "float32":
-        for name in ("visible_stem", "infrared_stem"):
-            stem = getattr(fast, name).to(torch.bfloat16)
-            setattr(fast, name, nn.Sequential(_To(torch.bfloat16), stem))
-    if precision == "bfloat16":
+    if precision == "bfloat16":  # but for the stems, where rounding costs most and work least
         fast.stages.to(torch.bfloat16)
-        fast.stages[-1] = nn.Sequential(fast.stages[-1], _To(torch.float32))
     if on_cpu:
         _replace_convolutions(fast)
+    if precision == "bfloat16":
+        for name in ("visible_stem", "infrared_stem"):
+            setattr(fast, name, nn.Sequential(getattr(fast, name), _To(torch.bfloat16)))
+    if precision != "float32":
+        fast.stages[-1] = nn.Sequential(fast.stages[-1], _To(torch.float32))
     return fast
 
 
@@ -79,20 +80,27 @@ class _To(nn.Module):
 
 
 class _FusedConv(nn.Module):
-    """The operation of :class:`Conv` as one oneDNN kernel."""
+    """The operation of :class:`Conv` as one oneDNN kernel, ``in_place`` in the map that it adds."""
 
-    def __init__(self, conv: Conv):
+    def __init__(self, conv: Conv, in_place: bool = True):
         super().__init__()
-        self.weight, self.bias, self.relu = conv.weight, conv.bias, conv.relu
+        self.weight, self.bias = conv.weight.detach(), conv.bias
+        self.relu, self.in_place, self.packed = conv.relu, in_place, False
         self.where = [list(v) for v in (conv.padding, conv.stride, conv.dilation)]
         self.groups = conv.groups
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        run = torch.ops.mkldnn._convolution_pointwise
+        if not self.packed:  # the best layout depends on the size; any is right for all
+            self.packed, self.weight = True, torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight, *self.where, self.groups, list(x.shape))
         weights = (self.weight, self.bias, *self.where, self.groups)
         if other is None:
-            return run(x, *weights, "relu" if self.relu else "none", [], "")
-        return run(x, other, *weights, "add", 1.0, "relu" if self.relu else None, [], None)
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, *weights, "relu" if self.relu else "none", [], "")
+        end = (*weights, "add", 1.0, "relu" if self.relu else None, [], None)
+        if self.in_place:
+            return torch.ops.mkldnn._convolution_pointwise_.binary(other, x, *end)
+        return torch.ops.mkldnn._convolution_pointwise.binary(x, other, *end)
 
 
 class _Winograd(nn.Module):
@@ -156,7 +164,10 @@ def _minimal_filter(m: int) -> tuple[Tensor, Tensor, Tensor]:
     return evaluate(m).T, evaluate(3) / scale, (torch.linalg.inv(evaluate(m + 2)).T * scale).round()
 
 
-def _replace_convolutions(model: nn.Module) -> None:
+def _replace_convolutions(model: DEEN) -> None:
+    # A map that is added may be overwritten, unless it is a stage's input, which MFA reads later.
+    first = [stage.blocks[0] for stage in model.stages if hasattr(stage, "blocks")]
+    keep = {block.last for block in first if isinstance(block, _Block) and not len(block.shortcut)}
     for parent in list(model.modules()):
         for name, conv in parent.named_children():
             if type(conv) is not Conv or conv.padding_mode != "zeros":
@@ -167,4 +178,5 @@ def _replace_convolutions(model: nn.Module) -> None:
                 and conv.in_channels >= 512)
             # In bfloat16 the larger tile would cost four times the rounding error.
             rows = 4 if conv.weight.dtype == torch.float32 else 2
-            setattr(parent, name, _Winograd(conv, rows) if wide else _FusedConv(conv))
+            fused = _Winograd(conv, rows) if wide else _FusedConv(conv, conv not in keep)
+            setattr(parent, name, fused)

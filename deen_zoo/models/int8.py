@@ -1,8 +1,8 @@
 """A DEEN in bytes, for a CPU with oneDNN: what ``optimize_for_inference(model, "int8")`` builds.
 
 Activations have a scale for each channel, and so have weights for each output channel. Between the
-stems, which stay in bfloat16, and the last maps all is uint8 but for what MFA adds, the sums of
-DEE's dilated convolutions and the last block's output, which are bfloat16.
+stems, which stay in float32, and the last maps all is uint8 but for the output of each stage's last
+block and what MFA adds to it, and the sums of DEE's dilated convolutions, which are bfloat16.
 """
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import UserError
 from .deen import DEEN
 from .deploy import (
+    _CNL,
     _DEE,
     Conv,
     _Block,
@@ -26,11 +27,11 @@ from .deploy import (
 __all__ = ["Ranges", "check_plain", "quantize_stages"]
 
 
-MARGIN = 1.2  # for images that go beyond those of the calibration
+MARGIN = 1.2  # for images that go beyond those of the calibration; clipping costs much more
 
 
 class _Scale(NamedTuple):
-    """What a byte b of channel c stands for: ``scale[c] * (b - zero)``.
+    """What a byte b of channel c stands for, ``scale[c] * (b - zero)``, and what it is on average.
 
     A convolution that reads bytes has the scales of their channels in its weights, and one that
     writes them in those of its outputs, so that a scale for each channel costs nothing.
@@ -38,11 +39,12 @@ class _Scale(NamedTuple):
 
     scale: Tensor
     zero: int
+    mean: Tensor
 
     def quantize(self, x: Tensor) -> Tensor:
         """To uint8, channels_last."""
         x = x.contiguous(memory_format=torch.channels_last)
-        x = x.mul((1 / self.scale).to(x.dtype).view(-1, 1, 1)).add_(self.zero)
+        x = x.mul((1 / self.scale).view(-1, 1, 1)).add_(self.zero)
         return x.round_().clamp_(0, 255).to(torch.uint8)
 
     def dequantize(self, x: Tensor) -> Tensor:
@@ -50,9 +52,12 @@ class _Scale(NamedTuple):
 
 
 def check_plain(model: DEEN) -> None:
-    """Raise unless every block of a deployed model is convolutions and ReLUs only."""
+    """Raise unless every block of a deployed model is convolutions and ReLUs only, with MFA, if
+    any, in the official form."""
     if not all(isinstance(block, _Block) for stage in model.stages for block in stage.blocks):
         raise UserError("int8 takes a backbone of plain ResNet blocks, such as resnet50")
+    if not all(isinstance(s.cnl, _CNL) for s in model.stages if isinstance(s, _FusedStage)):
+        raise UserError("int8 takes form='official', not 'paper'")
 
 
 class Ranges:
@@ -73,34 +78,40 @@ class Ranges:
                 "preprocessed images of both modalities")
 
     def _record(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        extremes = torch.stack([out.amin((2, 3)), out.amax((2, 3))]).float()  # (2, N, C)
-        self.seen.setdefault(module, []).append(extremes)
+        statistics = torch.stack([out.amin((2, 3)), out.amax((2, 3)), out.mean((2, 3))])
+        self.seen.setdefault(module, []).append(statistics.float())  # (3, N, C)
 
     def extremes(self, *modules: nn.Module) -> tuple[Tensor, Tensor]:
         """(C,) lowest and (C,) highest values over the modules."""
-        low = torch.cat([extremes[0] for module in modules for extremes in self.seen[module]])
-        high = torch.cat([extremes[1] for module in modules for extremes in self.seen[module]])
+        low, high, _ = self._all(modules)
         return MARGIN * low.amin(0), MARGIN * high.amax(0)
 
+    def _all(self, modules: Sequence[nn.Module]) -> Tensor:
+        return torch.cat([seen for module in modules for seen in self.seen[module]], dim=1)
+
     def spread(self, *modules: nn.Module) -> Tensor:
-        """(C,) greatest magnitudes; that of a channel that is nearly dead is not taken as it is."""
+        """(C,) proportions of the channels, so that with the same zero for all their steps are
+        small; that of a channel that is nearly dead is not taken as it is."""
         low, high = self.extremes(*modules)
-        spread = torch.maximum(-low, high)
-        return spread.clamp(min=max(1e-6, 0.02 * float(spread.max())))
+        widest = torch.maximum(-low, high)
+        widest = widest.clamp(min=max(1e-6, 0.02 * float(widest.max())))
+        ratios = torch.linspace(0.1, 1, 19)[:, None]  # of how far bytes reach below and above 0
+        spread = torch.maximum(torch.maximum(-low / ratios, high), 0.02 * widest.max())
+        steps = (1 + ratios * (low < 0).any()) * spread / widest
+        return spread[steps.square().sum(1).argmin()]
 
     def of(self, *modules: nn.Module, along: Tensor | None = None) -> _Scale:
         """The scale of bytes that hold these outputs, in proportion to ``along`` if given."""
-        return _cover(*self.extremes(*modules), self.spread(*modules) if along is None else along)
-
-
-def _cover(low: Tensor, high: Tensor, along: Tensor) -> _Scale:
-    lowest, highest = min(0.0, float((low / along).min())), float((high / along).max())
-    step = max(1e-6, highest - lowest) / 255
-    return _Scale(along * step, round(-lowest / step))
+        along = self.spread(*modules) if along is None else along
+        low, high = (extremes / along for extremes in self.extremes(*modules))
+        lowest, highest = min(0.0, float(low.min())), float(high.max())
+        step = max(1e-6, highest - lowest) / 255
+        return _Scale(along * step, round(-lowest / step), self._all(modules)[2].mean(0))
 
 
 class _Int8Conv(nn.Module):
-    """The operation of :class:`Conv` on bytes, with a scale for each output channel's weights.
+    """The operation of :class:`Conv` on bytes, with a scale for each output channel's weights. What
+    their rounding adds to an output on average is taken from the bias.
 
     ``out`` is the scale of the bytes it gives, or None for bfloat16. ``other``, of the same type
     and in proportion to ``out``, is overwritten.
@@ -111,12 +122,16 @@ class _Int8Conv(nn.Module):
         super().__init__()
         weight = conv.weight.detach().float()
         groups, (rows, columns) = conv.groups, weight.shape[:2]
-        read = x.scale.view(groups, 1, columns).expand(-1, rows // groups, -1)
-        weight = weight * read.reshape(rows, columns, 1, 1)
+        read, mean = (
+            v.view(groups, 1, columns).expand(-1, rows // groups, -1).reshape(rows, columns, 1, 1)
+            for v in (x.scale, x.mean / x.scale))
+        weight = weight * read
         scales = weight.flatten(1).abs().amax(1).clamp(min=1e-12) / 127
-        self.values = (weight / scales[:, None, None, None]).round().to(torch.int8).contiguous()
+        values = (weight / scales[:, None, None, None]).round()
+        added = ((values * scales[:, None, None, None] - weight) * mean).flatten(1).sum(1)
+        self.values = values.to(torch.int8).contiguous()
         written = torch.ones(rows) if out is None else out.scale
-        self.scales, self.bias = scales / written, conv.bias.detach().float() / written
+        self.scales, self.bias = scales / written, (conv.bias.detach().float() - added) / written
         self.zeros = torch.zeros(rows, dtype=torch.int64)
         self.where = [list(conv.stride), list(conv.padding), list(conv.dilation), groups]
         self.x = (1.0, x.zero)
@@ -168,31 +183,26 @@ class _BytePool(nn.Module):
 
 
 class _Int8Block(nn.Module):
-    """``along`` are the proportions of the channels of the residual stream; None for the very last
-    block, which gives bfloat16."""
+    """``along`` are the proportions of the channels of the stage's residual stream; None for its
+    last block, which gives bfloat16."""
 
     def __init__(
-            self, block: _Block, x: list[_Scale], along: Tensor | None, first: bool,
-            ranges: Ranges):
+            self, block: _Block, x: list[_Scale], along: Tensor | None, ranges: Ranges):
         super().__init__()
-        self.x, self.out = x[0], ranges.of(block.last, along=along)
-        self.convs, scales = nn.ModuleList(), x
+        self.x, self.convs, scales = x[0], nn.ModuleList(), x
         for conv in block.convs:
             out = ranges.of(conv)
             self.convs.append(_int8(conv, scales, out))
             scales = [out]
-        shortcut, self.bytes = list(block.shortcut), along is not None
-        self.other = self.x
-        if self.bytes and shortcut:
-            self.other = ranges.of(shortcut[-1], along=along)
-        elif self.bytes and first:  # the stage's input has proportions of its own
-            low, high = (self.x.scale * (end - self.x.zero) for end in (0, 255))
-            self.other = _cover(low, high, along)
-        out, other = (self.out, self.other) if self.bytes else (None, None)
+        shortcut = list(block.shortcut)
+        self.out = self.other = None
+        if along is not None:
+            self.out = ranges.of(block.last, along=along)
+            self.other = ranges.of(shortcut[-1], along=along) if shortcut else self.x
         self.shortcut = nn.Sequential(
             *(_BytePool(pool) for pool in shortcut[:-1]),
-            *(_int8(conv, x, other) for conv in shortcut[-1:]))
-        self.last = _Int8Conv(block.last, scales[0], out, other)
+            *(_int8(conv, x, self.other) for conv in shortcut[-1:]))
+        self.last = _Int8Conv(block.last, scales[0], self.out, self.other)
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
@@ -200,12 +210,8 @@ class _Int8Block(nn.Module):
             y = conv(y)
         if len(self.shortcut):
             x = self.shortcut(x)
-        elif not self.bytes:
+        elif self.other is None:
             x = self.x.dequantize(x)
-        elif self.other is self.x:
-            x = x.clone()
-        else:
-            x = self.other.quantize(self.x.dequantize(x))
         return self.last(y, x)
 
 
@@ -216,24 +222,21 @@ def _int8(conv: nn.Module, x: list[_Scale], out: _Scale | None) -> nn.Module:
 
 
 class _Int8MFA(nn.Module):
-    """CNL and PNL. They are cubic in their inputs, with tails that eight bits cannot hold: what
-    they add is computed from int8 convolutions of bytes, and from then on in bfloat16."""
+    """CNL and PNL. They are cubic in their inputs, with tails that eight bits cannot hold: all is
+    in bfloat16 but for the convolutions of the stage's input, which is in bytes."""
 
-    def __init__(self, stage: _FusedStage, high: _Scale, low: _Scale, ranges: Ranges):
+    def __init__(self, stage: _FusedStage, low: _Scale):
         super().__init__()
         cnl, pnl = stage.cnl, stage.pnl
-        self.high, self.out, self.low_dim = high, ranges.of(pnl.proj), pnl.low_dim
+        self.low_dim = pnl.low_dim
         self.low_convs = nn.ModuleList(_Int8Conv(part.phi_g, low, None) for part in (cnl, pnl))
-        self.theta = _Int8Conv(cnl.theta, high, None)
-        self.projs = nn.ModuleList([cnl.proj, pnl.theta, pnl.proj]).to(torch.bfloat16)
+        self.high_convs = nn.ModuleList([cnl.theta, cnl.proj, pnl.theta, pnl.proj]).bfloat16()
 
     def forward(self, high: Tensor, low: Tensor) -> Tensor:
         cnl_phi_g, pnl_phi_g = [conv(low) for conv in self.low_convs]
-        cnl_proj, pnl_theta, pnl_proj = self.projs
-        y = channel_product(self.theta(high), cnl_phi_g)
-        z = cnl_proj(y, self.high.dequantize(high))
-        y = position_product(pnl_theta(z), pnl_phi_g, self.low_dim)
-        return self.out.quantize(pnl_proj(y, z))
+        cnl_theta, cnl_proj, pnl_theta, pnl_proj = self.high_convs
+        z = cnl_proj(channel_product(cnl_theta(high), cnl_phi_g), high)
+        return pnl_proj(position_product(pnl_theta(z), pnl_phi_g, self.low_dim), z)
 
 
 class _Int8DEE(nn.Module):
@@ -245,12 +248,15 @@ class _Int8DEE(nn.Module):
         self.reduce = nn.ModuleList(_Int8Conv(conv, x, None) for conv in dee.reduce)
         self.reduce_last = _Int8Conv(dee.reduce_last, x, None)
         self.hidden = ranges.of(dee.reduce_last)
-        parts = self.hidden.scale.chunk(dee.branches)
-        self.out = [x, *(_Scale(part, self.hidden.zero) for part in parts)]
+        scales, means = (v.chunk(dee.branches) for v in (self.hidden.scale, self.hidden.mean))
+        parts = [
+            _Scale(scale, self.hidden.zero, mean)
+            for scale, mean in zip(scales, means, strict=True)]
+        self.out = [x, *parts]
         if len(dee.expand):
             self.out = [ranges.of(dee)]
         self.expand = nn.ModuleList(
-            _Int8Conv(conv, _Scale(part, self.hidden.zero), self.out[0])
+            _Int8Conv(conv, part, self.out[0])
             for conv, part in zip(dee.expand, parts, strict=False))  # none when composed
 
     def forward(self, x: Tensor) -> Tensor:
@@ -267,45 +273,39 @@ class _Int8DEE(nn.Module):
               for conv, part in zip(self.expand, parts, strict=True))])
 
 
-class _Int8Trunk(nn.Module):
-    """All stages on bytes: the stems' output to the last stage's, both in floating point."""
+class _Int8Stage(nn.Module):
+    """Floating point in, bfloat16 out. ``before`` are the modules that put out what comes in."""
 
-    def __init__(self, model: DEEN, ranges: Ranges):
+    def __init__(self, stage: nn.Module, before: Sequence[nn.Module], ranges: Ranges):
         super().__init__()
-        self.enter = x = ranges.of(model.visible_stem, model.infrared_stem)
-        self.stages = nn.ModuleList()
-        for stage in model.stages:
-            low, inputs = x, [x]
-            layers = nn.ModuleDict()
-            if isinstance(getattr(stage, "dee", None), _DEE):
-                layers["dee"] = _Int8DEE(stage.dee, x, ranges)
-                inputs = layers["dee"].out
-            stream = [m for block in stage.blocks for m in (block.last, *block.shortcut[-1:])]
-            along = ranges.spread(*stream)
-            blocks: list[_Int8Block] = []
-            for block in stage.blocks:
-                last = block is model.stages[-1].blocks[-1]
-                blocks.append(
-                    _Int8Block(block, inputs, None if last else along, not blocks, ranges))
-                x = blocks[-1].out
-                inputs = [x]
-            layers["blocks"] = nn.Sequential(*blocks)
-            if isinstance(stage, _FusedStage):
-                layers["mfa"] = _Int8MFA(stage, x, low, ranges)
-                x = layers["mfa"].out
-            self.stages.append(layers)
+        stream = [m for block in stage.blocks for m in (block.last, *block.shortcut[-1:])]
+        self.added = len(stage.blocks) > 1 and not len(stage.blocks[0].shortcut)
+        along = ranges.spread(*stream, *(before if self.added else []))
+        self.enter = ranges.of(*before, along=along if self.added else None)
+        inputs = [self.enter]
+        self.dee = None
+        if isinstance(getattr(stage, "dee", None), _DEE):
+            self.dee = _Int8DEE(stage.dee, self.enter, ranges)
+            inputs = self.dee.out
+        self.blocks = nn.Sequential()
+        for block in stage.blocks:
+            last = len(self.blocks) + 1 == len(stage.blocks)
+            self.blocks.append(_Int8Block(block, inputs, None if last else along, ranges))
+            inputs = [self.blocks[-1].out]
+        self.mfa = _Int8MFA(stage, self.enter) if isinstance(stage, _FusedStage) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.enter.quantize(x)
-        for stage in self.stages:
-            low = x
-            for name in ("dee", "blocks"):
-                x = stage[name](x) if name in stage else x
-            if "mfa" in stage:
-                x = stage["mfa"](x, low)
-        return x.float()
+        low = x = self.enter.quantize(x)
+        if self.dee is not None:
+            x = self.dee(x)
+        x = self.blocks(x.clone() if self.added else x)  # which overwrites what it adds to
+        return x if self.mfa is None else self.mfa(x, low)
 
 
-def quantize_stages(model: DEEN, ranges: Ranges) -> nn.Module:
+def quantize_stages(model: DEEN, ranges: Ranges) -> nn.Sequential:
     """The stages of a deployed model on bytes: a stem's output in, the last maps out."""
-    return nn.Sequential(_Int8Trunk(model, ranges))
+    before, stages = [model.visible_stem, model.infrared_stem], nn.Sequential()
+    for stage in model.stages:
+        stages.append(_Int8Stage(stage, before, ranges))
+        before = [stage.pnl.proj if isinstance(stage, _FusedStage) else stage.blocks[-1].last]
+    return stages
