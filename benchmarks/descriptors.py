@@ -54,7 +54,7 @@ def speeds(extractors: list[FeatureExtractor], images: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="test_deen_resnet")
-    parser.add_argument("--identities", type=int, default=40)
+    parser.add_argument("--identities", type=int, default=30, help="27 to test on")
     parser.add_argument("--images", type=int, default=64, help="in a batch that is timed")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")

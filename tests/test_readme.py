@@ -13,14 +13,15 @@ from deen_zoo.cli import VERBS, load_verb, main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FEATURES = (ROOT / "docs/features.md").read_text(encoding="utf-8")
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+def blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
 
 
 def commands():
-    for block in blocks("sh"):
+    for block in [*blocks("sh"), *blocks("sh", FEATURES)]:
         joined = block.replace("\\\n", " ")
         for line in joined.splitlines():
             words = shlex.split(line, comments=True)
@@ -59,6 +60,8 @@ def test_links_and_pictures_exist():
     targets = re.findall(r"\]\(([^)#]+)\)", README)
     local = [target for target in targets if not target.startswith("http")]
     assert local and not [target for target in local if not (ROOT / target).exists()]
+    targets = re.findall(r"\]\(([^)#]+)\)", FEATURES)
+    assert targets and not [target for target in targets if not (ROOT / "docs" / target).exists()]
 
 
 def test_every_verb_has_help_with_examples(capsys):
