@@ -334,6 +334,7 @@ def _provenance(settings: Settings, world: World) -> dict[str, Any]:
         "eval_only": settings.eval_only,
         "device": world.device.type,
         "processes": world.size,
+        "threads": torch.get_num_threads(),  # on a CPU another number rounds, and ends, differently
         "precision": settings.precision,
         "optimize": settings.optimize,
         "versions": {

@@ -135,6 +135,8 @@ class _Server:
 
 def _serve(pipe: Connection, workload: Workload, name: str, spec: Spec) -> None:
     try:
+        # A spawned process would spawn its own; loaders are to start theirs as they do elsewhere.
+        multiprocessing.set_start_method(None, force=True)
         torch.set_num_threads(spec.threads)
         run = workload(name, spec)
         pipe.send((None, None))
