@@ -19,7 +19,8 @@ def draw(person: Person, camera: Camera, pose: Pose, rng: np.random.Generator) -
     """The picture that ``camera`` takes of ``person``; ``rng`` moves the crop and makes the grain.
 
     Returns:
-        An RGB image (visible) or a one-channel image (infrared) of ``camera.size``.
+        An RGB image of ``camera.size``. An infrared one has three equal channels: the datasets'
+        files have three, and the reference's scripts cannot read one.
     """
     width, height = camera.size
     painter = Painter(camera, pose, rng)
@@ -42,7 +43,7 @@ def draw(person: Person, camera: Camera, pose: Pose, rng: np.random.Generator) -
 
     lens = _image(picture).filter(ImageFilter.GaussianBlur(camera.blur))
     grain = rng.standard_normal(picture.shape, np.float32) * np.float32(camera.noise)
-    return _image(_array(lens) + grain)
+    return _image(_array(lens) + grain).convert("RGB")
 
 
 def _array(image: Image.Image) -> Array:
