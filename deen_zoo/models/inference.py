@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import UserError
 from .deen import DEEN
 from .deploy import Conv, _Block
-from .int8 import Ranges, check_plain, quantize_stages
+from .int8 import Kernel, Ranges, check_plain, quantize_stages
 
 __all__ = ["INFERENCE_PRECISIONS", "optimize_for_inference"]
 
@@ -79,7 +79,7 @@ class _To(nn.Module):
         return x.to(self.dtype)
 
 
-class _FusedConv(nn.Module):
+class _FusedConv(Kernel):
     """The operation of :class:`Conv` as one oneDNN kernel, ``in_place`` in the map that it adds."""
 
     def __init__(self, conv: Conv, in_place: bool = True):
@@ -103,7 +103,7 @@ class _FusedConv(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise.binary(x, other, *end)
 
 
-class _Winograd(nn.Module):
+class _Winograd(Kernel):
     """:class:`_FusedConv` of a 3x3 kernel in F(m, 3) x F(3, 3): outputs in tiles of m x 3 for
     ``5 * (m + 2)`` products each in place of ``27 * m``; a dilated one does so for each phase."""
 

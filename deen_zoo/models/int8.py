@@ -24,7 +24,7 @@ from .deploy import (
     position_product,
 )
 
-__all__ = ["Ranges", "check_plain", "quantize_stages"]
+__all__ = ["Kernel", "Ranges", "check_plain", "quantize_stages"]
 
 
 MARGIN = 1.2  # for images that go beyond those of the calibration; clipping costs much more
@@ -109,7 +109,14 @@ class Ranges:
         return _Scale(along * step, round(-lowest / step), self._all(modules)[2].mean(0))
 
 
-class _Int8Conv(nn.Module):
+class Kernel(nn.Module):
+    """A layer of constants, which copies of a model share: packed weights cannot be copied."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Kernel":
+        return self
+
+
+class _Int8Conv(Kernel):
     """The operation of :class:`Conv` on bytes, with a scale for each output channel's weights. What
     their rounding adds to an output on average is taken from the bias.
 
