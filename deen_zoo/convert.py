@@ -89,7 +89,9 @@ def read_official(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} is refused: it is not a torch checkpoint of tensors and numbers alone, and "
             f"opening it any other way could run code"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # torch raises what its readers raise: struct.error, EOFError, ...
         raise UserError(f"{path} is not a whole torch checkpoint: {_brief(error)}") from error
     if isinstance(content, dict) and "net" not in content and is_official(content):
         content = {"net": content}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,11 @@ def publish(
         raise UserError(f"tag {tag!r}: give one such as v1, of letters, digits, '.', '-' and '_'")
     model = _load(folder)
     digest = sha256(folder / WEIGHTS)
-    content = _read_results(Path(results) if results else folder / RESULTS, folder)
-    found = measured(content, digest)
+    file = Path(results) if results else folder / RESULTS
+    content = _read_results(file, folder)
+    with _as_written(file):  # also what is needed later, when something has been created
+        found = measured(content, digest)
+        card(model, _without_paths(content), found, repo, tag or "v1", digest)
     cfg: Any = model.pretrained_cfg
     architecture = cfg["architecture"]
     if not content["eval_only"] and content["model"] != architecture:
@@ -155,6 +159,20 @@ def _read_results(path: Path, folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or needed - set(content):
         raise UserError(f"{path} is not the {RESULTS} of 'deen-zoo reproduce': {how}")
     return content
+
+
+@contextlib.contextmanager
+def _as_written(file: Path) -> Iterator[None]:
+    """Results that were edited lack something somewhere, or have something else there."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file} is not as 'deen-zoo reproduce' wrote it ({type(error).__name__}: {error}): "
+            "take the original, or evaluate again with --eval-only"
+        ) from error
 
 
 def measured(results: Mapping[str, Any], digest: str) -> Measured:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
 
 from ..errors import UserError
 
@@ -32,11 +34,16 @@ VERBS = {
 OK, UNUSABLE, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(_one_line(message))
+
+
 def _overview() -> argparse.ArgumentParser:
     from .. import __version__
 
     lines = "\n".join(f"  {verb:<11} {text}" for verb, text in VERBS.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="deen-zoo",
         description="Visible-infrared person re-identification with DEEN (CVPR 2023).",
         epilog=f"verbs:\n{lines}\n\n'deen-zoo VERB --help' shows a verb's options and examples.",
@@ -51,7 +58,7 @@ def _overview() -> argparse.ArgumentParser:
 def load_verb(verb: str) -> tuple[ModuleType, argparse.ArgumentParser]:
     """The verb's module and the parser of its arguments."""
     module = importlib.import_module(f"{__name__}.{verb}")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"deen-zoo {verb}",
         description=module.__doc__,
         epilog=f"examples:\n{module.EXAMPLES}",
@@ -59,6 +66,13 @@ def load_verb(verb: str) -> tuple[ModuleType, argparse.ArgumentParser]:
     )
     module.add_arguments(parser)
     return module, parser
+
+
+def seed(text: str) -> int:
+    """The type of ``--seed``: what every random generator takes."""
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number below {2**32}")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,5 +100,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: object) -> str:
     return " ".join(str(error).split())

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from . import seed
+
 EXAMPLES = """\
   deen-zoo reproduce synthetic
   deen-zoo reproduce llcm --data-root /data/LLCM --output runs/llcm
@@ -48,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ablation", action="store_true", help="the seven rows of the paper's Table 4"
     )
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="several: with --ablation")
+    parser.add_argument(
+        "--seed", type=seed, nargs="+", default=[0], help="several: with --ablation"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     parser.add_argument(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from . import seed
+
 EXAMPLES = """\
   deen-zoo synthesize llcm data/synthetic-llcm --identities 100 --seed 0
   deen-zoo synthesize sysu data/synthetic-sysu --identities 500 --images-per-camera 8
@@ -17,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("layout", choices=("sysu", "regdb", "llcm"), help="whose layout")
     parser.add_argument("root", metavar="ROOT", help="folder to write: new, or empty")
     parser.add_argument("--identities", type=int, default=32, metavar="N", help="people (32)")
-    parser.add_argument("--seed", type=int, default=0, help="of the world (0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the world (0)")
     parser.add_argument(
         "--images-per-camera",
         type=int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from . import seed
 from .extract import add_model_arguments, extractor
 
 EXAMPLES = """\
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--queries", type=int, default=5, metavar="N", help="ranking: infrared images (default: 5)")
     add("-k", type=int, default=8, metavar="N", help="ranking: hits of each (default: 8)")
     add("--identities", type=int, default=20, metavar="N", help="tsne: persons (default: 20)")
-    add("--seed", type=int, default=0, help="of the choice of queries or persons, and of t-SNE")
+    add("--seed", type=seed, default=0, help="of the choice of queries or persons, and of t-SNE")
     add("--modality", choices=("visible", "infrared", "auto"), help="activations: of the images")
     add_model_arguments(parser, required=False)
 

@@ -229,7 +229,9 @@ class ReidDataset:
                 f"{self.ask}"
             ) from None
         except UnicodeDecodeError:
-            raise UserError(f"{path}: not a text file; copy it again from the source") from None
+            text = "\0"
+        if "\0" in text:
+            raise UserError(f"{path}: not a text file; copy it again from the source")
         if not text.strip(" \t\r\n,"):
             raise UserError(f"{path}: an empty file; copy it again from the source")
         return text
@@ -237,7 +239,7 @@ class ReidDataset:
     def _identities(self, relative: str) -> list[int]:
         """Sorted identities of an index file: numbers between commas."""
         words = self._index(relative).replace(",", " ").split()
-        wrong = [word for word in words if not re.fullmatch(r"[0-9]+", word)]
+        wrong = [word for word in words if not re.fullmatch(r"[0-9]{1,18}", word)]
         if wrong:
             raise UserError(
                 f"{self._path(relative)}: {wrong[0]!r} is not an identity; the file holds numbers "
@@ -258,7 +260,7 @@ class ReidDataset:
             words = line.rsplit(None, 1)
             if not words:
                 continue
-            if len(words) != 2 or not re.fullmatch(r"[0-9]+", words[1]):
+            if len(words) != 2 or not re.fullmatch(r"[0-9]{1,18}", words[1]):
                 raise UserError(
                     f"{self._path(relative)}, line {number}: {line.strip()!r} is not "
                     "'folder/identity/name label'"
