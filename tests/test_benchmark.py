@@ -55,7 +55,7 @@ def test_programs_take_turns_in_processes_of_their_own(spec):
 
 @pytest.mark.parametrize(
     ("contestant", "says"),
-    [("faulty", "faulty: ValueError: that does not work"), ("dead", "dead: ended with exit code 3")],
+    [("faulty", "faulty: ValueError: that does not work"), ("dead", "ended with exit code 3")],
 )
 def test_a_contestant_that_fails_is_one_line(contestant, says, spec):
     with pytest.raises(UserError, match=says):
@@ -115,8 +115,8 @@ def test_a_part_of_it(capsys):
     assert main(["benchmark", "losses", "checkpoint", "--rounds", "1"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("\n| ") == 3 and "losses" in shown and "torch" in shown
-    size = sum(v.numel() * v.element_size() for v in create_model("deen_resnet50_llcm").state_dict().values())
-    assert f"{size / 1e6:.3g} MB" in shown
+    tensors = create_model("deen_resnet50_llcm").state_dict().values()
+    assert f"{sum(t.numel() * t.element_size() for t in tensors) / 1e6:.3g} MB" in shown
 
 
 @pytest.mark.parametrize(

@@ -294,3 +294,19 @@ def test_errors_of_optimize_for_inference():
         optimize_for_inference(make(**VARIANTS["attention in the blocks"]), "int8", [])
     with pytest.raises(UserError, match="form='official'"):
         optimize_for_inference(make(form="paper"), "int8", [])
+
+
+def test_a_large_batch_goes_through_in_parts():
+    model = deen_zoo.create_model("test_deen_resnet", pretrained=True).eval()
+    fast = optimize_for_inference(model)
+    torch.manual_seed(0)
+    images, infrared = torch.randn(60, 3, 128, 64), torch.arange(60) % 3 == 0
+    with torch.inference_mode():
+        for modality in ("visible", infrared):
+            wanted = model.forward_embedding(images, modality, flip=True)
+            got = fast.forward_embedding(images, modality, flip=True)
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+        with pytest.raises(ValueError, match="one entry an image"):
+            fast.forward_embedding(images, infrared[:57])
+        with pytest.raises(ValueError, match="images must be"):
+            fast.forward_embedding(images[0], "visible")

@@ -7,7 +7,6 @@ import multiprocessing
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -146,9 +145,8 @@ def _serve(pipe: Connection, workload: Workload, name: str, spec: Spec) -> None:
     except (EOFError, KeyboardInterrupt):
         pass
     except BaseException as error:
-        if not isinstance(error, UserError):
-            traceback.print_exc()
-        pipe.send((f"{type(error).__name__}: {error}", None))
+        last = str(error).strip().splitlines()[-1:]
+        pipe.send((": ".join([type(error).__name__, *last]), None))
 
 
 def _timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:

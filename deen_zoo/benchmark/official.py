@@ -103,8 +103,12 @@ def save_weights(folder: Path, num_classes: int, dataset: str, path: Path) -> No
     torch.save({"net": net.state_dict(), "epoch": 0}, path)
 
 
-def run_test(folder: Path, dataset: str, root: Path, weights: Path) -> dict[str, float]:
-    """The reference's test.py from images to its printed table.
+def run_test(
+    folder: Path, dataset: str, root: Path, weights: Path, size: tuple[int, int]
+) -> dict[str, float]:
+    """The reference's test.py from images, resized to (height, width), to its printed table.
+
+    It fails where a gallery has no 20 identities: its CMC is then shorter for some queries.
 
     Returns:
         Fractions r1, r20, mAP and mINP, the mean over ten trials, as printed for its descriptor.
@@ -120,6 +124,7 @@ def run_test(folder: Path, dataset: str, root: Path, weights: Path) -> dict[str,
         os.chdir(scratch)
         _import("model")
         arguments = ["test.py", "--dataset", dataset, "--resume", "x.t", "--gpu", "0"]
+        arguments += ["--img_h", str(size[0]), "--img_w", str(size[1])]
         on.enter_context(mock.patch.object(sys, "argv", arguments))
         lanczos = Image.Resampling.LANCZOS
         on.enter_context(mock.patch.object(Image, "ANTIALIAS", lanczos, create=True))

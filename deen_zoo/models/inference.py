@@ -16,6 +16,7 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor
 
 from ..errors import UserError
+from .blocks import infrared_rows_of
 from .deen import DEEN
 from .deploy import Conv, _Block
 from .int8 import Kernel, Ranges, check_plain, quantize_stages
@@ -36,7 +37,8 @@ def optimize_for_inference(
     """A copy of a model that does the same work faster, with the same calls.
 
     ``float32`` equals the model to 1e-5; ``bfloat16`` and ``int8`` are approximations. All take and
-    give float32. Off the CPU it is the deploy form in that precision, to be compiled.
+    give float32. Off the CPU it is the deploy form in that precision, to be compiled; on it
+    ``forward_embedding`` takes a few images of a large batch at a time, so any size is as fast.
 
     Args:
         model: In either form.
@@ -61,6 +63,7 @@ def optimize_for_inference(
     if precision == "bfloat16":  # but for the stems, where rounding costs most and work least
         fast.stages.to(torch.bfloat16)
     if on_cpu:
+        fast.__class__ = _InParts
         _replace_convolutions(fast)
     if precision == "bfloat16":
         for name in ("visible_stem", "infrared_stem"):
@@ -68,6 +71,23 @@ def optimize_for_inference(
     if precision != "float32":
         fast.stages[-1] = nn.Sequential(fast.stages[-1], _To(torch.float32))
     return fast
+
+
+class _InParts(DEEN):
+    """Describes large batches a few images at a time: their maps then stay in the CPU's cache."""
+
+    def forward_embedding(
+        self, x: Tensor, modality: str | Tensor | None = None, flip: bool = False
+    ) -> Tensor:
+        step = max(1, 8 * 384 * 144 // (x.shape[-2] * x.shape[-1])) if x.ndim == 4 else len(x)
+        if len(x) <= step:
+            return super().forward_embedding(x, modality, flip)
+        infrared_rows_of(x, modality, self.modality)  # a wrong mask shows before it is split
+        return torch.cat([
+            super(_InParts, self).forward_embedding(
+                x[i : i + step],
+                modality[i : i + step] if isinstance(modality, Tensor) else modality, flip)
+            for i in range(0, len(x), step)])
 
 
 class _To(nn.Module):
