@@ -41,7 +41,8 @@ class Row:
         reference: The reference's.
         ratio: How many times faster (of speeds) or smaller (of sizes) this package is, the median
             over rounds; None without a reference.
-        low, high: The least and the greatest ratio of a round.
+        low: The least ratio of a round.
+        high: The greatest.
         target: What the ratio is to be.
         note: Agreement of the results, or why there is no figure.
     """
