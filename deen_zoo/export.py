@@ -6,7 +6,6 @@ Nothing is written unless the file, read back and run, gives the numbers that to
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import os
 import warnings
@@ -224,17 +223,17 @@ def _write_onnx(
 ) -> Run:
     import onnxruntime
 
-    if "kwargs" not in inspect.signature(torch.onnx.export).parameters:
-        raise UserError(
-            f"{path.stem}: ONNX needs torch 2.6 or newer, and this is {torch.__version__}: upgrade "
-            "it, or write OUT.pt2"
-        )
     batch = torch.export.Dim("batch")
-    program = torch.onnx.export(
-        function, (), kwargs=example, input_names=list(example), output_names=[output],
-        dynamic_shapes={name: {0: batch} for name in example}, dynamo=True, verbose=False,
-    )  # fmt: skip
-    assert program is not None
+    try:
+        program: Any = torch.onnx.export(
+            function, (), kwargs=example, input_names=list(example), output_names=[output],
+            dynamic_shapes={name: {0: batch} for name in example}, dynamo=True, verbose=False,
+        )  # fmt: skip
+    except Exception as error:  # older torch lacks arguments, or fits no current onnxscript
+        raise UserError(
+            f"{path.stem}: the ONNX exporter of torch {torch.__version__} failed "
+            f"({type(error).__name__}): upgrade torch and onnxscript, or write OUT.pt2"
+        ) from error
     program.model.metadata_props["deen_zoo"] = note
     program.save(path, external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
