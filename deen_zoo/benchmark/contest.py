@@ -28,7 +28,7 @@ class Spec:
         folder: For files that they share: weights, trees.
         official: The reference's ``DEEN`` folder, or None.
         model: A model's name.
-        images: In a batch of descriptors; also, of each modality, in a training step.
+        images: In two batches of descriptors; in a training step, of each modality.
         size: (height, width) of the images.
         device: As torch calls it.
         threads: Of torch.

@@ -126,7 +126,7 @@ def _memory(work: str, ours: Outcome, reference: Outcome | None, target: float) 
 
 def _descriptors(plan: Plan) -> list[Row]:
     names = ("reference", "float32", "bfloat16", "int8")
-    found = plan.hold(workloads.descriptors, names, 5)
+    found = plan.hold(workloads.descriptors, names, 3)
     plan.say("comparing first hits on drawn people")
     shares, queries = same_first_hits(("bfloat16", "int8"))
     reference, rows = found.get("reference"), []
@@ -134,7 +134,7 @@ def _descriptors(plan: Plan) -> list[Row]:
         note = _descriptor_note(found[name].answer, reference and reference.answer)
         if name in shares:
             note += f"same first hit for {shares[name]:.1%} of {queries:,} drawn queries"
-        work = f"descriptors on a CPU, {name}"
+        work = f"descriptors on a CPU, batches of {plan.spec.images // 2}, {name}"
         rows.append(
             _speed(work, "images/s", plan.spec.images, found[name], reference, target, note)
         )
@@ -275,7 +275,7 @@ def benchmark(
     reference: str | os.PathLike[str] | None = None,
     *,
     model: str = "deen_resnet50_llcm",
-    images: int = 16,
+    images: int = 64,
     rounds: int | None = None,
     threads: int | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -286,7 +286,8 @@ def benchmark(
         works: Names of :data:`WORKS`.
         reference: The ``DEEN`` folder of a checkout of the official code, or None.
         model: What runs; with a reference one of its three.
-        images: In a batch of descriptors, even.
+        images: That are described, one half of them visible, one infrared, each half a batch; 32
+            is the reference's own.
         rounds: Of each contest; None for its own number (1 to 15, fewer of what takes minutes).
         threads: Of torch; None for its default.
         say: Called with a line of progress.
