@@ -114,7 +114,8 @@ loaded = sorted(set(sys.modules) - before)
 from deen_zoo.cli import VERBS, load_verb
 for verb in VERBS:
     load_verb(verb)
-print(json.dumps([loaded, sorted({name.partition(".")[0] for name in sys.modules})]))
+libraries = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(json.dumps([loaded, sorted(libraries)]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
