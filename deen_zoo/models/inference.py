@@ -2,9 +2,9 @@
 
 ``float32`` and ``bfloat16`` run oneDNN's convolutions with the addition and the ReLU inside, and
 the widest 3x3 ones by Winograd's minimal filtering (arXiv:1509.09308), which multiplies less.
-``int8`` keeps most maps between the stem and the last pooling in eight bits, with scales taken from
-the images that it is calibrated on. Batches of about eight images are the fastest: the maps of more
-outgrow what the allocator keeps.
+``int8`` has most convolutions between the stem and the last pooling read bytes, with scales taken
+from the images that it is calibrated on. Batches of about eight images are the fastest: the maps of
+more outgrow what the allocator keeps.
 """
 import copy
 from collections.abc import Sequence

@@ -1,8 +1,9 @@
 """A DEEN in bytes, for a CPU with oneDNN: what ``optimize_for_inference(model, "int8")`` builds.
 
-Activations have a scale for each channel, and so have weights for each output channel. Between the
-stems, which stay in float32, and the last maps all is uint8 but for the output of each stage's last
-block and what MFA adds to it, and the sums of DEE's dilated convolutions, which are bfloat16.
+In blocks, and wherever MFA and DEE read a stage's input, convolutions read uint8 with a scale for
+each channel, and their weights have one for each output channel. What is added up, and so all
+between blocks, is bfloat16, as are the shortcuts, where rounding costs most and work least. The
+stems stay in float32.
 """
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -34,7 +35,8 @@ class _Scale(NamedTuple):
     """What a byte b of channel c stands for, ``scale[c] * (b - zero)``, and what it is on average.
 
     A convolution that reads bytes has the scales of their channels in its weights, and one that
-    writes them in those of its outputs, so that a scale for each channel costs nothing.
+    writes them in those of its outputs, so that a scale for each channel costs nothing. Their
+    inverses are bfloat16 numbers, which maps are multiplied by.
     """
 
     scale: Tensor
@@ -44,11 +46,15 @@ class _Scale(NamedTuple):
     def quantize(self, x: Tensor) -> Tensor:
         """To uint8, channels_last."""
         x = x.contiguous(memory_format=torch.channels_last)
-        x = x.mul((1 / self.scale).view(-1, 1, 1)).add_(self.zero)
-        return x.round_().clamp_(0, 255).to(torch.uint8)
+        x = x.mul((1 / self.scale).to(x.dtype).view(-1, 1, 1))
+        x = x.round_().clamp_(-self.zero, 255 - self.zero)
+        # There is no fast kernel from floats to uint8, but there is by way of int16.
+        return x.to(torch.int16).add_(self.zero).to(torch.uint8)
 
-    def dequantize(self, x: Tensor) -> Tensor:
-        return x.bfloat16().sub_(self.zero).mul_(self.scale.bfloat16().view(-1, 1, 1))
+    def split(self, widths: Sequence[int]) -> "list[_Scale]":
+        """Those of so many channels each."""
+        parts = zip(self.scale.split(widths), self.mean.split(widths), strict=True)
+        return [_Scale(scale, self.zero, mean) for scale, mean in parts]
 
 
 def check_plain(model: DEEN) -> None:
@@ -81,32 +87,19 @@ class Ranges:
         statistics = torch.stack([out.amin((2, 3)), out.amax((2, 3)), out.mean((2, 3))])
         self.seen.setdefault(module, []).append(statistics.float())  # (3, N, C)
 
-    def extremes(self, *modules: nn.Module) -> tuple[Tensor, Tensor]:
-        """(C,) lowest and (C,) highest values over the modules."""
-        low, high, _ = self._all(modules)
-        return MARGIN * low.amin(0), MARGIN * high.amax(0)
-
-    def _all(self, modules: Sequence[nn.Module]) -> Tensor:
-        return torch.cat([seen for module in modules for seen in self.seen[module]], dim=1)
-
-    def spread(self, *modules: nn.Module) -> Tensor:
-        """(C,) proportions of the channels, so that with the same zero for all their steps are
-        small; that of a channel that is nearly dead is not taken as it is."""
-        low, high = self.extremes(*modules)
+    def of(self, *modules: nn.Module) -> _Scale:
+        """The scale of bytes that hold these outputs: with the same zero for all channels their
+        steps are small, but a channel that is nearly dead is not taken as it is."""
+        seen = torch.cat([seen for module in modules for seen in self.seen[module]], dim=1)
+        low, high = MARGIN * seen[0].amin(0), MARGIN * seen[1].amax(0)
         widest = torch.maximum(-low, high)
         widest = widest.clamp(min=max(1e-6, 0.02 * float(widest.max())))
-        ratios = torch.linspace(0.1, 1, 19)[:, None]  # of how far bytes reach below and above 0
-        spread = torch.maximum(torch.maximum(-low / ratios, high), 0.02 * widest.max())
-        steps = (1 + ratios * (low < 0).any()) * spread / widest
-        return spread[steps.square().sum(1).argmin()]
-
-    def of(self, *modules: nn.Module, along: Tensor | None = None) -> _Scale:
-        """The scale of bytes that hold these outputs, in proportion to ``along`` if given."""
-        along = self.spread(*modules) if along is None else along
-        low, high = (extremes / along for extremes in self.extremes(*modules))
-        lowest, highest = min(0.0, float(low.min())), float(high.max())
-        step = max(1e-6, highest - lowest) / 255
-        return _Scale(along * step, round(-lowest / step), self._all(modules)[2].mean(0))
+        below = torch.linspace(0, 1, 21).clamp(min=1e-6)[:, None]  # how far bytes reach below 0,
+        above = torch.maximum(torch.maximum(-low / below, high), 0.02 * widest.max())  # and above
+        steps = (1 + below) * above / 255
+        best = int((steps / widest).square().sum(1).argmin())
+        zero = round(255 * float(below[best] / (1 + below[best])))
+        return _Scale(1 / (1 / steps[best]).bfloat16().float(), zero, seen[2].mean(0))
 
 
 class Kernel(nn.Module):
@@ -120,12 +113,11 @@ class _Int8Conv(Kernel):
     """The operation of :class:`Conv` on bytes, with a scale for each output channel's weights. What
     their rounding adds to an output on average is taken from the bias.
 
-    ``out`` is the scale of the bytes it gives, or None for bfloat16. ``other``, of the same type
-    and in proportion to ``out``, is overwritten.
+    ``out`` is the scale of the bytes it gives, or None for bfloat16, when ``other``, which is
+    bfloat16 too, may be added; it is overwritten.
     """
 
-    def __init__(
-            self, conv: Conv, x: _Scale, out: _Scale | None, other: _Scale | None = None):
+    def __init__(self, conv: Conv, x: _Scale, out: _Scale | None):
         super().__init__()
         weight = conv.weight.detach().float()
         groups, (rows, columns) = conv.groups, weight.shape[:2]
@@ -143,9 +135,6 @@ class _Int8Conv(Kernel):
         self.where = [list(conv.stride), list(conv.padding), list(conv.dilation), groups]
         self.x = (1.0, x.zero)
         self.output = (1.0, 0, torch.bfloat16) if out is None else (1.0, out.zero, torch.uint8)
-        self.other = (1.0, 0)
-        if other is not None:
-            self.other = (float((other.scale / written).mean()), other.zero)
         self.relu = "relu" if conv.relu else "none"
         self.packed: Tensor | None = None
 
@@ -158,18 +147,19 @@ class _Int8Conv(Kernel):
             return torch.ops.onednn.qconv2d_pointwise(
                 x, *weights, self.bias, *self.where, *self.output, self.relu, [], "")
         return torch.ops.onednn.qconv2d_pointwise.binary(
-            x, *weights, other, self.bias, *self.where, *self.output, *self.other,
+            x, *weights, other, self.bias, *self.where, *self.output, 1.0, 0,
             "sum", 1.0, self.relu, [], "")
 
 
 class _Int8Branches(nn.Module):
     """:class:`_BranchConv` on bytes: (N, C + 2*C/4, h, w) -> (3N, out, h', w')."""
 
-    def __init__(self, branches: _BranchConv, parts: list[_Scale], out: _Scale | None):
+    def __init__(self, branches: _BranchConv, x: _Scale, out: _Scale):
         super().__init__()
         self.widths = branches.widths
         self.convs = nn.ModuleList(
-            _Int8Conv(conv, part, out) for conv, part in zip(branches.convs, parts, strict=True))
+            _Int8Conv(conv, part, out)
+            for conv, part in zip(branches.convs, x.split(self.widths), strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         parts = x.split(self.widths, dim=1)
@@ -178,54 +168,23 @@ class _Int8Branches(nn.Module):
             for conv, part in zip(self.convs, parts, strict=True)])
 
 
-class _BytePool(nn.Module):
-    """An average of bytes, which have the same scale."""
-
-    def __init__(self, pool: nn.Module):
-        super().__init__()
-        self.pool = pool
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pool(x.float()).round_().to(torch.uint8)
-
-
 class _Int8Block(nn.Module):
-    """``along`` are the proportions of the channels of the stage's residual stream; None for its
-    last block, which gives bfloat16."""
+    """bfloat16 in and out, and so is the shortcut; ``read`` is the input in bytes."""
 
-    def __init__(
-            self, block: _Block, x: list[_Scale], along: Tensor | None, ranges: Ranges):
+    def __init__(self, block: _Block, x: _Scale, ranges: Ranges):
         super().__init__()
-        self.x, self.convs, scales = x[0], nn.ModuleList(), x
+        self.x, self.convs, self.shortcut = x, nn.ModuleList(), block.shortcut.bfloat16()
         for conv in block.convs:
-            out = ranges.of(conv)
-            self.convs.append(_int8(conv, scales, out))
-            scales = [out]
-        shortcut = list(block.shortcut)
-        self.out = self.other = None
-        if along is not None:
-            self.out = ranges.of(block.last, along=along)
-            self.other = ranges.of(shortcut[-1], along=along) if shortcut else self.x
-        self.shortcut = nn.Sequential(
-            *(_BytePool(pool) for pool in shortcut[:-1]),
-            *(_int8(conv, x, self.other) for conv in shortcut[-1:]))
-        self.last = _Int8Conv(block.last, scales[0], self.out, self.other)
+            kind = _Int8Branches if isinstance(conv, _BranchConv) else _Int8Conv
+            self.convs.append(kind(conv, x, out := ranges.of(conv)))
+            x = out
+        self.last = _Int8Conv(block.last, x, None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = x
+    def forward(self, x: Tensor, read: Tensor | None = None) -> Tensor:
+        y = self.x.quantize(x) if read is None else read
         for conv in self.convs:
             y = conv(y)
-        if len(self.shortcut):
-            x = self.shortcut(x)
-        elif self.other is None:
-            x = self.x.dequantize(x)
-        return self.last(y, x)
-
-
-def _int8(conv: nn.Module, x: list[_Scale], out: _Scale | None) -> nn.Module:
-    if isinstance(conv, _BranchConv):
-        return _Int8Branches(conv, x, out)
-    return _Int8Conv(conv, x[0], out)
+        return self.last(y, self.shortcut(x))
 
 
 class _Int8MFA(nn.Module):
@@ -247,37 +206,22 @@ class _Int8MFA(nn.Module):
 
 
 class _Int8DEE(nn.Module):
-    """Gives what :class:`_DEE` gives, in bytes; ``out`` are the scales of its parts."""
+    """Gives what :class:`_DEE` gives; ``read`` is the input in bytes."""
 
-    def __init__(self, dee: _DEE, x: _Scale, ranges: Ranges):
+    def __init__(self, dee: _DEE, x: _Scale):
         super().__init__()
-        self.x, self.branches = x, dee.branches
-        self.reduce = nn.ModuleList(_Int8Conv(conv, x, None) for conv in dee.reduce)
-        self.reduce_last = _Int8Conv(dee.reduce_last, x, None)
-        self.hidden = ranges.of(dee.reduce_last)
-        scales, means = (v.chunk(dee.branches) for v in (self.hidden.scale, self.hidden.mean))
-        parts = [
-            _Scale(scale, self.hidden.zero, mean)
-            for scale, mean in zip(scales, means, strict=True)]
-        self.out = [x, *parts]
-        if len(dee.expand):
-            self.out = [ranges.of(dee)]
-        self.expand = nn.ModuleList(
-            _Int8Conv(conv, part, self.out[0])
-            for conv, part in zip(dee.expand, parts, strict=False))  # none when composed
+        self.reduce = nn.ModuleList(
+            _Int8Conv(conv, x, None) for conv in [*dee.reduce, dee.reduce_last])
+        self.expand = dee.expand.bfloat16()
 
-    def forward(self, x: Tensor) -> Tensor:
-        total: Tensor | None = None
+    def forward(self, x: Tensor, read: Tensor) -> Tensor:
+        hidden: Tensor | None = None
         for conv in self.reduce:
-            total = conv(x, total)
-        hidden = self.hidden.quantize(self.reduce_last(x, total))
+            hidden = conv(read, hidden)
         if not len(self.expand):
             return torch.cat([x, hidden], dim=1)
-        parts = hidden.chunk(self.branches, dim=1)
-        return torch.cat([
-            self.out[0].quantize(self.x.dequantize(x)),
-            *(conv(part.contiguous(memory_format=torch.channels_last))
-              for conv, part in zip(self.expand, parts, strict=True))])
+        parts = hidden.chunk(len(self.expand), dim=1)
+        return torch.cat([x, *(conv(part) for conv, part in zip(self.expand, parts, strict=True))])
 
 
 class _Int8Stage(nn.Module):
@@ -285,27 +229,23 @@ class _Int8Stage(nn.Module):
 
     def __init__(self, stage: nn.Module, before: Sequence[nn.Module], ranges: Ranges):
         super().__init__()
-        stream = [m for block in stage.blocks for m in (block.last, *block.shortcut[-1:])]
-        self.added = len(stage.blocks) > 1 and not len(stage.blocks[0].shortcut)
-        along = ranges.spread(*stream, *(before if self.added else []))
-        self.enter = ranges.of(*before, along=along if self.added else None)
-        inputs = [self.enter]
+        self.enter = x = ranges.of(*before)
         self.dee = None
         if isinstance(getattr(stage, "dee", None), _DEE):
-            self.dee = _Int8DEE(stage.dee, self.enter, ranges)
-            inputs = self.dee.out
-        self.blocks = nn.Sequential()
+            self.dee, x = _Int8DEE(stage.dee, x), ranges.of(stage.dee)
+        self.blocks = nn.ModuleList()
         for block in stage.blocks:
-            last = len(self.blocks) + 1 == len(stage.blocks)
-            self.blocks.append(_Int8Block(block, inputs, None if last else along, ranges))
-            inputs = [self.blocks[-1].out]
+            self.blocks.append(_Int8Block(block, x, ranges))
+            x = ranges.of(block.last)
         self.mfa = _Int8MFA(stage, self.enter) if isinstance(stage, _FusedStage) else None
 
     def forward(self, x: Tensor) -> Tensor:
-        low = x = self.enter.quantize(x)
+        low, x = self.enter.quantize(x), x.bfloat16()
+        read: Tensor | None = low
         if self.dee is not None:
-            x = self.dee(x)
-        x = self.blocks(x.clone() if self.added else x)  # which overwrites what it adds to
+            x, read = self.dee(x, low), None
+        for block in self.blocks:
+            x, read = block(x, read), None
         return x if self.mfa is None else self.mfa(x, low)
 
 
