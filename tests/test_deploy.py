@@ -19,6 +19,7 @@ from deen_zoo.errors import UserError
 from deen_zoo.extraction import data_config
 from deen_zoo.models.deploy import is_deployed
 from deen_zoo.models.inference import optimize_for_inference
+from deen_zoo.models import int8
 from deen_zoo.models.int8 import _Scale
 from tests import seeded
 
@@ -239,7 +240,15 @@ def test_winograd_kernels_are_equal():
     assert torch.nn.functional.cosine_similarity(got, wanted).min() > 0.999
 
 
-@pytest.mark.parametrize("precision, close", [("bfloat16", 0.999), ("int8", 0.999)])
+BFLOAT16, INT8 = (
+    pytest.mark.skipif(not there, reason=f"no {kind} kernels in this torch or CPU")
+    for kind, there in (
+        ("bfloat16", torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        ("int8", torch.ops.mkldnn._is_mkldnn_bf16_supported() and int8.has_kernels())))
+
+
+@pytest.mark.parametrize("precision, close", [
+    pytest.param("bfloat16", 0.999, marks=BFLOAT16), pytest.param("int8", 0.999, marks=INT8)])
 @pytest.mark.parametrize("name", [*PLAIN, "two blocks"])
 def test_low_precisions_are_close(name, precision, close):
     plain = make(**variant(name))
@@ -280,8 +289,9 @@ def world(llcm_tree):
     return model, *sides
 
 
-@pytest.mark.parametrize(
-    "precision, close, agreement", [("bfloat16", 0.9998, 0.97), ("int8", 0.999, 0.97)])
+@pytest.mark.parametrize("precision, close, agreement", [
+    pytest.param("bfloat16", 0.9998, 0.97, marks=BFLOAT16),
+    pytest.param("int8", 0.999, 0.97, marks=INT8)])
 def test_low_precisions_rank_alike(world, precision, close, agreement):
     model, infrared, visible = world
     fast = optimize_for_inference(
@@ -297,7 +307,8 @@ def test_low_precisions_rank_alike(world, precision, close, agreement):
     assert len(same) > 100 and same.float().mean() >= agreement
 
 
-def test_errors_of_optimize_for_inference():
+@INT8
+def test_errors_of_optimize_for_inference(monkeypatch):
     model = make()
     with pytest.raises(UserError, match="'half': choose from float32, bfloat16, int8"):
         optimize_for_inference(model, "half")
@@ -308,6 +319,12 @@ def test_errors_of_optimize_for_inference():
         optimize_for_inference(make(**VARIANTS["attention in the blocks"]), "int8", [])
     with pytest.raises(UserError, match="form='official'"):
         optimize_for_inference(make(form="paper"), "int8", [])
+    monkeypatch.setattr(int8, "has_kernels", lambda: False)
+    with pytest.raises(UserError, match="int8 needs a newer torch than"):
+        optimize_for_inference(model, "int8", calibration(model))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.raises(UserError, match="bfloat16 needs a CPU with AVX-512"):
+        optimize_for_inference(model, "bfloat16")
 
 
 def test_a_large_batch_goes_through_in_parts():

@@ -39,10 +39,11 @@ def same_first_hits(
         synthesize("llcm", root, identities, progress=False)
         dataset = open_dataset("llcm", root)
         samples = dataset.test("visible") + dataset.test("infrared")
-        calibration = [
-            (_images(model, [s for s in dataset.train() if s.modality == modality][:32]), modality)
-            for modality in ("visible", "infrared")
-        ]
+        calibration = []
+        for modality in ("visible", "infrared"):
+            images = [s for s in dataset.train() if s.modality == modality]
+            spread = images[:: max(1, len(images) // 32)][:32]  # over people and cameras
+            calibration.append((_images(model, spread), modality))
         wanted = _first_hits(extract(model, samples, world, "float32"), samples)
         shares = {}
         for precision in precisions:

@@ -131,9 +131,10 @@ def _descriptors(plan: Plan) -> list[Row]:
     shares, queries = same_first_hits(("bfloat16", "int8"))
     reference, rows = found.get("reference"), []
     for name, target in (("float32", 1.7), ("bfloat16", 3.4), ("int8", 5.0)):
-        note = _descriptor_note(found[name].answer, reference and reference.answer)
+        notes = [_descriptor_note(found[name].answer, reference and reference.answer)]
         if name in shares:
-            note += f"same first hit for {shares[name]:.1%} of {queries:,} drawn queries"
+            notes.append(f"same first hit for {shares[name]:.1%} of {queries:,} drawn queries")
+        note = "; ".join(filter(None, notes))
         work = f"descriptors on a CPU, batches of {plan.spec.images // 2}, {name}"
         rows.append(
             _speed(work, "images/s", plan.spec.images, found[name], reference, target, note)
@@ -147,7 +148,7 @@ def _descriptor_note(ours: Any, reference: Any) -> str:
     difference = np.abs(ours - reference).max()
     cosine = (ours * reference).sum(1) / np.linalg.norm(ours, axis=1)
     cosine = float((cosine / np.linalg.norm(reference, axis=1)).min())
-    return f"greatest difference {difference:.0e}, least cosine {cosine:.5f}; "
+    return f"greatest difference {difference:.1e}, least cosine {cosine:.5f}"
 
 
 def _sysu_test(plan: Plan) -> list[Row]:
@@ -201,7 +202,7 @@ def _losses(plan: Plan) -> list[Row]:
 def _difference(ours: Any, reference: Any) -> str:
     if reference is None:
         return ""
-    return f"greatest difference {np.abs(np.asarray(ours) - np.asarray(reference)).max():.0e}"
+    return f"greatest difference {np.abs(np.asarray(ours) - np.asarray(reference)).max():.1e}"
 
 
 def _training(plan: Plan) -> list[Row]:
@@ -247,7 +248,7 @@ def _gpu(plan: Plan) -> list[Row]:
     note = _descriptor_note(ours.answer, reference and reference.answer)
     peak = workloads.bfloat16_peak()
     share = workloads.operations(replace(plan.spec, images=images)) / ours.median / peak
-    note += f"{share:.0%} of the {peak / 1e12:.0f} TFLOP/s of a large bfloat16 product"
+    note += f"; {share:.0%} of the {peak / 1e12:.0f} TFLOP/s of a large bfloat16 product"
     rows = [_speed(describe, "images/s", images, ours, reference, 8.0, note)]
     found = plan.hold(
         workloads.training_step, ("reference", "bfloat16"), 10, device="cuda", images=24

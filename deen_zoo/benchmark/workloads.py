@@ -124,7 +124,7 @@ def training_step(contestant: str, spec: Spec) -> Callable[[], float]:
         loss = task(images, labels, infrared).sum()
         loss.backward()
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
@@ -147,7 +147,7 @@ def _reference_step(images: Tensor, labels: Tensor, spec: Spec) -> Callable[[], 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 

@@ -19,7 +19,7 @@ from ..errors import UserError
 from .blocks import infrared_rows_of
 from .deen import DEEN
 from .deploy import Conv, _Block
-from .int8 import Kernel, Ranges, check_plain, quantize_stages
+from .int8 import Kernel, Ranges, check_quantizable, quantize_stages
 
 __all__ = ["INFERENCE_PRECISIONS", "optimize_for_inference"]
 
@@ -48,17 +48,20 @@ def optimize_for_inference(
             to come, as ``[(images, "visible"), (images, "infrared")]``; tens will do, less well.
 
     Raises:
-        UserError: No such precision; int8 without calibration, off the CPU, of a backbone that is
-            not made of plain ResNet blocks, or of ``form="paper"``.
+        UserError: No such precision; a CPU that has no bfloat16; int8 without calibration, off the
+            CPU, with a torch that is too old for it, of a backbone that is not made of plain ResNet
+            blocks, or of ``form="paper"``.
     """
     if precision not in INFERENCE_PRECISIONS:
         raise UserError(f"precision {precision!r}: choose from {', '.join(INFERENCE_PRECISIONS)}")
     on_cpu = next(model.parameters()).device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if on_cpu and precision != "float32" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise UserError(f"{precision} needs a CPU with AVX-512 or better: take float32")
     fast: DEEN = reparameterize_model(copy.deepcopy(model).eval(), inplace=True)
     if precision == "int8":
         if not on_cpu:
             raise UserError("int8 is for a CPU with oneDNN: move the model there, or take bfloat16")
-        check_plain(fast)
+        check_quantizable(fast)
         fast.stages = quantize_stages(fast, Ranges(fast, calibration or []))
     if precision == "bfloat16":  # but for the stems, where rounding costs most and work least
         fast.stages.to(torch.bfloat16)

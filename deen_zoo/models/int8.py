@@ -25,7 +25,7 @@ from .deploy import (
     position_product,
 )
 
-__all__ = ["Kernel", "Ranges", "check_plain", "quantize_stages"]
+__all__ = ["Kernel", "Ranges", "check_quantizable", "has_kernels", "quantize_stages"]
 
 
 MARGIN = 1.2  # for images that go beyond those of the calibration; clipping costs much more
@@ -57,9 +57,16 @@ class _Scale(NamedTuple):
         return [_Scale(scale, self.zero, mean) for scale, mean in parts]
 
 
-def check_plain(model: DEEN) -> None:
-    """Raise unless every block of a deployed model is convolutions and ReLUs only, with MFA, if
-    any, in the official form."""
+def has_kernels() -> bool:
+    """Whether this torch has the convolutions that are called here; torch 2.4 has other ones."""
+    return "Tensor(a!) qaccum" in str(torch.ops.onednn.qconv2d_pointwise.binary._schema)
+
+
+def check_quantizable(model: DEEN) -> None:
+    """Raise unless this torch has the kernels, every block of a deployed model is convolutions and
+    ReLUs only, and its MFA, if any, is in the official form."""
+    if not has_kernels():
+        raise UserError(f"int8 needs a newer torch than {torch.__version__}: take bfloat16")
     if not all(isinstance(block, _Block) for stage in model.stages for block in stage.blocks):
         raise UserError("int8 takes a backbone of plain ResNet blocks, such as resnet50")
     if not all(isinstance(s.cnl, _CNL) for s in model.stages if isinstance(s, _FusedStage)):
