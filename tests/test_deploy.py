@@ -17,9 +17,9 @@ from deen_zoo.data.files import open_image
 from deen_zoo.data.transforms import eval_transform
 from deen_zoo.errors import UserError
 from deen_zoo.extraction import data_config
+from deen_zoo.models import int8
 from deen_zoo.models.deploy import is_deployed
 from deen_zoo.models.inference import optimize_for_inference
-from deen_zoo.models import int8
 from deen_zoo.models.int8 import _Scale
 from tests import seeded
 
