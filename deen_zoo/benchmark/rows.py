@@ -360,12 +360,18 @@ def table(rows: Sequence[Row]) -> str:
         "|---|---:|---:|---:|---:|---|",
     ]
     for row in rows:
-        figures = ["" if x is None else f"{x:.3g} {row.unit}" for x in (row.ours, row.reference)]
+        figures = [_figure(x, row.unit) for x in (row.ours, row.reference)]
         ratio = "" if row.ratio is None else f"{row.ratio:.3g}x"
-        if row.low is not None and row.high is not None:
+        if row.low is not None and row.high is not None and row.low < row.high:
             ratio += f" ({row.low:.3g} to {row.high:.3g})"
         target = "" if row.target is None else f"{row.target:.3g}x"
         if row.met is False:
             target += " **missed**"
         lines.append("| " + " | ".join([row.work, *figures, ratio, target, row.note]) + " |")
     return "\n".join(lines)
+
+
+def _figure(value: float | None, unit: str) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"

@@ -22,7 +22,7 @@ from .workloads import descriptors
 
 __all__ = ["Curves", "draw_curves", "measure_curves"]
 
-BATCHES = (2, 4, 8, 16, 32)
+BATCHES = (1, 2, 4, 8, 16, 32)
 FORMS = ("plain", "float32", "bfloat16", "int8")
 WORKERS = (0, 1, 2, 4)
 GALLERIES = (1_000, 10_000, 100_000, 1_000_000)
@@ -63,11 +63,11 @@ def measure_curves(
         speeds: dict[str, dict[int, float]] = {form: {} for form in FORMS}
         for n in batches:
             say(f"batches of {n}")
-            found = contest(descriptors, FORMS, replace(spec, images=n), rounds)
+            found = contest(descriptors, FORMS, replace(spec, images=2 * n), rounds)
             for form in FORMS:
-                speeds[form][n] = n / min(found[form].seconds)
+                speeds[form][n] = 2 * n / min(found[form].seconds)
         say("files and workers")
-        synthesize("llcm", spec.folder / "people", 8, progress=False)
+        synthesize("llcm", spec.folder / "people", 40, progress=False)
         found = contest(from_files, [str(n) for n in WORKERS], spec, rounds)
         workers = {n: found[str(n)].answer / min(found[str(n)].seconds) for n in WORKERS}
         seconds, megabytes = {}, {}
@@ -93,10 +93,13 @@ def rank(contestant: str, spec: Spec) -> Callable[[], int]:
     gallery_ids = np.arange(spec.images) // 20
     query_ids = rng.choice(gallery_ids, QUERIES)
 
+    taken = [0]  # the first run allocates what later ones use again
+
     def run() -> int:
         before = _reset_peak()
         evaluate_ranking(similarity, query_ids, gallery_ids, rule="regdb")
-        return _memory("VmHWM") - before
+        taken.append(_memory("VmHWM") - before)
+        return max(taken)
 
     return run
 
@@ -140,9 +143,9 @@ def draw_curves(curves: Curves, path: str | os.PathLike[str]) -> None:
     gallery.set(title=f"ranking {QUERIES} queries", xlabel="gallery images")
     gallery.set_ylabel("seconds", color="C0")
     memory = gallery.twinx()
-    memory.loglog(list(curves.megabytes), list(curves.megabytes.values()), "s--", color="C1")
+    memory.semilogx(list(curves.megabytes), list(curves.megabytes.values()), "s--", color="C1")
     memory.set_ylabel("MB beside the similarities", color="C1")
-    for axes in (batch, workers):
+    for axes in (batch, workers, memory):
         axes.set_ylim(bottom=0)
     for axes in (batch, workers, gallery):
         axes.grid(alpha=0.3)
