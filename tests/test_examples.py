@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -202,7 +203,12 @@ def served(*arguments: str, notes: Path) -> Iterator[str]:
     env["TMPDIR"] = tempfile.mkdtemp()  # not below tmp_path: sockets' names are limited in length
     port = browser.free_port()
     command = [sys.executable, str(ROOT / "examples/demo.py"), f"--port={port}", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT.parent, env=env)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT.parent,
+        env=env,
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # a shell's background jobs, and what they start, would ignore Ctrl-C
     address = f"http://127.0.0.1:{port}/"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
