@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .data.cache import DecodedCache
 from .data.draws import Sample
-from .data.loading import DEFAULT_WORKERS
+from .data.loading import DEFAULT_WORKERS, check_workers
 from .data.transforms import eval_transform
 from .device import autocast
 from .distributed import World
@@ -54,12 +54,15 @@ def embed(
     workers: int,
 ) -> Iterator[Batch]:
     """Descriptors of the images of each batch, on the CPU; workers decode the next ones."""
+    if sum(map(len, batches)) <= 16:
+        workers = 0  # starting them takes longer
+    check_workers(workers)
     training = model.training
     model.eval()
     loader = DataLoader(
         images,
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of index sequences
-        num_workers=workers if sum(map(len, batches)) > 16 else 0,  # starting them takes longer
+        num_workers=workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own: the global state must not move

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -267,6 +268,14 @@ def test_optimized_rows_are_equal(files, descriptor):
     assert half.provenance["precision"] == "bfloat16 on cpu, optimized"
     with pytest.raises(UserError, match="computes all branches"):
         FeatureExtractor("test_deen_resnet", "cpu", optimize=True, branches="original")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no sockets with names")
+def test_a_temporary_folder_with_too_long_a_name(files, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + "x" * 100)
+    with pytest.raises(UserError, match="set TMPDIR to a shorter one, or workers=0"):
+        tiny(workers=1)([files[0]] * 17, "visible")
+    assert len(tiny(workers=0)([files[0]] * 17, "visible")) == 17
 
 
 def test_models_by_name_and_folder(files, tmp_path):

@@ -25,7 +25,7 @@ from .sampler import Draw, IdentitySampler, generator
 from .transforms import EvalTransform, Pixels, TrainTransform, resize
 
 __all__ = ["EvalBatch", "EvalSet", "Loader", "TrainBatch", "TrainLoader", "TrainSet"]
-__all__ += ["eval_loader", "read_image", "train_loader"]
+__all__ += ["check_workers", "eval_loader", "read_image", "train_loader"]
 
 Batch = TypeVar("Batch")
 DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
@@ -162,9 +162,15 @@ class EvalSet(Dataset[Item | UserError]):
         return Item((self.transform(pixels), torch.tensor(index)), [])
 
 
-def _check_workers(workers: int) -> None:
-    """Workers hand batches over by a socket below the temporary folder; where its name would be too
-    long for the system (107 bytes on Linux, 103 on macOS), they would wait for ever."""
+def check_workers(workers: int) -> None:
+    """Whether so many workers of a ``DataLoader`` can hand their batches over.
+
+    They do so by a socket below the temporary folder; where its name would be too long for the
+    system (107 bytes on Linux, 103 on macOS), they would wait for ever.
+
+    Raises:
+        UserError: It is too long.
+    """
     limit = 107 if sys.platform == "linux" else 103
     folder = tempfile.gettempdir()
     longest = limit - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
@@ -205,7 +211,7 @@ class Loader(Generic[Batch]):
         pin_memory: bool | None,
         **options: Any,
     ) -> None:
-        _check_workers(workers)
+        check_workers(workers)
         self.make = make
         self.broken: dict[str, str] = {}
         self.loader: DataLoader[Item | UserError] = DataLoader(
