@@ -184,6 +184,7 @@ def _train(
             raise
         raise UserError(f"{error}; or start from random weights with --scratch") from error
     _place(model, world)
+    model.set_grad_checkpointing(settings.grad_checkpointing, stages=2)  # half of the maps
     data = data_config(model)
     size = data["input_size"][1:]
     cache = _cache(settings, dataset, size)

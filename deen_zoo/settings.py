@@ -47,6 +47,8 @@ class Settings:
         device: ``"auto"`` or a torch device.
         precision: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
         compile: Use ``torch.compile``.
+        grad_checkpointing: Compute the maps of the first two stages again in the backward pass
+            instead of keeping them: less memory, the same numbers, some more time.
         optimize: Evaluate checkpoints in the form that
             :func:`~deen_zoo.models.inference.optimize_for_inference` gives.
         workers: Processes that decode.
@@ -74,6 +76,7 @@ class Settings:
     device: str = "auto"
     precision: str = "auto"
     compile: bool = False
+    grad_checkpointing: bool = False
     optimize: bool = False
     workers: int = DEFAULT_WORKERS
     batch_size: int = 64

@@ -11,11 +11,10 @@ import torch
 from .. import create_model
 from ..data import open_dataset, synthesize
 from ..data.draws import Sample
-from ..data.files import open_image
-from ..data.transforms import eval_transform
 from ..distributed import World
 from ..evaluation import evaluate
-from ..extraction import data_config, extract
+from ..extraction import extract
+from ..features import FeatureExtractor
 from ..models import DEEN
 from ..models.inference import optimize_for_inference
 
@@ -33,7 +32,7 @@ def same_first_hits(
     calibrated on training images.
     """
     model: DEEN = create_model("test_deen_resnet", pretrained=True).eval()
-    world = World(torch.device("cpu"))
+    world, describe = World(torch.device("cpu")), FeatureExtractor(model, "cpu")
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch, "people")
         synthesize("llcm", root, identities, progress=False)
@@ -43,7 +42,7 @@ def same_first_hits(
         for modality in ("visible", "infrared"):
             images = [s for s in dataset.train() if s.modality == modality]
             spread = images[:: max(1, len(images) // 32)][:32]  # over people and cameras
-            calibration.append((_images(model, spread), modality))
+            calibration.append((describe.preprocess(spread)[0], modality))
         wanted = _first_hits(extract(model, samples, world, "float32"), samples)
         shares = {}
         for precision in precisions:
@@ -64,8 +63,3 @@ def _first_hits(rows: torch.Tensor, samples: Sequence[Sample]) -> list[str]:
             best = (rows[query] @ rows[gallery].T).argmax(dim=1)
             hits += [trial.gallery[i].path for i in best.tolist()]
     return hits
-
-
-def _images(model: DEEN, samples: Sequence[Sample]) -> torch.Tensor:
-    transform = eval_transform(data_config(model))
-    return torch.stack([transform(open_image(sample.path)) for sample in samples])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import statistics
 import sys
 import tempfile
@@ -83,6 +82,8 @@ class Plan:
         if not self.spec.official:
             contestants = [name for name in contestants if name != "reference"]
         spec = replace(self.spec, **changes)
+        if spec.official and workload in (workloads.descriptors, workloads.training_step):
+            workloads.share_weights(spec)
         return contest(workload, contestants, spec, self.rounds or rounds, self.say, warm_up)
 
 
@@ -109,19 +110,16 @@ def _speed(
     )  # fmt: skip
 
 
-def _size(work: str, ours: int | None, reference: int | None, target: float, note: str = "") -> Row:
+def _size(work: str, ours: int | None, reference: int | None, target: float | None) -> Row:
     """A row of bytes; ``target`` is the share of the reference's that is not to be exceeded."""
-    if not ours or not reference:
-        return Row(work, "MB", ours / 1e6 if ours else None, target=1 / target, note=note)
-    return Row(
-        work, "MB", ours / 1e6, reference / 1e6, reference / ours, target=1 / target, note=note
-    )
+    ratio = reference / ours if ours and reference else None
+    ours_mb, reference_mb = (size / 1e6 if size else None for size in (ours, reference))
+    return Row(work, "MB", ours_mb, reference_mb, ratio, target=1 / target if target else None)
 
 
-def _memory(work: str, ours: Outcome, reference: Outcome | None, target: float) -> Row:
-    return _size(
-        f"{work}: peak memory", ours.memory, reference.memory if reference else None, target
-    )
+def _memory(work: str, ours: Outcome, reference: Outcome | None, target: float | None) -> Row:
+    theirs = reference.memory if reference else None
+    return _size(f"{work}: peak memory", ours.memory, theirs, target)
 
 
 def _descriptors(plan: Plan) -> list[Row]:
@@ -206,9 +204,11 @@ def _difference(ours: Any, reference: Any) -> str:
 
 
 def _training(plan: Plan) -> list[Row]:
-    found = plan.hold(workloads.training_step, ("reference", "float32", "bfloat16"), 2, images=24)
+    targets = {"float32": (1.9, 0.8), "bfloat16": (4.8, 0.55)}
+    targets = {name + how: t for name, t in targets.items() for how in ("", " grad checkpointing")}
+    found = plan.hold(workloads.training_step, ("reference", *targets), 2, images=24)
     reference, rows = found.get("reference"), []
-    for name, speed, memory in (("float32", 1.9, 0.8), ("bfloat16", 4.8, 0.55)):
+    for name, (speed, memory) in targets.items():
         work = f"training step on a CPU, 24 + 24 images, {name}"
         rows.append(_speed(work, "s", 1, found[name], reference, speed))
         rows.append(_memory(work, found[name], reference, memory))
@@ -224,8 +224,9 @@ def _start(plan: Plan) -> list[Row]:
 def _checkpoint(plan: Plan) -> list[Row]:
     folder = plan.spec.folder / "saved"
     save_pretrained(create_model(plan.spec.model), folder)
-    theirs = plan.spec.folder / "weights.t"
-    reference = theirs.stat().st_size if plan.spec.official else None
+    reference = None
+    if plan.spec.official:
+        reference = workloads.share_weights(plan.spec).stat().st_size
     return [_size("checkpoint", (folder / "model.safetensors").stat().st_size, reference, 0.48)]
 
 
@@ -307,26 +308,15 @@ def benchmark(
     if checkout and model not in workloads.DATASETS:
         known = ", ".join(workloads.DATASETS)
         raise UserError(f"the reference has no {model}: choose from {known}, or leave it out")
-    scratch = tempfile.mkdtemp(prefix="deen-zoo-benchmark-")
-    try:
-        net = create_model(model)
-        _, *size = data_config(net)["input_size"]
-        folder = Path(scratch)
-        if checkout:
-            official.save_weights(
-                checkout, net.num_classes, workloads.DATASETS[model], folder / "weights.t"
-            )
-        spec = Spec(
-            folder, checkout, model, images, tuple(size), "cpu", threads or torch.get_num_threads()
-        )
-        plan = Plan(spec, rounds, say)
-        rows: list[Row] = []
+    _, *size = data_config(create_model(model))["input_size"]
+    threads = threads or torch.get_num_threads()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        spec = Spec(Path(scratch), checkout, model, images, tuple(size), "cpu", threads)
         for work in works:
             say(f"{work} ...")
-            rows += WORKS[work](plan)
-        return rows
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            rows += WORKS[work](Plan(spec, rounds, say))
+    return rows
 
 
 def environment(threads: int | None = None) -> dict[str, Any]:

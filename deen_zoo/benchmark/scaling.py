@@ -54,12 +54,14 @@ def measure_curves(
     batches: Sequence[int] = BATCHES,
     galleries: Sequence[int] = GALLERIES,
     rounds: int = 3,
+    threads: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Curves:
     """Measure on the CPU."""
     with tempfile.TemporaryDirectory() as scratch:
         _, *size = data_config(create_model(model))["input_size"]
-        spec = Spec(Path(scratch), None, model, 2, tuple(size), "cpu", torch.get_num_threads())
+        threads = threads or torch.get_num_threads()
+        spec = Spec(Path(scratch), None, model, 2, tuple(size), "cpu", threads)
         speeds: dict[str, dict[int, float]] = {form: {} for form in FORMS}
         for n in batches:
             say(f"batches of {n}")

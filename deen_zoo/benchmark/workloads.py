@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import create_model
+from ..device import keep_freed_memory
 from ..evaluation import evaluate_ranking
 from ..losses import batch_hard_triplet_loss, cpm_loss, orthogonality_loss
 from ..models import DEEN
@@ -44,19 +46,31 @@ Array = NDArray[Any]
 Case = tuple[Array, Array, Array, Array, Array]
 
 
+def share_weights(spec: Spec) -> Path:
+    """The checkpoint that both programs load; it is made once."""
+    assert spec.official
+    path = spec.folder / "weights.t"
+    if not path.exists():
+        identities = create_model(spec.model).num_classes
+        official.save_weights(spec.official, identities, DATASETS[spec.model], path)
+    return path
+
+
 def _load(spec: Spec, train: bool = False) -> DEEN:
-    """Our model; with a reference, with the weights that it has."""
+    """Our model; with a reference, with the weights that it has. As in any of our commands, freed
+    memory is kept."""
+    keep_freed_memory()
     torch.manual_seed(0)
     model: DEEN = create_model(spec.model)
     if spec.official:
-        content = torch.load(spec.folder / "weights.t", map_location="cpu", weights_only=True)
+        content = torch.load(share_weights(spec), map_location="cpu", weights_only=True)
         model.load_state_dict(checkpoint_filter_fn(content, model))
     return model.to(spec.device).to(memory_format=torch.channels_last).train(train)
 
 
 def _load_reference(spec: Spec, train: bool = False) -> nn.Module:
     assert spec.official
-    content = torch.load(spec.folder / "weights.t", map_location="cpu", weights_only=True)["net"]
+    content = torch.load(share_weights(spec), map_location="cpu", weights_only=True)["net"]
     ids = len(content["classifier.weight"])
     net = official.make_net(spec.official, ids, DATASETS[spec.model])
     net.load_state_dict(content)
@@ -110,13 +124,16 @@ def _batch(spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def training_step(contestant: str, spec: Spec) -> Callable[[], float]:
-    """Forward, losses, backward, SGD. Contestants: ``reference``, ``float32``, ``bfloat16``."""
+    """Forward, losses, backward, SGD. Contestants: ``reference``, ``float32``, ``bfloat16``,
+    and these two with ``grad checkpointing`` as ``reproduce`` has it."""
     images, labels, infrared = _batch(spec)
     recipe = get_recipe("official")
     if contestant == "reference":
         return _reference_step(images, labels, spec)
+    precision, *how = contestant.split()
     model = _load(spec, train=True)
-    task, optimizer = Task(model, recipe, contestant), make_optimizer(model, recipe)
+    model.set_grad_checkpointing(bool(how), stages=2)
+    task, optimizer = Task(model, recipe, precision), make_optimizer(model, recipe)
     images = images.to(spec.device, memory_format=torch.channels_last)
 
     def step() -> float:
@@ -264,6 +281,7 @@ def sysu_test(contestant: str, spec: Spec) -> Callable[[], dict[str, float]]:
         assert folder
         return lambda: official.run_test(folder, "sysu", root, weights, SYSU_SIZE)
     precision, *how = contestant.split()
+    keep_freed_memory()
 
     def ours() -> dict[str, float]:
         with tempfile.TemporaryDirectory() as scratch:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
+from ..device import keep_freed_memory
 from ..errors import UserError
 
 VERBS = {
@@ -88,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = _overview().parse_args(argv)
     module, parser = load_verb(first.verb)
     args = parser.parse_args(first.arguments)
+    keep_freed_memory()
     try:
         return int(module.run(args))
     except BrokenPipeError:

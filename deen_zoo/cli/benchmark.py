@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     machine = environment(args.threads)
     curves = None
     if args.curves:
-        curves = measure_curves(args.model, say=say)
+        curves = measure_curves(args.model, threads=args.threads, say=say)
         draw_curves(curves, args.curves)
     if args.json:
         found = [{**asdict(row), "met": row.met} for row in rows]

@@ -62,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", metavar="FOLDER", help="keep decoded images there")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument(
+        "--grad-checkpointing",
+        action="store_true",
+        help="less memory and a little slower: compute the first stages' maps twice",
+    )
+    parser.add_argument(
         "--optimize",
         action="store_true",
         help="evaluate by faster kernels, equal to 1e-5 in float32",

@@ -1,11 +1,13 @@
 """The parts of DEEN: DEE, MFA's two non-local blocks, the BN neck, and the stages they form."""
+import contextlib
 from collections import OrderedDict
-from typing import Any, Union
+from typing import Any, Iterator, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.models import register_notrace_function, register_notrace_module
+from torch.utils.checkpoint import checkpoint
 
 Modality = Union[str, torch.Tensor, None]
 
@@ -210,3 +212,29 @@ def without_stride(blocks: nn.Module, backbone: str) -> nn.Module:
             raise ValueError(f"backbone {backbone} strides by {type(module).__name__}, which DEEN "
                              f"cannot undo: choose a plain ResNet such as resnet50")
     return blocks
+
+
+@torch.jit.ignore
+def recomputed(stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``stage(x)`` without keeping its maps for the backward pass, which computes them again.
+
+    The second time, batch norms leave their running statistics alone: each batch counts once.
+    """
+    if torch.compiler.is_compiling():  # which updates them once by itself, and takes no context
+        return checkpoint(stage, x, use_reentrant=False)
+    norms = [m for m in stage.modules() if getattr(m, "num_batches_tracked", None) is not None]
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        momentums = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+        try:
+            yield
+        finally:
+            for norm, momentum in zip(norms, momentums):
+                norm.momentum = momentum
+                norm.num_batches_tracked -= int(norm.training)
+
+    return checkpoint(
+        stage, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), again()))

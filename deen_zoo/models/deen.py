@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     build_model_with_cfg,
-    checkpoint_seq,
     generate_default_cfgs,
     register_model,
 )
@@ -36,6 +35,7 @@ from .blocks import (
     Stem,
     check_images,
     infrared_rows_of,
+    recomputed,
     without_stride,
 )
 from .checkpoint import checkpoint_filter_fn
@@ -100,7 +100,7 @@ class DEEN(nn.Module):
         self.in_chans = in_chans
         self.num_branches = 3 if dee else 1
         self.num_fused = num_stages - 1 if mfa else 0
-        self.grad_checkpointing = False
+        self.num_recomputed = 0
         self.model_args = dict(
             backbone=backbone, backbone_args=backbone_args, num_stages=num_stages, dee=dee, mfa=mfa,
             form=form, modality=modality, drop_rate=drop_rate)
@@ -169,9 +169,16 @@ class DEEN(nn.Module):
         return dict(stem=r"^(?:visible|infrared)_stem", blocks=blocks)
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the stages in the backward pass instead of keeping their activations."""
-        self.grad_checkpointing = enable
+    def set_grad_checkpointing(self, enable: bool = True, stages: Optional[int] = None) -> None:
+        """Recompute stages in the backward pass instead of keeping their activations.
+
+        The numbers stay the same, to the bit, those of running statistics too.
+
+        Args:
+            enable: False for none.
+            stages: So many of the first ones, which hold the largest maps; None for all.
+        """
+        self.num_recomputed = (len(self.stages) if stages is None else stages) if enable else 0
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -229,10 +236,11 @@ class DEEN(nn.Module):
     def _forward_stages(self, x: torch.Tensor, modality: Modality) -> torch.Tensor:
         """Images (N, in_chans, H, W) -> (B*N, C, H/16, W/16), branch-major."""
         x = self.forward_stems(x, modality)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.stages, x)
-        else:
-            x = self.stages(x)
+        for i, stage in enumerate(self.stages):
+            if i < self.num_recomputed and not torch.jit.is_scripting():
+                x = recomputed(stage, x)
+            else:
+                x = stage(x)
         return x
 
     def forward_features(self, x: torch.Tensor, modality: Modality = None) -> torch.Tensor:
@@ -306,7 +314,7 @@ class DEEN(nn.Module):
         x = self.forward_stems(x, modality)
         intermediates = [x] if 0 in take else []
         for i, stage in enumerate(self.stages[:last] if stop_early else self.stages, start=1):
-            x = checkpoint_seq([stage], x) if self.grad_checkpointing else stage(x)
+            x = recomputed(stage, x) if i <= self.num_recomputed else stage(x)
             if self.feature_info[i]["num_chs"] != x.shape[1]:  # the last stage, after DEE
                 x = self._side_by_side(x)
             if i in take:

@@ -3,8 +3,7 @@
 ``float32`` and ``bfloat16`` run oneDNN's convolutions with the addition and the ReLU inside, and
 the widest 3x3 ones by Winograd's minimal filtering (arXiv:1509.09308), which multiplies less.
 ``int8`` has most convolutions between the stem and the last pooling read bytes, with scales taken
-from the images that it is calibrated on. Batches of about eight images are the fastest: the maps of
-more outgrow what the allocator keeps.
+from the images that it is calibrated on.
 """
 import copy
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 from torch import Tensor
 
+from ..device import keep_freed_memory
 from ..errors import UserError
 from .blocks import infrared_rows_of
 from .deen import DEEN
@@ -38,7 +38,8 @@ def optimize_for_inference(
 
     ``float32`` equals the model to 1e-5; ``bfloat16`` and ``int8`` are approximations. All take and
     give float32. Off the CPU it is the deploy form in that precision, to be compiled; on it
-    ``forward_embedding`` takes a few images of a large batch at a time, so any size is as fast.
+    ``forward_embedding`` takes a few images of a large batch at a time, so any size is as fast, and
+    the process keeps freed memory (:func:`deen_zoo.device.keep_freed_memory`).
 
     Args:
         model: In either form.
@@ -66,6 +67,7 @@ def optimize_for_inference(
     if precision == "bfloat16":  # but for the stems, where rounding costs most and work least
         fast.stages.to(torch.bfloat16)
     if on_cpu:
+        keep_freed_memory()
         fast.__class__ = _InParts
         _replace_convolutions(fast)
     if precision == "bfloat16":
