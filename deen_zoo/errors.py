@@ -19,6 +19,14 @@ class MissingExtraError(UserError, ImportError):
     """An optional dependency is not installed; the message names the pip command."""
 
 
+def check_least(name: str, number: int, least: int) -> None:
+    """Raises:
+    UserError: ``number`` is below ``least``.
+    """
+    if number < least:
+        raise UserError(f"{name} {number}: give {least} or more")
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional dependency, or say how to install it.
 

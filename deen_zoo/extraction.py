@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import safetensors.torch
@@ -20,7 +21,7 @@ from .data.loading import DEFAULT_WORKERS, check_workers
 from .data.transforms import eval_transform
 from .device import autocast
 from .distributed import World
-from .errors import UserError
+from .errors import UserError, check_least
 from .models import DEEN
 from .sources import Batch, Images, collate, gather
 
@@ -96,11 +97,11 @@ def run(
     if infrared.all() or not infrared.any():
         modality = "infrared" if infrared[0] else "visible"
     images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-    describe = _original_branch if original else DEEN.forward_embedding
+    describe = partial(_original_branch, model) if original else model.forward_embedding
     with autocast(device, precision):
-        rows: Tensor = describe(model, images, modality)
+        rows: Tensor = describe(images, modality)
         if flip:
-            rows = rows + describe(model, images.flip(3), modality)
+            rows = rows + describe(images.flip(3), modality)
     return rows.float().cpu()
 
 
@@ -143,8 +144,9 @@ def extract(
         (N, 2*B*C) float32 on the CPU, not normalised as a whole; row i is ``samples[i]``.
 
     Raises:
-        UserError: A file is missing or broken; the message names it.
+        UserError: A file is missing or broken; the message names it. Or there is no such batch.
     """
+    check_least("batch_size", batch_size, 1)
     images = Images(gather(samples, None), eval_transform(data_config(model)), cache)
     mine = world.shard(len(samples))
     out = torch.empty(len(mine), descriptor_width(model))

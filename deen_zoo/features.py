@@ -19,7 +19,7 @@ from .data.loading import DEFAULT_WORKERS
 from .data.transforms import eval_transform
 from .device import choose_device, resolve_precision
 from .distributed import World
-from .errors import UserError
+from .errors import UserError, check_least
 from .extraction import data_config, descriptor_width, embed, extract, progress_bar, run, split
 from .extraction import weights_sha256 as weights_sha256
 from .feature_files import (
@@ -104,9 +104,8 @@ class FeatureExtractor:
         ):
             if value not in valid:
                 raise UserError(f"{name} {value!r}: choose from {', '.join(valid)}")
-        for name, number, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
-            if number < least:
-                raise UserError(f"{name} {number}: give {least} or more")
+        check_least("batch_size", batch_size, 1)
+        check_least("workers", workers, 0)
         self.device = choose_device(device)
         resolve_precision(self.device, precision)
         if not isinstance(model, torch.nn.Module):
@@ -193,10 +192,12 @@ class FeatureExtractor:
             The table of the file, its rows mapped. ``.unreadable`` has the images without one.
 
         Raises:
-            UserError: As above; no image can be read; or ``FILE.parts`` is of another extraction.
+            UserError: As above; no image can be read; or ``FILE.parts`` is damaged or
+                of another extraction.
         """
         world, file = world or World(self.device), Path(file)
         check_name(file)
+        check_least("shard", shard, 1)
         found = gather(source, modality)
         for place, item in enumerate(found.items):
             if not isinstance(item, str):
@@ -352,7 +353,10 @@ class _Parts(Sequence[FeatureTable]):
             partial.write_text(json.dumps(self.plan, indent=2), encoding="utf-8")
             os.replace(partial, plan)
             return
-        stored = json.loads(plan.read_text(encoding="utf-8"))
+        try:
+            stored = dict(json.loads(plan.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{plan} is damaged ({error}): delete {self.folder}") from error
         differs = [key for key, value in self.plan.items() if stored.get(key) != value]
         if differs:
             raise UserError(

@@ -18,11 +18,6 @@ from .models import DEEN
 
 __all__ = ["Measured", "card", "licence_of"]
 
-TERMS = {
-    "sysu": "https://github.com/wuancong/SYSU-MM01",
-    "regdb": "http://dm.dongguk.edu/link.html",
-    "llcm": "https://github.com/ZYK100/LLCM",
-}
 TITLES = {"r1": "rank-1", "r5": "rank-5", "r10": "rank-10", "r20": "rank-20"}
 
 
@@ -150,8 +145,9 @@ def _data(results: Mapping[str, Any], found: Measured, title: str) -> str:
         return f"Pictures drawn by `deen-zoo synthesize`, which show no real person: {names}"
     if results["dataset"] == "own":
         return f"The publisher's own images: {names} They are not redistributed here."
+    home = DATASETS[results["dataset"]].home
     return (
-        f"{title}: {names} It is given out on a signed request only ({TERMS[results['dataset']]}), "
+        f"{title}: {names} It is given out on a signed request only ({home}), "
         f"for research, and is not redistributed here. It shows real people: keep to the terms "
         f"that you, too, would have to sign."
     )
@@ -171,7 +167,7 @@ def licence_of(
     if results["dataset"] == "own":
         words = "That does not extend to the weights, whose terms are for their publisher to say."
         return "other", "see-card", f"{constants.ENDPOINT}/{repo}#licence", f"{code} {words}"
-    link = TERMS[results["dataset"]]
+    link = DATASETS[results["dataset"]].home
     words = (
         f"That does not extend to the weights: they are for research only, within the terms of "
         f"the dataset that they were trained on ({link})."

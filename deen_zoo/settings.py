@@ -10,7 +10,7 @@ from typing import Any
 
 from .data.datasets import DATASETS, PROTOCOLS
 from .data.loading import DEFAULT_WORKERS
-from .errors import UserError
+from .errors import UserError, check_least
 from .recipes import Recipe, get_recipe
 
 __all__ = ["Settings"]
@@ -118,8 +118,14 @@ class Settings:
             )
         if trials and dataset != "regdb":
             raise UserError(f"--trials chooses among RegDB's splits; {dataset} has one")
-        if epochs is not None and epochs < 1:
-            raise UserError(f"--epochs {epochs}: give 1 or more")
+        for option, number, least in (
+            ("--epochs", epochs, 1),
+            ("--batch-size", others.get("batch_size"), 1),
+            ("--workers", others.get("workers"), 0),
+            ("--save-every", others.get("save_every"), 1),
+        ):
+            if number is not None:
+                check_least(option, number, least)
         chosen = get_recipe(recipe or ("synthetic" if synthetic else "official"))
         if cache is None and synthetic:
             cache = output / "cache"

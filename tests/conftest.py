@@ -11,8 +11,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from deen_zoo.data.synthetic import synthesize  # noqa: E402
+from deen_zoo.device import keep_freed_memory  # noqa: E402
 
 torch.set_num_threads(1)
+keep_freed_memory()  # as every command does
 
 
 def _tree(factory: pytest.TempPathFactory, layout: str, images: int, test: float) -> Path:

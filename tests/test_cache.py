@@ -144,6 +144,9 @@ def test_a_damaged_cache_is_an_error_in_use_and_built_anew_when_opened(paths, tm
         cache.read(sorted(paths)[4])
     again = open_cache(tmp_path / "cache", paths, SIZE)
     assert np.array_equal(again.read(sorted(paths)[4]), read_image(sorted(paths)[4], SIZE))
+    for damage in (b"", b"[]", b"\xff", b'{"size": [1]}', b'{"broken": 5}'):
+        (cache.folder / "index.json").write_bytes(damage)
+        assert open_cache(tmp_path / "cache", paths, SIZE).broken == cache.broken
     shutil.rmtree(cache.folder)
     with pytest.raises(UserError, match="removed or cut short"):
         cache.read(paths[0])

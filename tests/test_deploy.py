@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import deen_zoo
+from deen_zoo import FeatureExtractor
 from deen_zoo.data import open_dataset
 from deen_zoo.data.files import open_image
 from deen_zoo.data.transforms import eval_transform
@@ -337,6 +338,10 @@ def test_a_large_batch_goes_through_in_parts():
             wanted = model.forward_embedding(images, modality, flip=True)
             got = fast.forward_embedding(images, modality, flip=True)
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+        sizes = []
+        fast.visible_stem.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+        FeatureExtractor(fast, "cpu", flip=False)(images, "visible")
+        assert sizes == [30, 30]
         with pytest.raises(ValueError, match="one entry an image"):
             fast.forward_embedding(images, infrared[:57])
         with pytest.raises(ValueError, match="images must be"):

@@ -511,6 +511,13 @@ def test_a_killed_extraction_goes_on(files, extractor, tmp_path, monkeypatch):
         extractor.write(files[1:], file, "visible", shard=4)
     with pytest.raises(UserError, match="with other descriptor"):
         tiny(descriptor="bn").write(files, file, "visible", shard=4)
+    plan = tmp_path / "f.safetensors.parts" / "plan.json"
+    stored = plan.read_bytes()
+    for damage in (b"", stored[:40], b"[1]"):
+        plan.write_bytes(damage)
+        with pytest.raises(UserError, match="plan.json is damaged .*: delete .*parts"):
+            extractor.write(files, file, "visible", shard=4)
+    plan.write_bytes(stored)
 
     def counted(images, index, get=module.Images.__getitem__):
         computed.append(index)

@@ -135,6 +135,10 @@ def test_without_data_it_says_where_to_ask(dataset, place, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, says", [
     (["llcm", "--trials", "2"], "RegDB's splits"),
     (["llcm", "--epochs", "0"], "--epochs 0: give 1 or more"),
+    (["llcm", "--batch-size", "-3"], "--batch-size -3: give 1 or more"),
+    (["llcm", "--workers", "-1"], "--workers -1: give 0 or more"),
+    (["llcm", "--save-every", "0"], "--save-every 0: give 1 or more"),
+    (["llcm", "--ablation", "--eval-only", "x"], "does not go with --eval-only"),
     (["llcm", "--seed", "0", "1"], "several seeds go with --ablation"),
     (["llcm", "--model", "resnet50"], "no model 'resnet50'"),
     (["llcm", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),

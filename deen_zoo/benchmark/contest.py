@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import statistics
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..device import keep_freed_memory
 from ..errors import UserError
 
 __all__ = ["Outcome", "Spec", "contest", "peak_memory", "synchronize"]
@@ -74,7 +76,10 @@ def contest(
     say: Callable[[str], None] = lambda line: None,
     warm_up: bool = True,
 ) -> dict[str, Outcome]:
-    """Each contestant once to warm up, then ``rounds`` times in turns: A B A B.
+    """The contestants in turns, A B A B, each ``rounds`` times: once to warm up and once timed.
+
+    Between turns a process gives its free memory back to the system, or they would not fit. Without
+    ``warm_up`` each turn is the timed one alone.
 
     Raises:
         UserError: A contestant failed; its last line is in the message.
@@ -82,12 +87,14 @@ def contest(
     outcomes = {name: Outcome() for name in contestants}
     with contextlib.ExitStack() as stack:
         servers = {name: stack.enter_context(_Server(workload, name, spec)) for name in contestants}
-        for turn in range(0 if warm_up else 1, rounds + 1):
+        for turn in range(1, rounds + 1):
             for name, server in servers.items():
+                if warm_up:
+                    server.ask("warm up")
                 seconds, outcomes[name].answer = server.ask("run")
-                say(f"{name}: {'warm-up' if turn == 0 else f'round {turn}'}, {seconds:.3g} s")
-                if turn:
-                    outcomes[name].seconds.append(seconds)
+                say(f"{name}: round {turn}, {seconds:.3g} s")
+                outcomes[name].seconds.append(seconds)
+                server.ask("rest")
         for name, server in servers.items():
             outcomes[name].memory = server.ask("memory")
     return outcomes
@@ -118,7 +125,8 @@ class _Server:
             fault, answer = self.pipe.recv()
         except EOFError:
             self.process.join()
-            fault = f"ended with exit code {self.process.exitcode} (out of memory?)"
+            code = self.process.exitcode
+            fault = f"ended with exit code {code} (out of memory? then give fewer images)"
         if fault:
             raise UserError(f"{self.name}: {fault}")
         return answer
@@ -137,11 +145,18 @@ def _serve(pipe: Connection, workload: Workload, name: str, spec: Spec) -> None:
         # A spawned process would spawn its own; loaders are to start theirs as they do elsewhere.
         multiprocessing.set_start_method(None, force=True)
         torch.set_num_threads(spec.threads)
+        if name not in ("reference", "timm"):
+            keep_freed_memory()  # as every command of ours does
         run = workload(name, spec)
         pipe.send((None, None))
+        does: dict[str, Callable[[], Any]] = {
+            "warm up": lambda: _timed(run, spec.device) and None,
+            "run": lambda: _timed(run, spec.device),
+            "rest": _give_memory_back,
+            "memory": lambda: peak_memory(spec.device),
+        }
         while (asked := pipe.recv()) != "end":
-            answer = _timed(run, spec.device) if asked == "run" else peak_memory(spec.device)
-            pipe.send((None, answer))
+            pipe.send((None, does[asked]()))
     except (EOFError, KeyboardInterrupt):
         pass
     except BaseException as error:
@@ -154,6 +169,12 @@ def _timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
     answer = run()
     synchronize(device)
     return time.perf_counter() - start, answer
+
+
+def _give_memory_back() -> None:
+    """Undo what :func:`deen_zoo.device.keep_freed_memory` has kept so far."""
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
 
 
 def synchronize(device: str) -> None:

@@ -20,7 +20,7 @@ import torch
 from .. import create_model, save_pretrained
 from ..convert import convert_official
 from ..data import synthesize
-from ..errors import UserError
+from ..errors import UserError, check_least
 from ..extraction import data_config
 from . import official, workloads
 from .agreement import same_first_hits
@@ -110,14 +110,14 @@ def _speed(
     )  # fmt: skip
 
 
-def _size(work: str, ours: int | None, reference: int | None, target: float | None) -> Row:
+def _size(work: str, ours: int | None, reference: int | None, target: float) -> Row:
     """A row of bytes; ``target`` is the share of the reference's that is not to be exceeded."""
     ratio = reference / ours if ours and reference else None
     ours_mb, reference_mb = (size / 1e6 if size else None for size in (ours, reference))
-    return Row(work, "MB", ours_mb, reference_mb, ratio, target=1 / target if target else None)
+    return Row(work, "MB", ours_mb, reference_mb, ratio, target=1 / target)
 
 
-def _memory(work: str, ours: Outcome, reference: Outcome | None, target: float | None) -> Row:
+def _memory(work: str, ours: Outcome, reference: Outcome | None, target: float) -> Row:
     theirs = reference.memory if reference else None
     return _size(f"{work}: peak memory", ours.memory, theirs, target)
 
@@ -295,15 +295,17 @@ def benchmark(
         say: Called with a line of progress.
 
     Raises:
-        UserError: An unknown work, a model that the reference lacks, or a contestant that failed.
+        UserError: An unknown work, numbers that are none, a folder that is not the reference's, a
+            model that it lacks, or a contestant that failed.
     """
     unknown = [work for work in works if work not in WORKS]
     if unknown:
         raise UserError(f"{unknown[0]!r}: choose from {', '.join(WORKS)}")
     if images < 2 or images % 2:
-        raise UserError(f"images is {images}; give an even number, half of each modality")
-    if rounds is not None and rounds < 1:
-        raise UserError(f"rounds is {rounds}; give at least 1")
+        raise UserError(f"images is {images}; give an even number from 2 on")
+    for option, number in (("rounds", rounds), ("threads", threads)):
+        if number is not None:
+            check_least(option, number, 1)
     checkout = official.check_checkout(reference) if reference else None
     if checkout and model not in workloads.DATASETS:
         known = ", ".join(workloads.DATASETS)

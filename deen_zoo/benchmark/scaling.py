@@ -57,7 +57,20 @@ def measure_curves(
     threads: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Curves:
-    """Measure on the CPU."""
+    """Measure on the CPU.
+
+    Args:
+        model: By name.
+        batches: Sizes of batches.
+        galleries: Numbers of images in the gallery.
+        rounds: Of each measurement.
+        threads: Of torch; None for its default.
+        say: Called with a line of progress.
+
+    Raises:
+        UserError: Not on Linux, whose kernel counts memory.
+    """
+    _reset_peak()
     with tempfile.TemporaryDirectory() as scratch:
         _, *size = data_config(create_model(model))["input_size"]
         threads = threads or torch.get_num_threads()

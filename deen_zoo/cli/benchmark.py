@@ -27,17 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default="deen_resnet50_llcm", help="default: deen_resnet50_llcm")
     add("--images", type=int, default=64, help="in two batches of descriptors (default: 64)")
     add("--rounds", type=int, help="of each work (default: 1 to 15, few of what takes minutes)")
-    add("--threads", type=int, help="of torch (default: all cores)")
+    add("--threads", type=int, help="of torch (default: torch's own)")
     add("--curves", metavar="PICTURE", help="also measure how it scales, and draw it: PNG or SVG")
     add("--json", action="store_true", help="everything as JSON on stdout")
 
 
 def run(args: argparse.Namespace) -> int:
     from ..benchmark import WORKS, benchmark, draw_curves, environment, measure_curves, table
+    from ..visualize import check_picture
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    if args.curves:
+        check_picture(args.curves)
     rows = benchmark(
         args.works or tuple(WORKS), args.official,
         model=args.model, images=args.images, rounds=args.rounds, threads=args.threads, say=say,

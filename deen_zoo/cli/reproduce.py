@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     output = options.pop("output") or f"runs/{args.dataset}"
     settings = Settings.create(output=output, seed=seeds[0], **options)
     if ablation:
+        if settings.eval_only:
+            raise UserError("--ablation trains seven models: it does not go with --eval-only")
         from ..ablation import ablate, table
 
         results = ablate(settings, seeds)

@@ -45,7 +45,7 @@ class DecodedCache:
         self.folder, self.size = folder, size
         self._file = os.path.join(folder, "images.npy")
         self._start, self._row_bytes = len(_header(len(paths), size)), size[0] * size[1] * 3
-        skipped = set(json.loads((folder / "index.json").read_text())["broken"])
+        skipped = _broken_rows(folder)
         self.broken = [path for row, path in enumerate(paths) if row in skipped]
         self._rows = {path: row for row, path in enumerate(paths) if row not in skipped}
 
@@ -116,7 +116,15 @@ def _header(count: int, size: tuple[int, int]) -> bytes:
 def _whole(target: Path, count: int, size: tuple[int, int]) -> bool:
     images = target / "images.npy"
     expected = len(_header(count, size)) + count * size[0] * size[1] * 3
+    try:
+        _broken_rows(target)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
     return images.is_file() and images.stat().st_size == expected
+
+
+def _broken_rows(folder: Path) -> set[int]:
+    return set(json.loads((folder / "index.json").read_bytes())["broken"])
 
 
 def _fingerprint(paths: Sequence[str]) -> str:

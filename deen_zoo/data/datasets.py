@@ -26,7 +26,8 @@ class SysuMM01(ReidDataset):
     """``cam1..cam6/0001/0001.jpg``, cameras 3 and 6 infrared; identities of splits in ``exp``."""
 
     name, title = "sysu", "SYSU-MM01"
-    ask = "the signed agreement in github.com/wuancong/SYSU-MM01"
+    home = "https://github.com/wuancong/SYSU-MM01"
+    ask = f"the signed agreement in {home}"
     folders = (*(f"cam{camera}" for camera in range(1, 7)), "exp")
     # train, query and gallery: facts of the protocol as the field reports them; cameras of the test
     # set and the indoor gallery: from the lengths in the authors' own test_id and rand_perm_cam
@@ -75,7 +76,8 @@ class RegDB(ReidDataset):
     """
 
     name, title = "regdb", "RegDB"
-    ask = "DBPerson-Recog-DB1 on dm.dongguk.edu/link.html"
+    home = "http://dm.dongguk.edu/link.html"
+    ask = f"DBPerson-Recog-DB1 on {home}"
     folders = ("Visible", "Thermal", "idx")
     trials = SPLITS
     expected = {
@@ -124,7 +126,8 @@ class LLCM(ReidDataset):
     """``vis/0001/0001_c01_x_vis.jpg``, ``nir``, listed in ``idx``; ``test_vis/cam1/0003/...``."""
 
     name, title = "llcm", "LLCM"
-    ask = "the signed agreement in github.com/ZYK100/LLCM"
+    home = "https://github.com/ZYK100/LLCM"
+    ask = f"the signed agreement in {home}"
     cameras = {VISIBLE: (1, 2, 3, 4, 5, 6, 7, 8, 9), INFRARED: (1, 2, 4, 5, 6, 7, 8, 9)}
     folders = (
         "vis", "nir", "idx",

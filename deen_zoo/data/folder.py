@@ -160,7 +160,7 @@ class OwnData(ReidDataset):
     """One's own images to train and test on: ``ROOT/train`` and ``ROOT/test``, of different
     people, each as :func:`open_folder` takes it."""
 
-    name, title, ask = "own", "one's own images", ""
+    name, title, home, ask = "own", "one's own images", "", ""
     folders = ("train", "test")
     expected: ClassVar[dict[str, dict[str, int]]] = {}
 

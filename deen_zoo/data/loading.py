@@ -163,7 +163,7 @@ class EvalSet(Dataset[Item | UserError]):
 
 
 def check_workers(workers: int) -> None:
-    """Whether so many workers of a ``DataLoader`` can hand their batches over.
+    """Check that so many workers of a ``DataLoader`` can hand their batches over.
 
     They do so by a socket below the temporary folder; where its name would be too long for the
     system (107 bytes on Linux, 103 on macOS), they would wait for ever.

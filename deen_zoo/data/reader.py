@@ -60,7 +60,8 @@ class ReidDataset:
 
     name: ClassVar[str]
     title: ClassVar[str]
-    ask: ClassVar[str]  # where the dataset is given out
+    home: ClassVar[str]  # where the dataset is given out, and how to ask for it
+    ask: ClassVar[str]
     folders: ClassVar[tuple[str, ...]]
     trials: ClassVar[Sequence[int]] = (1,)  # the splits into training and test
     expected: ClassVar[dict[str, dict[str, int]]]

@@ -1,7 +1,7 @@
 """The parts of DEEN: DEE, MFA's two non-local blocks, the BN neck, and the stages they form."""
 import contextlib
 from collections import OrderedDict
-from typing import Any, Iterator, Union
+from typing import Any, List, Union
 
 import torch
 import torch.nn as nn
@@ -62,7 +62,7 @@ class DEE(nn.Module):
     """
 
     def __init__(
-            self, dim: int, drop_rate: float, paper: bool = False, generated: int = 2,
+            self, dim: int, drop_rate: float, paper: bool = False,
             device: Any = None, dtype: Any = None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
@@ -71,8 +71,8 @@ class DEE(nn.Module):
             nn.ModuleList(
                 nn.Conv2d(dim, dim // 4, 3, padding=d, dilation=d, bias=False, **dd)
                 for d in (1, 2, 3))
-            for _ in range(generated))
-        self.expand = nn.ModuleList(nn.Conv2d(dim // 4, dim, 1, **dd) for _ in range(generated))
+            for _ in range(2))
+        self.expand = nn.ModuleList(nn.Conv2d(dim // 4, dim, 1, **dd) for _ in range(2))
         self.drop = nn.Dropout(drop_rate)
         for conv in self.modules():
             if isinstance(conv, nn.Conv2d):
@@ -223,18 +223,24 @@ def recomputed(stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling():  # which updates them once by itself, and takes no context
         return checkpoint(stage, x, use_reentrant=False)
     norms = [m for m in stage.modules() if getattr(m, "num_batches_tracked", None) is not None]
-
-    @contextlib.contextmanager
-    def again() -> Iterator[None]:
-        momentums = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.momentum = 0.0
-        try:
-            yield
-        finally:
-            for norm, momentum in zip(norms, momentums):
-                norm.momentum = momentum
-                norm.num_batches_tracked -= int(norm.training)
-
     return checkpoint(
-        stage, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), again()))
+        stage, x, use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _Uncounted(norms)))
+
+
+class _Uncounted:
+    """Within it batch norms see a batch that does not count. It can be entered again, as each
+    backward pass through a graph that is retained does."""
+
+    def __init__(self, norms: List[nn.Module]):
+        self.norms = norms
+
+    def __enter__(self) -> None:
+        self.momentums = [norm.momentum for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum = 0.0
+
+    def __exit__(self, *_: object) -> None:
+        for norm, momentum in zip(self.norms, self.momentums):
+            norm.momentum = momentum
+            norm.num_batches_tracked -= int(norm.training)

@@ -178,6 +178,8 @@ class DEEN(nn.Module):
             enable: False for none.
             stages: So many of the first ones, which hold the largest maps; None for all.
         """
+        if stages is not None and not 0 <= stages <= len(self.stages):
+            raise ValueError(f"stages must be None or up to {len(self.stages)}: got {stages}")
         self.num_recomputed = (len(self.stages) if stages is None else stages) if enable else 0
 
     @torch.jit.ignore

@@ -84,9 +84,10 @@ class _InParts(DEEN):
     def forward_embedding(
         self, x: Tensor, modality: str | Tensor | None = None, flip: bool = False
     ) -> Tensor:
-        step = max(1, 8 * 384 * 144 // (x.shape[-2] * x.shape[-1])) if x.ndim == 4 else len(x)
-        if len(x) <= step:
+        most = max(1, 8 * 384 * 144 // (x.shape[-2] * x.shape[-1])) if x.ndim == 4 else len(x)
+        if len(x) <= most:
             return super().forward_embedding(x, modality, flip)
+        step = -(-len(x) // -(-len(x) // most))  # parts of equal size
         infrared_rows_of(x, modality, self.modality)  # a wrong mask shows before it is split
         return torch.cat([
             super(_InParts, self).forward_embedding(
