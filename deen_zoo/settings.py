@@ -38,6 +38,7 @@ class Settings:
         model: As :func:`deen_zoo.create_model` takes it.
         epochs: Stop after so many.
         trials: The splits to train a model each for; RegDB has ten, the others one.
+        protocols: Of the dataset, to evaluate; the first one chooses the best epoch.
         cache: Folder for decoded images (see ``deen_zoo.data.cache``); None decodes every time.
         dee: Of the model: generate the two extra branches.
         mfa: Of the model: fuse the stages.
@@ -67,6 +68,7 @@ class Settings:
     model: str
     epochs: int
     trials: tuple[int, ...]
+    protocols: tuple[str, ...]
     cache: Path | None
     dee: bool = True
     mfa: bool = True
@@ -95,6 +97,7 @@ class Settings:
         model: str | None = None,
         epochs: int | None = None,
         trials: Sequence[int] | None = None,
+        protocols: Sequence[str] | None = None,
         cache: str | os.PathLike[str] | None = None,
         **others: Any,
     ) -> Settings:
@@ -126,6 +129,11 @@ class Settings:
         ):
             if number is not None:
                 check_least(option, number, least)
+        layout = _layout(dataset)
+        known = [name for name, terms in PROTOCOLS.items() if terms.dataset == layout]
+        for name in protocols or ():
+            if name not in known:
+                raise UserError(f"--protocols {name}: choose from {dataset}'s, {', '.join(known)}")
         chosen = get_recipe(recipe or ("synthetic" if synthetic else "official"))
         if cache is None and synthetic:
             cache = output / "cache"
@@ -137,6 +145,7 @@ class Settings:
             model or MODELS[dataset],
             epochs or chosen.epochs,
             tuple(trials or range(1, 11)) if dataset == "regdb" else (1,),
+            tuple(protocols or known),
             None if cache is None else Path(cache),
             **others,
         )
@@ -144,12 +153,12 @@ class Settings:
     @property
     def layout(self) -> str:
         """Of the data on disk: the name of the dataset that it looks like."""
-        return "llcm" if self.dataset == "synthetic" else self.dataset
-
-    @property
-    def protocols(self) -> list[str]:
-        return [name for name, terms in PROTOCOLS.items() if terms.dataset == self.layout]
+        return _layout(self.dataset)
 
     def folder(self, trial: int) -> Path:
         """Where a split's model is kept."""
         return self.output / f"trial-{trial}" if self.dataset == "regdb" else self.output
+
+
+def _layout(dataset: str) -> str:
+    return "llcm" if dataset == "synthetic" else dataset

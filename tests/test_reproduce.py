@@ -87,8 +87,10 @@ def test_the_whole_command(dataset, trees, tmp_path, capsys):
         assert "best" not in entry
     if dataset == "sysu":
         assert main([*evaluation[:4], "--output", str(tmp_path / "fast"), *evaluation[6:],
-                     "--optimize"]) == 0  # fmt: skip
-        for name, entry in read(tmp_path / "fast")["protocols"].items():
+                     "--optimize", "--protocols", "sysu-all"]) == 0  # fmt: skip
+        fast = read(tmp_path / "fast")["protocols"]
+        assert list(fast) == ["sysu-all"] != list(results["protocols"])
+        for name, entry in fast.items():
             assert entry["mean"] == pytest.approx(results["protocols"][name]["mean"], abs=0.02)
 
 
@@ -135,6 +137,7 @@ def test_without_data_it_says_where_to_ask(dataset, place, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, says", [
     (["llcm", "--trials", "2"], "RegDB's splits"),
     (["llcm", "--epochs", "0"], "--epochs 0: give 1 or more"),
+    (["llcm", "--protocols", "sysu-all"], "choose from llcm's, llcm-ir2vis, "),
     (["llcm", "--batch-size", "-3"], "--batch-size -3: give 1 or more"),
     (["llcm", "--workers", "-1"], "--workers -1: give 0 or more"),
     (["llcm", "--save-every", "0"], "--save-every 0: give 1 or more"),

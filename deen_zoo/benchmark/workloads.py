@@ -283,7 +283,7 @@ def sysu_test(contestant: str, spec: Spec) -> Callable[[], dict[str, float]]:
         with tempfile.TemporaryDirectory() as scratch:
             settings = Settings.create(
                 "sysu", scratch, root, eval_only=str(spec.folder / "sysu-checkpoint"),
-                precision=precision, optimize=bool(how),
+                precision=precision, optimize=bool(how), protocols=["sysu-all"],
             )  # fmt: skip
             results = reproduce(settings)
         mean = results["protocols"]["sysu-all"]["mean"]

@@ -18,7 +18,7 @@ EXAMPLES = """\
   deen-zoo reproduce regdb --data-root /data/RegDB --trials 1 2 3
   deen-zoo reproduce sysu --data-root /data/SYSU-MM01 --recipe paper
   deen-zoo reproduce sysu --data-root /data/SYSU-MM01 --eval-only runs/sysu/checkpoint \\
-      --output runs/sysu-again
+      --output runs/sysu-again --protocols sysu-all
   deen-zoo reproduce own --data-root people/ --output runs/people
   deen-zoo reproduce synthetic --ablation --seed 0 1 2 --output runs/ablation
 """
@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, help="stop after so many (default: the recipe's)")
     parser.add_argument(
         "--trials", type=int, nargs="+", metavar="N", help="RegDB's splits, 1 to 10"
+    )
+    parser.add_argument(
+        "--protocols", nargs="+", metavar="NAME", help="of the dataset (default: all of them)"
     )
     parser.add_argument(
         "--skip-broken", action="store_true", help="leave out broken images, with a counted warning"
