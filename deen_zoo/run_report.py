@@ -26,10 +26,11 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
         if model["history"]:
             _try_plot(folder / Path(model["last"]["checkpoint"]).parent, model["history"])
     write_atomically(folder / "results.json", text)
-    write_atomically(folder / "report.md", markdown(results))
+    drawn = (folder / _curves(results)).exists()  # not without matplotlib
+    write_atomically(folder / "report.md", markdown(results, drawn))
 
 
-def markdown(results: dict[str, Any]) -> str:
+def markdown(results: dict[str, Any], curves: bool = True) -> str:
     """The report: measured beside published, last beside best epoch, and how it came about."""
     recipe = results["recipe"]
     lines = [f"# {results['model']} on {results['dataset']}", ""]
@@ -48,7 +49,7 @@ def markdown(results: dict[str, Any]) -> str:
     row = _ablation_row(results)
     if row:
         lines += [row, ""]
-    if any(model["history"] for model in results["models"]):
+    if curves and any(model["history"] for model in results["models"]):
         lines += [f"![loss and rank-1]({_curves(results)})", ""]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     data = results["data"]

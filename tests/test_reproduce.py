@@ -225,6 +225,7 @@ def test_without_matplotlib_there_is_a_note(monkeypatch, tmp_path, capsys):
     write_results(tmp_path, results)
     assert "pip install 'deen-zoo[viz]'" in capsys.readouterr().err
     assert read(tmp_path) == results and not (tmp_path / "curves.png").exists()
+    assert "curves.png" not in (tmp_path / "report.md").read_text()
 
 
 def example_results(folder):

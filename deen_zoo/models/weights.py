@@ -281,7 +281,7 @@ def _explain(error: BaseException, repo: str, revision: str, filename: str) -> s
             why = "HF_HUB_OFFLINE is set"
         return (
             f"{at}/{filename} is not in the cache {constants.HF_HUB_CACHE}, and {why}: load it "
-            f"once with a connection, or from a folder with create_model('local-dir:FOLDER')"
+            f"once with a connection, or from a folder: 'local-dir:FOLDER' with pretrained=True"
         )
     if isinstance(error, errors.GatedRepoError):
         return f"{repo} is gated: ask for access on {hub}/{repo}, then {LOGIN}"
