@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from deen_zoo import FeatureExtractor
-from deen_zoo.data import open_dataset, synthesize
+from deen_zoo.data import open_dataset
 from deen_zoo.evaluation import evaluate
+from deen_zoo.synthetic import synthesize
 
 CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("official, float32 (default)", {}),

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from deen_zoo import FeatureExtractor
-from deen_zoo.data import open_dataset, synthesize
+from deen_zoo.data import open_dataset
+from deen_zoo.synthetic import synthesize
 from deen_zoo.visualize import activation_maps, distances, sample_ranking, tsne
 
 WORLD = 7  # the shipped model was trained on people of world 0

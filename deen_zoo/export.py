@@ -19,9 +19,9 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from .errors import UserError, require
-from .features import data_config
+from .features.extractor import data_config
 from .models import DEEN
-from .models.deploy import is_deployed
+from .models.fuse import is_deployed
 
 __all__ = ["FORMS", "MODALITIES", "OUTPUTS", "ExportReport", "export_model"]
 

@@ -19,10 +19,11 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 
 from .errors import UserError
 from .evaluation.results import METRICS
+from .io import sha256
 from .model_card import Measured, card, licence_of
 from .models import DEEN, create_model
 from .models.checkpoint import model_config
-from .models.weights import CONFIG, WEIGHTS, hub_errors, sha256
+from .models.pretrained import CONFIG, WEIGHTS, hub_errors
 
 __all__ = ["Publication", "measured", "publish"]
 

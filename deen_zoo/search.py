@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError, require
-from .feature_files import FeatureTable, check_comparable, read_feature_table
+from .features.files import FeatureTable, check_comparable, read_feature_table
 
 __all__ = ["INDEXES", "Calibration", "SearchResult", "calibrate", "search"]
 

@@ -17,17 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .data.files import open_image
+from .data.images import open_image
 from .data.transforms import resize
 from .errors import UserError, require
-from .feature_files import FeatureTable
+from .features.files import FeatureTable
+from .features.sources import gather
 from .search import SearchResult, search
-from .sources import gather
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .features import FeatureExtractor
+    from .features.extractor import FeatureExtractor
 
 __all__ = ["activation_maps", "distances", "ranking_sheet", "sample_ranking", "tsne"]
 

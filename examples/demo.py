@@ -20,10 +20,10 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
 
 from deen_zoo import FeatureExtractor
-from deen_zoo.data import synthesize
 from deen_zoo.data.folder import list_images
 from deen_zoo.errors import require
 from deen_zoo.search import search
+from deen_zoo.synthetic import synthesize
 
 gr: Any = require("gradio", "demo")
 

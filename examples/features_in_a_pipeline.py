@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from deen_zoo import create_model
-from deen_zoo.data.synthetic import picture
 from deen_zoo.evaluation import evaluate_ranking
+from deen_zoo.synthetic import picture
 
 WORLD = 5  # the shipped tiny model was trained on people of world 0
 CAMERAS = {"infrared": 1, "visible": 4}

@@ -19,16 +19,17 @@ from typing import NamedTuple
 import torch
 
 from deen_zoo import FeatureExtractor, create_model, save_pretrained
-from deen_zoo.data import Sample, synthesize, train_loader
+from deen_zoo.data import Sample, train_loader
 from deen_zoo.data.folder import open_folder
 from deen_zoo.data.transforms import TrainTransform
 from deen_zoo.device import choose_device
 from deen_zoo.distributed import World
 from deen_zoo.evaluation import Ranking, evaluate_ranking
-from deen_zoo.features import data_config
+from deen_zoo.features.extractor import data_config
 from deen_zoo.models import DEEN
-from deen_zoo.recipes import Recipe, get_recipe
-from deen_zoo.train import Run, Task, make_optimizer, train
+from deen_zoo.synthetic import synthesize
+from deen_zoo.training.loop import Run, Task, make_optimizer, train
+from deen_zoo.training.recipes import Recipe, get_recipe
 
 WORLD = 4  # the shipped tiny model was trained on people of world 0
 

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from deen_zoo.data import Sample, open_dataset, synthesize
+from deen_zoo.data import Sample, open_dataset
 from deen_zoo.evaluation import ProtocolResult, evaluate, terminal_table
+from deen_zoo.synthetic import synthesize
 
 PROTOCOLS = ("llcm-ir2vis", "llcm-vis2ir")
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deen_zoo import FeatureExtractor
-from deen_zoo.data import Sample, open_dataset, synthesize
+from deen_zoo.data import Sample, open_dataset
 from deen_zoo.data.folder import open_folder
 from deen_zoo.search import Calibration, SearchResult, calibrate, search
+from deen_zoo.synthetic import synthesize
 
 WORLD = 3  # the shipped tiny model was trained on people of world 0
 

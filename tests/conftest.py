@@ -10,8 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from deen_zoo.data.synthetic import synthesize  # noqa: E402
 from deen_zoo.device import keep_freed_memory  # noqa: E402
+from deen_zoo.synthetic import synthesize  # noqa: E402
 
 torch.set_num_threads(1)
 keep_freed_memory()  # as every command does

@@ -51,7 +51,7 @@ def ours(dataset: str, dtype: torch.dtype) -> nn.Module:
 def run_ours(
     model: nn.Module, size: tuple[int, int], batch: str, train: bool, gradients: bool = False
 ) -> dict[str, torch.Tensor]:
-    from deen_zoo.losses import orthogonality_loss
+    from deen_zoo.training.losses import orthogonality_loss
 
     gradients |= train
     model.train(train).zero_grad()

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 from torch import nn
 
-from deen_zoo.benchmark.official import import_module, make_net
+from benchmarks.official import import_module, make_net
 
 OFFICIAL = os.environ.get("DEEN_OFFICIAL")
 needs_official = pytest.mark.skipif(

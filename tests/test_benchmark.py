@@ -12,14 +12,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deen_zoo.benchmark import WORKS, Row, draw_curves, measure_curves, rows, scaling, table
-from deen_zoo.benchmark.agreement import same_first_hits
-from deen_zoo.benchmark.contest import Outcome, Spec, contest, peak_memory
-from deen_zoo.benchmark.workloads import bfloat16_peak, descriptors, operations, training_step
+from benchmarks import WORKS, Row, draw_curves, measure_curves, rows, scaling, table
+from benchmarks.agreement import same_first_hits
+from benchmarks.contest import Outcome, Spec, contest, peak_memory
+from benchmarks.workloads import bfloat16_peak, descriptors, operations, training_step
 from deen_zoo.cli import main
-from deen_zoo.data import synthesize
 from deen_zoo.errors import UserError
 from deen_zoo.models import create_model
+from deen_zoo.synthetic import synthesize
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from PIL import Image
 from deen_zoo.data import cache as cache_module
 from deen_zoo.data.cache import open_cache
 from deen_zoo.data.datasets import Sample
-from deen_zoo.data.files import open_image
-from deen_zoo.data.loading import eval_loader, read_image, train_loader
+from deen_zoo.data.images import open_image
+from deen_zoo.data.loader import eval_loader, read_image, train_loader
 from deen_zoo.data.transforms import EvalTransform, Pixels, train_transform
 from deen_zoo.errors import UserError
 

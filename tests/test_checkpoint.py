@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from deen_zoo.checkpoint import (
+from deen_zoo.errors import UserError
+from deen_zoo.io import write_atomically
+from deen_zoo.training.state import (
     load_state,
     random_state,
     save_state,
     set_random_state,
-    write_atomically,
 )
-from deen_zoo.errors import UserError
 
 
 def test_everything_comes_back(tmp_path):
@@ -89,7 +89,8 @@ def test_other_safetensors_are_no_state(tmp_path):
 
 FULL_DISK = """
 import resource, signal, sys, torch
-from deen_zoo.checkpoint import save_state
+from deen_zoo.io import write_atomically
+from deen_zoo.training.state import save_state
 save_state(sys.argv[1], {"a": torch.ones(10)})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))

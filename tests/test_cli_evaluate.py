@@ -15,7 +15,7 @@ from deen_zoo.cli import main
 from deen_zoo.data import open_dataset
 from deen_zoo.errors import UserError
 from deen_zoo.evaluation import evaluate
-from deen_zoo.feature_files import read_feature_table
+from deen_zoo.features.files import read_feature_table
 
 from .test_protocols import FEATURES, WORLD, features_of, write_names
 

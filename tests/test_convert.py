@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 import deen_zoo
 from deen_zoo.cli import main
-from deen_zoo.convert import read_official
 from deen_zoo.errors import UserError
 from deen_zoo.models.checkpoint import checkpoint_filter_fn, from_official
+from deen_zoo.models.convert import read_official
 from tests import parity
 from tests.reference import needs_official
 
@@ -215,7 +215,7 @@ def test_a_real_official_network_converts(dataset, tmp_path):
     net, _ = parity.theirs(dataset, torch.float32)
     path = tmp_path / "best.t"
     torch.save({"net": net.state_dict(), "cmc": np.ones(20), "mAP": 0.5, "epoch": 1}, path)
-    deen_zoo.convert.convert_official(path, tmp_path / "w", parity.MODELS[dataset])
+    deen_zoo.models.convert.convert_official(path, tmp_path / "w", parity.MODELS[dataset])
     loaded = timm.create_model(f"local-dir:{tmp_path / 'w'}", pretrained=True)
     wanted = parity.run_theirs(net, {}, (128, 64), "visible", train=False)
     got = parity.run_ours(loaded, (128, 64), "visible", train=False)

@@ -14,12 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import deen_zoo
 from deen_zoo import FeatureExtractor
 from deen_zoo.data import open_dataset
-from deen_zoo.data.files import open_image
+from deen_zoo.data.images import open_image
 from deen_zoo.data.transforms import eval_transform
 from deen_zoo.errors import UserError
-from deen_zoo.extraction import data_config
+from deen_zoo.features.embed import data_config
 from deen_zoo.models import int8
-from deen_zoo.models.deploy import is_deployed
+from deen_zoo.models.fuse import is_deployed
 from deen_zoo.models.inference import optimize_for_inference
 from deen_zoo.models.int8 import _Scale
 from tests import seeded
@@ -236,7 +236,8 @@ def test_winograd_kernels_are_equal():
     with torch.no_grad():
         wanted = plain.forward_embedding(x)
         torch.testing.assert_close(
-            fast["float32"].forward_embedding(x), wanted, rtol=1e-5, atol=1e-5)
+            fast["float32"].forward_embedding(x), wanted, rtol=1e-5, atol=1e-5
+        )
         got = fast["bfloat16"].forward_embedding(x)
     assert torch.nn.functional.cosine_similarity(got, wanted).min() > 0.999
 
@@ -245,11 +246,15 @@ BFLOAT16, INT8 = (
     pytest.mark.skipif(not there, reason=f"no {kind} kernels in this torch or CPU")
     for kind, there in (
         ("bfloat16", torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-        ("int8", torch.ops.mkldnn._is_mkldnn_bf16_supported() and int8.has_kernels())))
+        ("int8", torch.ops.mkldnn._is_mkldnn_bf16_supported() and int8.has_kernels()),
+    )
+)
 
 
-@pytest.mark.parametrize("precision, close", [
-    pytest.param("bfloat16", 0.999, marks=BFLOAT16), pytest.param("int8", 0.999, marks=INT8)])
+@pytest.mark.parametrize(
+    "precision, close",
+    [pytest.param("bfloat16", 0.999, marks=BFLOAT16), pytest.param("int8", 0.999, marks=INT8)],
+)
 @pytest.mark.parametrize("name", [*PLAIN, "two blocks"])
 def test_low_precisions_are_close(name, precision, close):
     plain = make(**variant(name))
@@ -290,17 +295,26 @@ def world(llcm_tree):
     return model, *sides
 
 
-@pytest.mark.parametrize("precision, close, agreement", [
-    pytest.param("bfloat16", 0.9998, 0.97, marks=BFLOAT16),
-    pytest.param("int8", 0.999, 0.97, marks=INT8)])
+@pytest.mark.parametrize(
+    "precision, close, agreement",
+    [
+        pytest.param("bfloat16", 0.9998, 0.97, marks=BFLOAT16),
+        pytest.param("int8", 0.999, 0.97, marks=INT8),
+    ],
+)
 def test_low_precisions_rank_alike(world, precision, close, agreement):
     model, infrared, visible = world
     fast = optimize_for_inference(
-        model, precision, [(visible[::3], "visible"), (infrared[::3], "infrared")])
+        model, precision, [(visible[::3], "visible"), (infrared[::3], "infrared")]
+    )
     with torch.no_grad():
         wanted, got = [
-            (net.forward_embedding(infrared, "infrared", flip=True),
-             net.forward_embedding(visible, "visible", flip=True)) for net in (model, fast)]
+            (
+                net.forward_embedding(infrared, "infrared", flip=True),
+                net.forward_embedding(visible, "visible", flip=True),
+            )
+            for net in (model, fast)
+        ]
     for ours, theirs in zip(got, wanted, strict=True):
         assert torch.nn.functional.cosine_similarity(ours, theirs).min() > close
     scores = [queries @ gallery.T for queries, gallery in (wanted, got)]

@@ -20,9 +20,9 @@ import deen_zoo
 from deen_zoo.data import open_dataset, train_loader
 from deen_zoo.data.transforms import TrainTransform
 from deen_zoo.distributed import World, join
-from deen_zoo.features import extract
-from deen_zoo.recipes import RECIPES
-from deen_zoo.train import Run, Task, make_optimizer, train
+from deen_zoo.features.extractor import extract
+from deen_zoo.training.recipes import RECIPES
+from deen_zoo.training.loop import Run, Task, make_optimizer, train
 
 torch.set_num_threads(1)
 tree, folder = map(Path, sys.argv[1:])

@@ -27,7 +27,7 @@ import torch
 
 import deen_zoo
 from deen_zoo.cli import main as deen_zoo_main
-from deen_zoo.data.files import open_image
+from deen_zoo.data.images import open_image
 
 from . import browser
 
@@ -289,7 +289,7 @@ def picture_of_the_demo(file: Path, person: int = 15) -> None:
     """The README's screenshot: one of the demo's own people is asked for, and found."""
     from PIL import Image
 
-    from deen_zoo.data.synthetic import picture
+    from deen_zoo.synthetic import picture
 
     with tempfile.TemporaryDirectory() as scratch:
         profile, query = Path(scratch, "profile"), Path(scratch, "query.png")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from deen_zoo.data import Sample
 from deen_zoo.errors import UserError
-from deen_zoo.feature_files import (
+from deen_zoo.features.files import (
     FeatureTable,
     check_comparable,
     read_feature_table,

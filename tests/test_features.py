@@ -26,8 +26,8 @@ from deen_zoo.cli import main
 from deen_zoo.data import Sample
 from deen_zoo.distributed import World
 from deen_zoo.errors import UserError
-from deen_zoo.feature_files import read_feature_table
-from deen_zoo.features import FeatureExtractor, extract, weights_sha256
+from deen_zoo.features.extractor import FeatureExtractor, extract, weights_sha256
+from deen_zoo.features.files import read_feature_table
 from tests import parity, seeded
 from tests.reference import needs_official
 
@@ -606,7 +606,7 @@ def test_two_processes_write_the_same_file(files, checkpoint, tmp_path):
     code = (
         "import sys, torch\n"
         "from deen_zoo.distributed import join\n"
-        "from deen_zoo.features import FeatureExtractor\n"
+        "from deen_zoo.features.extractor import FeatureExtractor\n"
         "with join(torch.device('cpu')) as world:\n"
         "    make = FeatureExtractor(sys.argv[1], 'cpu', workers=0, batch_size=5)\n"
         "    make.write(sys.argv[2], sys.argv[3], 'visible', world, shard=10)\n"

@@ -20,15 +20,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import deen_zoo
-from deen_zoo.checkpoint import load_state, save_state
 from deen_zoo.cli import VERBS, load_verb, main
-from deen_zoo.convert import read_official
 from deen_zoo.data import check_dataset, open_image, read_permutations
 from deen_zoo.data.folder import open_folder, read_csv
 from deen_zoo.errors import UserError
-from deen_zoo.feature_files import read_feature_table
+from deen_zoo.features.files import read_feature_table
 from deen_zoo.hub import publish
-from deen_zoo.models.weights import local_config, sha256
+from deen_zoo.models.convert import read_official
+from deen_zoo.models.pretrained import local_config, sha256
+from deen_zoo.training.state import load_state, save_state
 
 pytestmark = pytest.mark.slow
 # The folder of a test is shared by its examples: each writes the file that it reads.

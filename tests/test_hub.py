@@ -20,7 +20,7 @@ from deen_zoo.cli import main
 from deen_zoo.errors import UserError
 from deen_zoo.evaluation.results import METRICS
 from deen_zoo.hub import measured, publish
-from deen_zoo.models.weights import sha256
+from deen_zoo.io import sha256
 
 from .hub_server import TOKEN, Client, ClientError, Fault, Hub
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from deen_zoo.data.datasets import Sample
-from deen_zoo.data.loading import TrainLoader, TrainSet, eval_loader, read_image, train_loader
+from deen_zoo.data.loader import TrainLoader, TrainSet, eval_loader, read_image, train_loader
 from deen_zoo.data.transforms import EvalTransform, train_transform
 from deen_zoo.errors import UserError
 
@@ -249,7 +249,7 @@ import sys
 import numpy as np
 from pathlib import Path
 from PIL import Image
-from deen_zoo.data.loading import Sample, train_loader
+from deen_zoo.data.loader import Sample, train_loader
 from deen_zoo.data.transforms import train_transform
 
 folder, count, workers = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -293,7 +293,7 @@ def test_memory_of_a_34_000_image_tree_stays_under_1500_mb(tmp_path):
 LONG_FOLDER = """
 import sys, tempfile
 from pathlib import Path
-from deen_zoo.data.loading import eval_loader
+from deen_zoo.data.loader import eval_loader
 from deen_zoo.data.transforms import EvalTransform
 from deen_zoo.errors import UserError
 transform = EvalTransform((32, 16), (0.5,) * 3, (0.5,) * 3)

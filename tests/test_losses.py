@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deen_zoo.errors import UserError
-from deen_zoo.losses import (
+from deen_zoo.training.losses import (
     batch_hard_triplet_loss,
     cpm_loss,
     identity_loss,

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import deen_zoo
 from deen_zoo.data.datasets import DATASETS
 from deen_zoo.evaluation import report
-from deen_zoo.models.weights import TINY_WEIGHTS, sha256
+from deen_zoo.models.pretrained import TINY_WEIGHTS, sha256
 
 TEXT = (Path(__file__).parents[1] / "MODEL_CARD.md").read_text(encoding="utf-8")
 HEAD, _, *ROWS = [

@@ -124,7 +124,9 @@ def test_fx(name):
     }
     train, evaluation = get_graph_node_names(model, tracer_kwargs=tracer)
     graph = create_feature_extractor(
-        model, train_return_nodes=train[-1:], eval_return_nodes=evaluation[-1:],
+        model,
+        train_return_nodes=train[-1:],
+        eval_return_nodes=evaluation[-1:],
         tracer_kwargs=tracer,
     )
     x = batch(2, (128, 64))

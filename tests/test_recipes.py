@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from deen_zoo.errors import UserError
-from deen_zoo.recipes import RECIPES, get_recipe
+from deen_zoo.training.recipes import RECIPES, get_recipe
 
 WARMUP = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1]
 TABLES = {

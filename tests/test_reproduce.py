@@ -12,10 +12,11 @@ import pytest
 import deen_zoo
 from deen_zoo import ablation, reproduce
 from deen_zoo.cli import main
-from deen_zoo.data import open_dataset, synthesize
+from deen_zoo.data import open_dataset
 from deen_zoo.evaluation import protocols, published_ablation
-from deen_zoo.features import weights_sha256
-from deen_zoo.run_report import markdown, write_results
+from deen_zoo.features.extractor import weights_sha256
+from deen_zoo.synthetic import synthesize
+from deen_zoo.training.report import markdown, write_results
 
 PROTOCOLS = {
     "sysu": ["sysu-all", "sysu-indoor"],

@@ -12,12 +12,13 @@ import torch
 import deen_zoo
 from deen_zoo import search as module
 from deen_zoo.cli import main
-from deen_zoo.data import open_dataset, synthesize
+from deen_zoo.data import open_dataset
 from deen_zoo.errors import MissingExtraError, UserError
-from deen_zoo.feature_files import FeatureTable, write_feature_table
-from deen_zoo.features import FeatureExtractor
-from deen_zoo.models.weights import TINY_WEIGHTS
+from deen_zoo.features.extractor import FeatureExtractor
+from deen_zoo.features.files import FeatureTable, write_feature_table
+from deen_zoo.models.pretrained import TINY_WEIGHTS
 from deen_zoo.search import calibrate, search
+from deen_zoo.synthetic import synthesize
 from tests import seeded
 
 

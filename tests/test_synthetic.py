@@ -15,8 +15,8 @@ from PIL import Image
 
 from deen_zoo.cli import main
 from deen_zoo.data import check_dataset, open_dataset
-from deen_zoo.data.synthetic import LAYOUTS, Person, contact_sheet, picture, synthesize, tree
 from deen_zoo.errors import UserError
+from deen_zoo.synthetic import LAYOUTS, Person, contact_sheet, picture, synthesize, tree
 
 DOCS = Path(__file__).parents[1] / "docs"
 NAMES = {

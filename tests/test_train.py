@@ -15,8 +15,8 @@ import deen_zoo
 from deen_zoo.data import Sample, open_dataset, train_loader
 from deen_zoo.data.transforms import TrainTransform
 from deen_zoo.distributed import World
-from deen_zoo.recipes import RECIPES
-from deen_zoo.train import PARTS, Diverged, Run, Task, make_optimizer, train
+from deen_zoo.training.loop import PARTS, Diverged, Run, Task, make_optimizer, train
+from deen_zoo.training.recipes import RECIPES
 
 from . import parity, seeded
 from .reference import needs_official, official
@@ -310,7 +310,7 @@ def test_killed_at_any_step_and_resumed_it_is_the_same_to_the_bit(llcm_tree, tmp
     assert done.returncode == 0, done.stderr
     cases = int(done.stdout)
     whole = (tmp_path / "whole" / "best" / "model.safetensors").read_bytes()
-    from deen_zoo.checkpoint import load_state
+    from deen_zoo.training.state import load_state
 
     expected = load_state(tmp_path / "whole" / "last.safetensors")
     for n in range(cases):

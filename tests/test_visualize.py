@@ -15,8 +15,8 @@ import deen_zoo
 from deen_zoo import visualize
 from deen_zoo.cli import main
 from deen_zoo.errors import MissingExtraError, UserError
-from deen_zoo.feature_files import FeatureTable, write_feature_table
-from deen_zoo.features import FeatureExtractor
+from deen_zoo.features.extractor import FeatureExtractor
+from deen_zoo.features.files import FeatureTable, write_feature_table
 from deen_zoo.search import search
 from tests import seeded
 

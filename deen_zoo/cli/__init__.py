@@ -29,7 +29,6 @@ VERBS = {
     "convert": "an official .t checkpoint to a folder that timm loads",
     "publish": "a checkpoint folder to the Hugging Face Hub, with its card",
     "export": "a model to ONNX or torch.export, checked against torch",
-    "benchmark": "speed and memory, optionally beside a checkout of the reference",
 }
 
 OK, UNUSABLE, USER_ERROR, INTERRUPTED = 0, 1, 2, 130

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..convert import convert_official
+    from ..models.convert import convert_official
 
     report = convert_official(args.source, args.folder, args.model)
     print(json.dumps(report.to_dict()) if args.json else report)

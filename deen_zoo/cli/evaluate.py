@@ -17,7 +17,7 @@ A feature file has features (images, D), paths, identity, camera, infrared; any 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..data.draws import PROTOCOLS
+    from ..data.protocols import PROTOCOLS
 
     add = parser.add_argument
     add("features", nargs="+", metavar="FEATURES", help=".safetensors or .npz; several are joined")
@@ -66,10 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..data.datasets import open_dataset
-    from ..data.draws import PROTOCOLS, read_permutations
+    from ..data.protocols import PROTOCOLS, read_permutations
     from ..errors import UserError
     from ..evaluation import KReciprocal, evaluate, terminal_table
-    from ..feature_files import read_feature_table
+    from ..features.files import read_feature_table
 
     terms = PROTOCOLS[args.protocol]
     if terms.sampled and args.split != 1:

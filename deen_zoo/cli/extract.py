@@ -27,7 +27,7 @@ The layout "own" is ROOT/visible/IDENTITY/*.jpg and ROOT/infrared/IDENTITY/*.jpg
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
     """The options of a FeatureExtractor, shared by the verbs that make one."""
-    from ..data.loading import DEFAULT_WORKERS
+    from ..data.loader import DEFAULT_WORKERS
     from ..device import PRECISIONS
 
     add = parser.add_argument
@@ -45,7 +45,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None
 
 def extractor(args: argparse.Namespace, **options: Any) -> Any:
     """The FeatureExtractor of the options above."""
-    from ..features import FeatureExtractor
+    from ..features.extractor import FeatureExtractor
 
     names = ("precision", "optimize", "batch_size", "workers")
     common = {name: getattr(args, name) for name in names}
@@ -60,7 +60,7 @@ def name_unreadable(unreadable: dict[str, str]) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..features import BRANCHES, DESCRIPTORS, DTYPES
+    from ..features.extractor import BRANCHES, DESCRIPTORS, DTYPES
 
     add = parser.add_argument
     add("source", nargs="+", metavar="SOURCE", help="images, folders (at any depth), CSV files")

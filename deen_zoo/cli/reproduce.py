@@ -25,9 +25,9 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..data.loading import DEFAULT_WORKERS
+    from ..data.loader import DEFAULT_WORKERS
     from ..device import PRECISIONS
-    from ..recipes import RECIPES
+    from ..training.recipes import RECIPES
 
     parser.add_argument("dataset", choices=("sysu", "regdb", "llcm", "own", "synthetic"))
     parser.add_argument("--data-root", metavar="FOLDER", help="of the dataset")
@@ -85,8 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..errors import UserError
     from ..evaluation import terminal_table
-    from ..reproduce import reproduce
-    from ..settings import Settings
+    from ..training.reproduce import reproduce
+    from ..training.settings import Settings
 
     options = vars(args).copy()
     ablation, as_json, seeds = (options.pop(key) for key in ("ablation", "json", "seed"))
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     if ablation:
         if settings.eval_only:
             raise UserError("--ablation trains seven models: it does not go with --eval-only")
-        from ..ablation import ablate, table
+        from ..training.ablation import ablate, table
 
         results = ablate(settings, seeds)
         text = table(results)

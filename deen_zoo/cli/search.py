@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .extract import add_model_arguments, extractor, name_unreadable
 
 if TYPE_CHECKING:
-    from ..feature_files import FeatureTable
+    from ..features.files import FeatureTable
 
 EXAMPLES = """\
   deen-zoo search --query night.jpg --query-modality infrared \\
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 def _tables(args: argparse.Namespace) -> tuple[FeatureTable | None, FeatureTable]:
     """Query and gallery, where images are extracted in the way of the other side's file."""
     from ..errors import UserError
-    from ..feature_files import read_feature_table
+    from ..features.files import read_feature_table
 
     sides = {"query": args.query, "gallery": args.gallery}
     tables: dict[str, FeatureTable] = {}

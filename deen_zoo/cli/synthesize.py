@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..data.synthetic import contact_sheet, synthesize
+    from ..synthetic import contact_sheet, synthesize
 
     tree = synthesize(
         args.layout,

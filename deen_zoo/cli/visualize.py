@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from .. import visualize
     from ..errors import UserError
-    from ..feature_files import read_feature_table
+    from ..features.files import read_feature_table
 
     if args.kind == "activations":
         if args.model is None:

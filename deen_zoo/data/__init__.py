@@ -12,12 +12,11 @@ _MODULES = {
     "cache": ("DecodedCache", "open_cache"),
     "check": ("CheckReport", "check_dataset"),
     "datasets": ("open_dataset",),
-    "draws": ("PROTOCOLS", "Protocol", "Sample", "draw_gallery", "read_permutations"),
-    "files": ("is_image_name", "open_image"),
-    "loading": ("eval_loader", "train_loader"),
+    "protocols": ("PROTOCOLS", "Protocol", "Sample", "draw_gallery", "read_permutations"),
+    "images": ("is_image_name", "open_image"),
+    "loader": ("eval_loader", "train_loader"),
     "reader": ("Fault", "ReidDataset"),
     "sampler": ("IdentitySampler",),
-    "synthetic": ("synthesize",),
     "transforms": ("eval_transform", "train_transform"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -28,19 +27,18 @@ if TYPE_CHECKING:
     from .check import CheckReport as CheckReport
     from .check import check_dataset as check_dataset
     from .datasets import open_dataset as open_dataset
-    from .draws import PROTOCOLS as PROTOCOLS
-    from .draws import Protocol as Protocol
-    from .draws import Sample as Sample
-    from .draws import draw_gallery as draw_gallery
-    from .draws import read_permutations as read_permutations
-    from .files import is_image_name as is_image_name
-    from .files import open_image as open_image
-    from .loading import eval_loader as eval_loader
-    from .loading import train_loader as train_loader
+    from .images import is_image_name as is_image_name
+    from .images import open_image as open_image
+    from .loader import eval_loader as eval_loader
+    from .loader import train_loader as train_loader
+    from .protocols import PROTOCOLS as PROTOCOLS
+    from .protocols import Protocol as Protocol
+    from .protocols import Sample as Sample
+    from .protocols import draw_gallery as draw_gallery
+    from .protocols import read_permutations as read_permutations
     from .reader import Fault as Fault
     from .reader import ReidDataset as ReidDataset
     from .sampler import IdentitySampler as IdentitySampler
-    from .synthetic import synthesize as synthesize
     from .transforms import eval_transform as eval_transform
     from .transforms import train_transform as train_transform
 

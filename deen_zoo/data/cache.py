@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from ..errors import UserError
-from .files import open_image
+from .images import open_image
 from .transforms import Pixels, resize
 
 __all__ = ["DecodedCache", "open_cache"]

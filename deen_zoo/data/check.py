@@ -15,8 +15,8 @@ from PIL import Image
 
 from ..errors import UserError
 from .datasets import DATASETS, PROTOCOLS, Fault, ReidDataset, Sample, open_dataset
-from .draws import draw_gallery, read_permutations
-from .files import is_image_name, open_image
+from .images import is_image_name, open_image
+from .protocols import draw_gallery, read_permutations
 from .reader import count, one_modality
 
 __all__ = ["CheckReport", "check_dataset"]
@@ -218,9 +218,7 @@ def _check_permutations(dataset: ReidDataset, report: CheckReport) -> None:
         report.notes.append(Fault("official draw", "not available", str(error)))
 
 
-def _check_strays(
-    dataset: ReidDataset, samples: dict[str, Sample], report: CheckReport
-) -> None:
+def _check_strays(dataset: ReidDataset, samples: dict[str, Sample], report: CheckReport) -> None:
     """What lies in the folder and is in no split."""
     known = {*samples, *(fault.where for fault in report.faults)}
     unused: dict[str, list[str]] = {}

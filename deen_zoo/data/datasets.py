@@ -13,9 +13,9 @@ import re
 from pathlib import Path
 
 from ..errors import UserError
-from .draws import INFRARED, PROTOCOLS, SPLITS, VISIBLE, Protocol, Sample, draw_gallery
-from .draws import read_permutations as read_permutations
 from .folder import OwnData
+from .protocols import INFRARED, PROTOCOLS, SPLITS, VISIBLE, Protocol, Sample, draw_gallery
+from .protocols import read_permutations as read_permutations
 from .reader import Fault, ReidDataset
 
 __all__ = ["DATASETS", "LLCM", "PROTOCOLS", "Fault", "Protocol", "RegDB", "ReidDataset", "Sample"]
@@ -189,9 +189,7 @@ DATASETS: dict[str, type[ReidDataset]] = {
 }
 
 
-def open_dataset(
-    name: str, root: str | os.PathLike[str], skip_broken: bool = False
-) -> ReidDataset:
+def open_dataset(name: str, root: str | os.PathLike[str], skip_broken: bool = False) -> ReidDataset:
     """A dataset by name, from the folder that holds it as its authors hand it out.
 
     Args:

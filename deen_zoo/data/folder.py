@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..errors import UserError
-from .draws import INFRARED, VISIBLE, Sample
-from .files import is_image_name
+from .images import is_image_name
+from .protocols import INFRARED, VISIBLE, Sample
 from .reader import Fault, ReidDataset
 
 __all__ = ["UNKNOWN", "OwnData", "list_images", "open_folder", "read_csv"]

@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from ..errors import UserError
-from .draws import INFRARED, PROTOCOLS, VISIBLE, Protocol, Sample, draw_gallery, read_permutations
-from .files import is_image_name
+from .images import is_image_name
+from .protocols import (
+    INFRARED,
+    PROTOCOLS,
+    VISIBLE,
+    Protocol,
+    Sample,
+    draw_gallery,
+    read_permutations,
+)
 
 __all__ = ["Fault", "ReidDataset", "count", "one_modality"]
 

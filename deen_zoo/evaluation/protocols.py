@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data.draws import PROTOCOLS, Permutations, Protocol, Sample, draw_gallery
+from ..data.protocols import PROTOCOLS, Permutations, Protocol, Sample, draw_gallery
 from ..errors import UserError
 from .metrics import evaluate_ranking
 from .rerank import KReciprocal, k_reciprocal_distance

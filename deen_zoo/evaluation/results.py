@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..data.datasets import DATASETS
-from ..data.draws import PROTOCOLS, Sample
+from ..data.protocols import PROTOCOLS, Sample
 from ..errors import UserError
 from .metrics import Ranking
 from .published import published

@@ -7,7 +7,7 @@ from typing import Any, cast
 import timm
 
 from ..errors import UserError
-from . import weights
+from . import pretrained as weights
 from .checkpoint import save_pretrained as save_pretrained
 from .deen import DEEN as DEEN
 

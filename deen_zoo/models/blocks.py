@@ -1,4 +1,5 @@
 """The parts of DEEN: DEE, MFA's two non-local blocks, the BN neck, and the stages they form."""
+
 import contextlib
 from collections import OrderedDict
 from typing import Any, List, Union
@@ -30,12 +31,14 @@ def infrared_rows_of(x: torch.Tensor, modality: Modality, default: str) -> torch
         if modality.dtype != torch.bool or modality.dim() != 1 or modality.shape[0] != x.shape[0]:
             raise ValueError(
                 f"a modality tensor must be bool, one entry an image, True for infrared: "
-                f"got {modality.dtype} {modality.shape} for {x.shape[0]} images")
+                f"got {modality.dtype} {modality.shape} for {x.shape[0]} images"
+            )
         return modality
     if modality not in ("visible", "infrared"):
         raise ValueError(
             f"modality must be 'visible', 'infrared' or a bool tensor (N,), True for infrared: "
-            f"got {modality}")
+            f"got {modality}"
+        )
     return torch.full((x.shape[0],), modality == "infrared", dtype=torch.bool, device=x.device)
 
 
@@ -45,13 +48,14 @@ def check_images(x: torch.Tensor, in_chans: int, fused: int) -> None:
     if x.dim() != 4 or x.shape[1] != in_chans:
         raise ValueError(f"images must be (N, {in_chans}, H, W): got {x.shape}")
     for stage in range(fused):
-        stride = 4 * 2 ** stage
+        stride = 4 * 2**stage
         height, width = (x.shape[2] + stride - 1) // stride, (x.shape[3] + stride - 1) // stride
         if height * width % 2 == 1:
             raise ValueError(
                 f"images of {x.shape[2]} x {x.shape[3]} give a {height} x {width} map at stride "
                 f"{stride}, and MFA needs an even number of positions: make height or width a "
-                f"multiple of {8 * 2 ** (fused - 1)}, e.g. 384 x 144")
+                f"multiple of {8 * 2 ** (fused - 1)}, e.g. 384 x 144"
+            )
 
 
 class DEE(nn.Module):
@@ -62,16 +66,18 @@ class DEE(nn.Module):
     """
 
     def __init__(
-            self, dim: int, drop_rate: float, paper: bool = False,
-            device: Any = None, dtype: Any = None):
+        self, dim: int, drop_rate: float, paper: bool = False, device: Any = None, dtype: Any = None
+    ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.divisor = 1 if paper else 3
         self.reduce = nn.ModuleList(
             nn.ModuleList(
                 nn.Conv2d(dim, dim // 4, 3, padding=d, dilation=d, bias=False, **dd)
-                for d in (1, 2, 3))
-            for _ in range(2))
+                for d in (1, 2, 3)
+            )
+            for _ in range(2)
+        )
         self.expand = nn.ModuleList(nn.Conv2d(dim // 4, dim, 1, **dd) for _ in range(2))
         self.drop = nn.Dropout(drop_rate)
         for conv in self.modules():
@@ -107,8 +113,14 @@ class CNL(nn.Module):
     """
 
     def __init__(
-            self, high_dim: int, low_dim: int, stride: int, paper: bool = False,
-            device: Any = None, dtype: Any = None):
+        self,
+        high_dim: int,
+        low_dim: int,
+        stride: int,
+        paper: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.paper = paper
@@ -135,8 +147,13 @@ class PNL(nn.Module):
     """
 
     def __init__(
-            self, high_dim: int, low_dim: int, paper: bool = False,
-            device: Any = None, dtype: Any = None):
+        self,
+        high_dim: int,
+        low_dim: int,
+        paper: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.paper = paper
@@ -165,7 +182,8 @@ class Deployable:
     """A part that ``timm.utils.reparameterize_model`` replaces by its deploy form."""
 
     def fuse(self) -> nn.Module:
-        from .deploy import deploy
+        from .fuse import deploy
+
         return deploy(self)
 
 
@@ -209,8 +227,10 @@ def without_stride(blocks: nn.Module, backbone: str) -> nn.Module:
             parent, _, child = name.rpartition(".")
             setattr(blocks.get_submodule(parent), child, nn.Identity())
         elif getattr(module, "stride", 1) not in (1, 2, (1, 1)) or hasattr(module, "filt"):
-            raise ValueError(f"backbone {backbone} strides by {type(module).__name__}, which DEEN "
-                             f"cannot undo: choose a plain ResNet such as resnet50")
+            raise ValueError(
+                f"backbone {backbone} strides by {type(module).__name__}, which DEEN "
+                f"cannot undo: choose a plain ResNet such as resnet50"
+            )
     return blocks
 
 
@@ -224,8 +244,11 @@ def recomputed(stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return checkpoint(stage, x, use_reentrant=False)
     norms = [m for m in stage.modules() if getattr(m, "num_batches_tracked", None) is not None]
     return checkpoint(
-        stage, x, use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), _Uncounted(norms)))
+        stage,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _Uncounted(norms)),
+    )
 
 
 class _Uncounted:

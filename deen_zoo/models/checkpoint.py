@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +13,8 @@ import torch
 from safetensors.torch import save
 
 from ..errors import UserError
-from .weights import CONFIG, FORMAT, WEIGHTS
+from ..io import write_atomically
+from .pretrained import CONFIG, FORMAT, WEIGHTS
 
 StateDict = dict[str, torch.Tensor]
 
@@ -124,28 +124,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> StateDict:
 def _some(names: list[str], most: int = 4) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Write a file whole or not at all; what was there stays until the new one is on the disk.
-
-    Raises:
-        OSError: It cannot be written; the message names the file, and the old one is as it was.
-    """
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        kept = "; the file of that name is still the previous one" if path.exists() else ""
-        raise OSError(f"cannot write {path}: {error.strerror or error}{kept}") from error
 
 
 def save_pretrained(model: Any, folder: str | os.PathLike[str]) -> Path:

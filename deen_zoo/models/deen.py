@@ -9,6 +9,7 @@ but the last, MFA fuses the stage's input into its output; before the last stage
 map into three: the original and two generated branches. Written from the paper and from the
 reference's behaviour, on top of timm's ResNet; gradients and outputs agree to rounding.
 """
+
 from collections import OrderedDict
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
@@ -39,7 +40,7 @@ from .blocks import (
     without_stride,
 )
 from .checkpoint import checkpoint_filter_fn
-from .weights import HUB_ORGANISATION, TINY_WEIGHTS, backbone_weights, safe_source
+from .pretrained import HUB_ORGANISATION, TINY_WEIGHTS, backbone_weights, safe_source
 
 __all__ = ["DEEN"]
 
@@ -71,21 +72,21 @@ class DEEN(nn.Module):
     """
 
     def __init__(
-            self,
-            num_classes: int = 1000,
-            in_chans: int = 3,
-            global_pool: str = "avg",
-            backbone: str = "resnet50.tv_in1k",
-            backbone_args: Optional[Dict[str, Any]] = None,
-            pretrained_backbone: bool = False,
-            num_stages: int = 4,
-            dee: bool = True,
-            mfa: bool = True,
-            form: str = "official",
-            modality: str = "visible",
-            drop_rate: float = 0.01,
-            device: Any = None,
-            dtype: Any = None,
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        backbone: str = "resnet50.tv_in1k",
+        backbone_args: Optional[Dict[str, Any]] = None,
+        pretrained_backbone: bool = False,
+        num_stages: int = 4,
+        dee: bool = True,
+        mfa: bool = True,
+        form: str = "official",
+        modality: str = "visible",
+        drop_rate: float = 0.01,
+        device: Any = None,
+        dtype: Any = None,
     ):
         super().__init__()
         if modality not in MODALITIES:
@@ -102,8 +103,15 @@ class DEEN(nn.Module):
         self.num_fused = num_stages - 1 if mfa else 0
         self.num_recomputed = 0
         self.model_args = dict(
-            backbone=backbone, backbone_args=backbone_args, num_stages=num_stages, dee=dee, mfa=mfa,
-            form=form, modality=modality, drop_rate=drop_rate)
+            backbone=backbone,
+            backbone_args=backbone_args,
+            num_stages=num_stages,
+            dee=dee,
+            mfa=mfa,
+            form=form,
+            modality=modality,
+            drop_rate=drop_rate,
+        )
 
         own_args = dict(backbone_args or {})
         if pretrained_backbone and "pretrained_cfg_overlay" not in own_args:
@@ -111,11 +119,18 @@ class DEEN(nn.Module):
 
         def resnet() -> nn.Module:
             net = timm.create_model(
-                backbone, pretrained=pretrained_backbone, in_chans=in_chans, num_classes=0,
-                **own_args, **dd)
+                backbone,
+                pretrained=pretrained_backbone,
+                in_chans=in_chans,
+                num_classes=0,
+                **own_args,
+                **dd,
+            )
             if not isinstance(net, timm.models.ResNet):
-                raise ValueError(f"backbone must be a timm ResNet such as 'resnet50': "
-                                 f"{backbone} is a {type(net).__name__}")
+                raise ValueError(
+                    f"backbone must be a timm ResNet such as 'resnet50': "
+                    f"{backbone} is a {type(net).__name__}"
+                )
             return net
 
         def stem(net: nn.Module) -> Stem:
@@ -144,7 +159,8 @@ class DEEN(nn.Module):
             else:
                 stages.append(Stage(OrderedDict(blocks=blocks)))
             self.feature_info.append(
-                dict(num_chs=high, reduction=reduction, module=f"stages.{i - 1}"))
+                dict(num_chs=high, reduction=reduction, module=f"stages.{i - 1}")
+            )
         self.stages = nn.Sequential(*stages)
 
         self.branch_features = dims[-1]
@@ -164,8 +180,11 @@ class DEEN(nn.Module):
             blocks = [(r"^stages\.(\d+)", None), (r"^bottleneck", (99999,))]
         else:
             blocks = [
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)\.dee", (-1,)),
-                (r"^stages\.(\d+)\.[cp]nl", (99999,)), (r"^bottleneck", (99999,))]
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^stages\.(\d+)\.dee", (-1,)),
+                (r"^stages\.(\d+)\.[cp]nl", (99999,)),
+                (r"^bottleneck", (99999,)),
+            ]
         return dict(stem=r"^(?:visible|infrared)_stem", blocks=blocks)
 
     @torch.jit.ignore
@@ -200,8 +219,12 @@ class DEEN(nn.Module):
         if num_classes > 0:
             weight = self.bottleneck.weight
             self.classifier = nn.Linear(
-                self.branch_features, num_classes, bias=False,
-                device=weight.device, dtype=weight.dtype)
+                self.branch_features,
+                num_classes,
+                bias=False,
+                device=weight.device,
+                dtype=weight.dtype,
+            )
             nn.init.normal_(self.classifier.weight, std=0.001)
 
     def forward_stems(self, x: torch.Tensor, modality: Modality = None) -> torch.Tensor:
@@ -215,8 +238,9 @@ class DEEN(nn.Module):
         infrared = infrared_rows_of(x, modality, self.modality)
         if self.training:
             visible_rows, infrared_rows = (~infrared).nonzero()[:, 0], infrared.nonzero()[:, 0]
-            out = torch.cat([
-                self.visible_stem(x[visible_rows]), self.infrared_stem(x[infrared_rows])])
+            out = torch.cat(
+                [self.visible_stem(x[visible_rows]), self.infrared_stem(x[infrared_rows])]
+            )
             return out[torch.cat([visible_rows, infrared_rows]).argsort()]
         if modality is None:
             modality = self.modality
@@ -267,7 +291,9 @@ class DEEN(nn.Module):
         return self.forward_head(self.forward_features(x, modality))
 
     def forward_branches(
-            self, x: torch.Tensor, modality: Modality = None,
+        self,
+        x: torch.Tensor,
+        modality: Modality = None,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Images -> ``(pool, bn)``, each (B*N, C), branch-major: what the losses read.
 
@@ -277,7 +303,10 @@ class DEEN(nn.Module):
         return pool, self.bottleneck(pool)
 
     def forward_embedding(
-            self, x: torch.Tensor, modality: Modality = None, flip: bool = False,
+        self,
+        x: torch.Tensor,
+        modality: Modality = None,
+        flip: bool = False,
     ) -> torch.Tensor:
         """Images -> the official descriptor (N, 2*B*C), laid out as (2, B, C): pool, then bn.
 
@@ -290,14 +319,14 @@ class DEEN(nn.Module):
         return out + self.forward_embedding(x.flip(3), modality) if flip else out
 
     def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = "NCHW",
-            intermediates_only: bool = False,
-            modality: Modality = None,
+        self,
+        x: torch.Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        modality: Modality = None,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
         """The stems' output and each stage's, after MFA; the last as ``forward_features``.
 
@@ -324,10 +353,10 @@ class DEEN(nn.Module):
         return intermediates if intermediates_only else (x, intermediates)
 
     def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
+        self,
+        indices: Union[int, List[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
     ) -> List[int]:
         """Remove the stages that the given intermediates do not need, and the classifier."""
         take, last = feature_take_indices(len(self.stages) + 1, indices)
@@ -339,32 +368,52 @@ class DEEN(nn.Module):
 
 def _cfg(num_classes: int, **kwargs: Any) -> Dict[str, Any]:
     return {
-        "num_classes": num_classes, "input_size": (3, 384, 144), "pool_size": (24, 9),
-        "crop_pct": 1.0, "crop_mode": "squash", "interpolation": "lanczos",
-        "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": ("visible_stem.conv1", "infrared_stem.conv1"), "classifier": "classifier",
-        "hf_hub_filename": "model.safetensors", "license": "other",
-        "paper_ids": "arXiv:2303.14481", "paper_name": "Diverse Embedding Expansion Network",
-        "origin_url": "https://github.com/ZYK100/LLCM", **kwargs,
+        "num_classes": num_classes,
+        "input_size": (3, 384, 144),
+        "pool_size": (24, 9),
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+        "interpolation": "lanczos",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": ("visible_stem.conv1", "infrared_stem.conv1"),
+        "classifier": "classifier",
+        "hf_hub_filename": "model.safetensors",
+        "license": "other",
+        "paper_ids": "arXiv:2303.14481",
+        "paper_name": "Diverse Embedding Expansion Network",
+        "origin_url": "https://github.com/ZYK100/LLCM",
+        **kwargs,
     }
 
 
-default_cfgs = generate_default_cfgs({
-    "deen_resnet50_sysu": _cfg(395, hf_hub_id=f"{HUB_ORGANISATION}/deen_resnet50_sysu"),
-    "deen_resnet50_regdb": _cfg(206, hf_hub_id=f"{HUB_ORGANISATION}/deen_resnet50_regdb"),
-    "deen_resnet50_llcm": _cfg(713, hf_hub_id=f"{HUB_ORGANISATION}/deen_resnet50_llcm"),
-    "test_deen_resnet": _cfg(
-        64, file=TINY_WEIGHTS, license="apache-2.0", input_size=(3, 128, 64), pool_size=(8, 4),
-        first_conv=("visible_stem.conv1.0", "infrared_stem.conv1.0")),
-})
+default_cfgs = generate_default_cfgs(
+    {
+        "deen_resnet50_sysu": _cfg(395, hf_hub_id=f"{HUB_ORGANISATION}/deen_resnet50_sysu"),
+        "deen_resnet50_regdb": _cfg(206, hf_hub_id=f"{HUB_ORGANISATION}/deen_resnet50_regdb"),
+        "deen_resnet50_llcm": _cfg(713, hf_hub_id=f"{HUB_ORGANISATION}/deen_resnet50_llcm"),
+        "test_deen_resnet": _cfg(
+            64,
+            file=TINY_WEIGHTS,
+            license="apache-2.0",
+            input_size=(3, 128, 64),
+            pool_size=(8, 4),
+            first_conv=("visible_stem.conv1.0", "infrared_stem.conv1.0"),
+        ),
+    }
+)
 
 
 def _create_deen(variant: str, pretrained: bool = False, **kwargs: Any) -> DEEN:
     out_indices = tuple(range(kwargs.get("num_stages", 4) + 1))
     return build_model_with_cfg(
-        DEEN, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
+        DEEN,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-        **safe_source(variant, pretrained, kwargs))
+        **safe_source(variant, pretrained, kwargs),
+    )
 
 
 @register_model

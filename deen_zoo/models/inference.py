@@ -5,6 +5,7 @@ the widest 3x3 ones by Winograd's minimal filtering (arXiv:1509.09308), which mu
 ``int8`` has most convolutions between the stem and the last pooling read bytes, with scales taken
 from the images that it is calibrated on.
 """
+
 import copy
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ from ..device import keep_freed_memory
 from ..errors import UserError
 from .blocks import infrared_rows_of
 from .deen import DEEN
-from .deploy import Conv, _Block
+from .fuse import Conv, _Block
 from .int8 import Kernel, Ranges, check_quantizable, quantize_stages
 
 __all__ = ["INFERENCE_PRECISIONS", "optimize_for_inference"]
@@ -89,11 +90,16 @@ class _InParts(DEEN):
             return super().forward_embedding(x, modality, flip)
         step = -(-len(x) // -(-len(x) // most))  # parts of equal size
         infrared_rows_of(x, modality, self.modality)  # a wrong mask shows before it is split
-        return torch.cat([
-            super(_InParts, self).forward_embedding(
-                x[i : i + step],
-                modality[i : i + step] if isinstance(modality, Tensor) else modality, flip)
-            for i in range(0, len(x), step)])
+        return torch.cat(
+            [
+                super(_InParts, self).forward_embedding(
+                    x[i : i + step],
+                    modality[i : i + step] if isinstance(modality, Tensor) else modality,
+                    flip,
+                )
+                for i in range(0, len(x), step)
+            ]
+        )
 
 
 class _To(nn.Module):
@@ -117,12 +123,17 @@ class _FusedConv(Kernel):
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         if not self.packed:  # the best layout depends on the size; any is right for all
-            self.packed, self.weight = True, torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight, *self.where, self.groups, list(x.shape))
+            self.packed, self.weight = (
+                True,
+                torch.ops.mkldnn._reorder_convolution_weight(
+                    self.weight, *self.where, self.groups, list(x.shape)
+                ),
+            )
         weights = (self.weight, self.bias, *self.where, self.groups)
         if other is None:
             return torch.ops.mkldnn._convolution_pointwise(
-                x, *weights, "relu" if self.relu else "none", [], "")
+                x, *weights, "relu" if self.relu else "none", [], ""
+            )
         end = (*weights, "add", 1.0, "relu" if self.relu else None, [], None)
         if self.in_place:
             return torch.ops.mkldnn._convolution_pointwise_.binary(other, x, *end)
@@ -138,13 +149,15 @@ class _Winograd(Kernel):
         self.direct, self.rows, self.dilation = _FusedConv(conv), rows, conv.dilation[0]
         (out_h, kernel_h, in_h), (out_w, kernel_w, in_w) = _minimal_filter(rows), _minimal_filter(3)
         kernels = torch.einsum(
-            "xa,ocab,yb->xyoc", kernel_h, conv.weight.double(), kernel_w).flatten(0, 1)
+            "xa,ocab,yb->xyoc", kernel_h, conv.weight.double(), kernel_w
+        ).flatten(0, 1)
         dtype = conv.weight.dtype
         self.enter = torch.kron(in_h, in_w).to(dtype)  # (tile in, tile in), integers
         self.leave = torch.kron(out_h, out_w).to(dtype)  # (tile out, tile in)
         self.kernels = [
             torch.ops.mkldnn._reorder_linear_weight(k.to(dtype).contiguous(), _TILES)
-            for k in kernels]
+            for k in kernels
+        ]
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         n, c, h, w = x.shape
@@ -163,9 +176,12 @@ class _Winograd(Kernel):
             size = (mh + 2, mw + 2, len(part), d, th, d, tw, c)
             tiles = part.as_strided(size, strides, part.storage_offset())
             tiles = (self.enter @ tiles.reshape(len(self.enter), -1)).view(len(self.enter), -1, c)
-            products = torch.stack([
-                torch.ops.mkldnn._linear_pointwise(tile, kernel, None, "none", [], "")
-                for tile, kernel in zip(tiles, self.kernels, strict=True)])
+            products = torch.stack(
+                [
+                    torch.ops.mkldnn._linear_pointwise(tile, kernel, None, "none", [], "")
+                    for tile, kernel in zip(tiles, self.kernels, strict=True)
+                ]
+            )
             done = self.leave @ products.flatten(1)  # (mh*mw, tiles*O)
             out[i : i + step] = done.view(mh, mw, *size[2:7], -1).permute(2, 4, 0, 3, 6, 1, 5, 7)
         out = out.view(n, th * mh * d, tw * mw * d, -1)[:, :h, :w].permute(0, 3, 1, 2)
@@ -199,9 +215,13 @@ def _replace_convolutions(model: DEEN) -> None:
             if type(conv) is not Conv or conv.padding_mode != "zeros":
                 continue
             wide = (
-                conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.groups == 1
-                and conv.dilation == conv.padding and conv.dilation[0] == conv.dilation[1]
-                and conv.in_channels >= 512)
+                conv.kernel_size == (3, 3)
+                and conv.stride == (1, 1)
+                and conv.groups == 1
+                and conv.dilation == conv.padding
+                and conv.dilation[0] == conv.dilation[1]
+                and conv.in_channels >= 512
+            )
             # In bfloat16 the larger tile would cost four times the rounding error.
             rows = 4 if conv.weight.dtype == torch.float32 else 2
             fused = _Winograd(conv, rows) if wide else _FusedConv(conv, conv not in keep)

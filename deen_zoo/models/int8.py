@@ -5,6 +5,7 @@ each channel, and their weights have one for each output channel. What is added 
 between blocks, is bfloat16, as are the shortcuts, where rounding costs most and work least. The
 stems stay in float32.
 """
+
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .deen import DEEN
-from .deploy import (
+from .fuse import (
     _CNL,
     _DEE,
     Conv,
@@ -79,8 +80,10 @@ class Ranges:
     def __init__(self, model: DEEN, calibration: Sequence[tuple[Tensor, str | Tensor]]):
         self.seen: dict[nn.Module, list[Tensor]] = {}
         hooks = [
-            module.register_forward_hook(self._record) for module in model.modules()
-            if isinstance(module, (Conv, _BranchConv, _DEE, type(model.visible_stem)))]
+            module.register_forward_hook(self._record)
+            for module in model.modules()
+            if isinstance(module, (Conv, _BranchConv, _DEE, type(model.visible_stem)))
+        ]
         for images, modality in calibration:
             model.forward_features(images, modality)
         for hook in hooks:
@@ -88,7 +91,8 @@ class Ranges:
         if not {model.visible_stem, model.infrared_stem} <= set(self.seen):
             raise UserError(
                 "int8 needs calibration=[(images, 'visible'), (images, 'infrared')]: some tens of "
-                "preprocessed images of both modalities")
+                "preprocessed images of both modalities"
+            )
 
     def _record(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         statistics = torch.stack([out.amin((2, 3)), out.amax((2, 3)), out.mean((2, 3))])
@@ -130,7 +134,8 @@ class _Int8Conv(Kernel):
         groups, (rows, columns) = conv.groups, weight.shape[:2]
         read, mean = (
             v.view(groups, 1, columns).expand(-1, rows // groups, -1).reshape(rows, columns, 1, 1)
-            for v in (x.scale, x.mean / x.scale))
+            for v in (x.scale, x.mean / x.scale)
+        )
         weight = weight * read
         scales = weight.flatten(1).abs().amax(1).clamp(min=1e-12) / 127
         values = (weight / scales[:, None, None, None]).round()
@@ -148,14 +153,28 @@ class _Int8Conv(Kernel):
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         if self.packed is None:  # the best layout depends on the size; any is right for all
             self.packed = torch.ops.onednn.qconv_prepack(
-                self.values, self.scales, *self.x, *self.where, list(x.shape))
+                self.values, self.scales, *self.x, *self.where, list(x.shape)
+            )
         weights = (*self.x, self.packed, self.scales, self.zeros)
         if other is None:
             return torch.ops.onednn.qconv2d_pointwise(
-                x, *weights, self.bias, *self.where, *self.output, self.relu, [], "")
+                x, *weights, self.bias, *self.where, *self.output, self.relu, [], ""
+            )
         return torch.ops.onednn.qconv2d_pointwise.binary(
-            x, *weights, other, self.bias, *self.where, *self.output, 1.0, 0,
-            "sum", 1.0, self.relu, [], "")
+            x,
+            *weights,
+            other,
+            self.bias,
+            *self.where,
+            *self.output,
+            1.0,
+            0,
+            "sum",
+            1.0,
+            self.relu,
+            [],
+            "",
+        )
 
 
 class _Int8Branches(nn.Module):
@@ -166,13 +185,17 @@ class _Int8Branches(nn.Module):
         self.widths = branches.widths
         self.convs = nn.ModuleList(
             _Int8Conv(conv, part, out)
-            for conv, part in zip(branches.convs, x.split(self.widths), strict=True))
+            for conv, part in zip(branches.convs, x.split(self.widths), strict=True)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         parts = x.split(self.widths, dim=1)
-        return torch.cat([
-            conv(part.contiguous(memory_format=torch.channels_last))
-            for conv, part in zip(self.convs, parts, strict=True)])
+        return torch.cat(
+            [
+                conv(part.contiguous(memory_format=torch.channels_last))
+                for conv, part in zip(self.convs, parts, strict=True)
+            ]
+        )
 
 
 class _Int8Block(nn.Module):
@@ -218,7 +241,8 @@ class _Int8DEE(nn.Module):
     def __init__(self, dee: _DEE, x: _Scale):
         super().__init__()
         self.reduce = nn.ModuleList(
-            _Int8Conv(conv, x, None) for conv in [*dee.reduce, dee.reduce_last])
+            _Int8Conv(conv, x, None) for conv in [*dee.reduce, dee.reduce_last]
+        )
         self.expand = dee.expand.bfloat16()
 
     def forward(self, x: Tensor, read: Tensor) -> Tensor:

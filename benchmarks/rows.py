@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from deen_zoo.features.embed import data_config
 
-from .. import create_model, save_pretrained
-from ..convert import convert_official
-from ..data import synthesize
-from ..errors import UserError, check_least
-from ..extraction import data_config
+from deen_zoo import create_model, save_pretrained
+from deen_zoo.errors import UserError, check_least
+from deen_zoo.models.convert import convert_official
+from deen_zoo.synthetic import synthesize
+
 from . import official, workloads
 from .agreement import same_first_hits
 from .contest import Outcome, Spec, Workload, contest

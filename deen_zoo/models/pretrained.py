@@ -26,6 +26,7 @@ from timm.models import resolve_pretrained_cfg
 from timm.models._pretrained import PretrainedCfg
 
 from ..errors import UserError
+from ..io import sha256
 
 HUB_ORGANISATION = os.environ.get("DEEN_ZOO_HUB_ORG") or "deen-zoo"  # read once, on import
 TINY_WEIGHTS = str(Path(__file__).with_name("test_deen_resnet.safetensors"))
@@ -150,15 +151,6 @@ def fetch(repo: str, filename: str, cache_dir: str | None = None) -> Path:
             f"Hub says {stated[:12]}...; it has been removed: try again, or look at your proxy"
         )
     return path
-
-
-def sha256(path: str | os.PathLike[str], digest: Any = None) -> str:
-    """SHA-256 (or another, begun ``digest``) of a file, in hex."""
-    digest = digest or hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return str(digest.hexdigest())
 
 
 def _discard(path: Path) -> None:

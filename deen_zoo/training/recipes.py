@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import UserError
+from ..errors import UserError
 
 __all__ = ["RECIPES", "Recipe", "get_recipe"]
 
@@ -39,7 +39,7 @@ class Recipe:
         triplet_margin: Of its hinge.
         cpm_weight: Of the CPM loss; 0 leaves it out.
         cpm_margin: Of its hinges.
-        cpm_form: ``"official"`` or ``"paper"``, see :func:`deen_zoo.losses.cpm_loss`.
+        cpm_form: ``"official"`` or ``"paper"``, see :func:`deen_zoo.training.losses.cpm_loss`.
         model_form: The same of DEE and MFA, see :class:`deen_zoo.models.DEEN`.
         ort_weight: Of the orthogonality loss; 0 leaves it out.
         test_every: Epochs between tests during training; the last epoch is always tested.

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ..device import keep_freed_memory
-from ..errors import UserError
+from deen_zoo.device import keep_freed_memory
+from deen_zoo.errors import UserError
 
 __all__ = ["Outcome", "Spec", "contest", "peak_memory", "synchronize"]
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import write_atomically
-from .errors import MissingExtraError, require
-from .evaluation import published_ablation, report
+from ..errors import MissingExtraError, require
+from ..evaluation import published_ablation, report
+from ..io import write_atomically
 
 __all__ = ["markdown", "plot", "write_results"]
 

@@ -22,9 +22,9 @@ import numpy as np
 import timm
 import torch
 
-from .errors import UserError
-from .models import create_model, save_pretrained
-from .models.checkpoint import checkpoint_filter_fn, is_official
+from ..errors import UserError
+from . import create_model, save_pretrained
+from .checkpoint import checkpoint_filter_fn, is_official
 
 
 @dataclass(frozen=True)

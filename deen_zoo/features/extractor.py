@@ -15,23 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .data.loading import DEFAULT_WORKERS
-from .data.transforms import eval_transform
-from .device import choose_device, resolve_precision
-from .distributed import World
-from .errors import UserError, check_least
-from .extraction import data_config, descriptor_width, embed, extract, progress_bar, run, split
-from .extraction import weights_sha256 as weights_sha256
-from .feature_files import (
+from ..data.loader import DEFAULT_WORKERS
+from ..data.transforms import eval_transform
+from ..device import choose_device, resolve_precision
+from ..distributed import World
+from ..errors import UserError, check_least
+from ..models import DEEN, create_model
+from ..models.fuse import is_deployed
+from ..models.inference import optimize_for_inference
+from .embed import data_config, descriptor_width, embed, extract, progress_bar, run, split
+from .embed import weights_sha256 as weights_sha256
+from .files import (
     FeatureTable,
     check_name,
     check_paths,
     read_feature_table,
     write_feature_table,
 )
-from .models import DEEN, create_model
-from .models.deploy import is_deployed
-from .models.inference import optimize_for_inference
 from .sources import Images, Source, collate, gather, infrared_of
 
 __all__ = ["FeatureExtractor", "data_config", "extract"]
@@ -380,6 +380,6 @@ class _Parts(Sequence[FeatureTable]):
 
 
 def _version() -> str:
-    from . import __version__
+    from .. import __version__
 
     return __version__

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from deen_zoo.features.embed import extract
+from deen_zoo.features.extractor import FeatureExtractor
 
-from .. import create_model
-from ..data import open_dataset, synthesize
-from ..data.draws import Sample
-from ..distributed import World
-from ..evaluation import evaluate
-from ..extraction import extract
-from ..features import FeatureExtractor
-from ..models import DEEN
-from ..models.inference import optimize_for_inference
+from deen_zoo import create_model
+from deen_zoo.data import open_dataset
+from deen_zoo.data.protocols import Sample
+from deen_zoo.distributed import World
+from deen_zoo.evaluation import evaluate
+from deen_zoo.models import DEEN
+from deen_zoo.models.inference import optimize_for_inference
+from deen_zoo.synthetic import synthesize
 
 __all__ = ["same_first_hits"]
 

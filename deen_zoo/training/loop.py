@@ -16,20 +16,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import (
-    load_state,
-    random_state,
-    save_state,
-    set_random_state,
-    write_atomically,
-)
-from .data.loading import TrainLoader
-from .device import autocast
-from .distributed import World
-from .errors import UserError
+from ..data.loader import TrainLoader
+from ..device import autocast
+from ..distributed import World
+from ..errors import UserError
+from ..io import write_atomically
+from ..models import DEEN, save_pretrained
 from .losses import batch_hard_triplet_loss, cpm_loss, identity_loss, orthogonality_loss
-from .models import DEEN, save_pretrained
 from .recipes import Recipe
+from .state import load_state, random_state, save_state, set_random_state
 
 __all__ = ["PARTS", "Diverged", "Run", "Task", "make_optimizer", "train"]
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 
 __all__ = ["batch_hard_triplet_loss", "cpm_loss", "identity_loss", "orthogonality_loss"]
 

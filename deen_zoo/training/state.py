@@ -17,10 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from .errors import UserError
-from .models.checkpoint import write_atomically
+from ..errors import UserError
+from ..io import write_atomically
 
-__all__ = ["load_state", "random_state", "save_state", "set_random_state", "write_atomically"]
+__all__ = ["load_state", "random_state", "save_state", "set_random_state"]
 
 _TENSOR = "__tensor__"
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .data.datasets import DATASETS, PROTOCOLS
-from .data.loading import DEFAULT_WORKERS
-from .errors import UserError, check_least
+from ..data.datasets import DATASETS, PROTOCOLS
+from ..data.loader import DEFAULT_WORKERS
+from ..errors import UserError, check_least
 from .recipes import Recipe, get_recipe
 
 __all__ = ["Settings"]

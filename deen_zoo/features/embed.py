@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .data.cache import DecodedCache
-from .data.draws import Sample
-from .data.loading import DEFAULT_WORKERS, check_workers
-from .data.transforms import eval_transform
-from .device import autocast
-from .distributed import World
-from .errors import UserError, check_least
-from .models import DEEN
+from ..data.cache import DecodedCache
+from ..data.loader import DEFAULT_WORKERS, check_workers
+from ..data.protocols import Sample
+from ..data.transforms import eval_transform
+from ..device import autocast
+from ..distributed import World
+from ..errors import UserError, check_least
+from ..models import DEEN
 from .sources import Batch, Images, collate, gather
 
 __all__ = ["data_config", "descriptor_width", "embed", "extract", "progress_bar", "run", "split"]

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..errors import UserError
+from deen_zoo.errors import UserError
 
 __all__ = ["check_checkout", "import_module", "make_net", "run_test", "save_weights"]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import write_atomically
-from .device import choose_device
-from .distributed import join
-from .evaluation import published_ablation
+from ..device import choose_device
+from ..distributed import join
+from ..evaluation import published_ablation
+from ..io import write_atomically
 from .reproduce import reproduce
 from .settings import Settings
 

@@ -11,7 +11,6 @@ ends here. Every step is exact but for rounding:
 - in MFA, ``g`` and ``phi`` are one convolution, and the three factors, between which there is no
   softmax, are multiplied in the cheaper order.
 """
-from typing import List, Optional
 
 import torch
 import torch.nn as nn
@@ -38,8 +37,10 @@ def is_deployed(model: nn.Module) -> bool:
 class _InferenceOnly(nn.Module):
     def train(self, mode: bool = True) -> "_InferenceOnly":
         if mode:
-            raise UserError("the deploy form is for inference only, its batch norms are folded: "
-                            "train the model that it was made from")
+            raise UserError(
+                "the deploy form is for inference only, its batch norms are folded: "
+                "train the model that it was made from"
+            )
         return super().train(False)
 
 
@@ -49,7 +50,7 @@ class Conv(nn.Conv2d):
 
     relu: bool = False
 
-    def forward(self, x: torch.Tensor, other: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
         x = self._conv_forward(x, self.weight, self.bias)
         if other is not None:
             x = x.add_(other)
@@ -60,8 +61,15 @@ def _conv(like: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor, relu: bool 
     """A convolution as ``like``, with other weights (computed in float64)."""
     with torch.device("meta"):
         conv = Conv(
-            weight.shape[1] * like.groups, weight.shape[0], like.kernel_size, like.stride,
-            like.padding, like.dilation, like.groups, padding_mode=like.padding_mode)
+            weight.shape[1] * like.groups,
+            weight.shape[0],
+            like.kernel_size,
+            like.stride,
+            like.padding,
+            like.dilation,
+            like.groups,
+            padding_mode=like.padding_mode,
+        )
     weight = weight.to(like.weight.dtype).to(memory_format=torch.channels_last)
     conv.weight = nn.Parameter(weight, requires_grad=False)
     conv.bias = nn.Parameter(bias.to(like.weight.dtype), requires_grad=False)
@@ -86,8 +94,7 @@ def _fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, relu: bool = False) -> Conv:
 
 
 def _folds(conv: nn.Module, bn: nn.Module) -> bool:
-    return (type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d
-            and bn.running_mean is not None)
+    return type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and bn.running_mean is not None
 
 
 def _fold_all(module: nn.Module) -> nn.Module:
@@ -113,7 +120,7 @@ def _fold_all(module: nn.Module) -> nn.Module:
     return module
 
 
-def _side_by_side(convs: List[nn.Conv2d], scale: float = 1.0, relu: bool = False) -> Conv:
+def _side_by_side(convs: list[nn.Conv2d], scale: float = 1.0, relu: bool = False) -> Conv:
     """Convolutions of one input as one, their outputs one after the other, times ``scale``."""
     weight = torch.cat([conv.weight.detach().double() for conv in convs])
     return _conv(convs[0], weight * scale, torch.cat([_bias(conv) for conv in convs]) * scale, relu)
@@ -181,7 +188,7 @@ class _DEE(_InferenceOnly):
         self.branches = len(dee.expand)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        total: Optional[torch.Tensor] = None
+        total: torch.Tensor | None = None
         for conv in self.reduce:
             total = conv(x, total)
         hidden = self.reduce_last(x, total)
@@ -208,7 +215,7 @@ class _BranchConv(_InferenceOnly):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts = x.split(self.widths, dim=1)
-        out: List[torch.Tensor] = []
+        out: list[torch.Tensor] = []
         for i, conv in enumerate(self.convs):
             out.append(conv(parts[i]))
         return torch.cat(out)
@@ -220,9 +227,11 @@ def _is_plain(block: nn.Module) -> bool:
         return False
     numbers = (1, 2, 3) if type(block) is Bottleneck else (1, 2)
     return (
-        block.se is None and isinstance(block.aa, (nn.Identity, type(None)))
+        block.se is None
+        and isinstance(block.aa, (nn.Identity, type(None)))
         and all(type(getattr(block, f"act{i}")) is nn.ReLU for i in numbers)
-        and all(_folds(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in numbers))
+        and all(_folds(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in numbers)
+    )
 
 
 class _Block(_InferenceOnly):
@@ -232,7 +241,8 @@ class _Block(_InferenceOnly):
         super().__init__()
         numbers = (1, 2, 3) if type(block) is Bottleneck else (1, 2)
         *convs, self.last = [
-            _fold(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"), relu=True) for i in numbers]
+            _fold(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"), relu=True) for i in numbers
+        ]
         self.convs = nn.ModuleList(convs)
         shortcut = [] if block.downsample is None else _fold_all(block.downsample)
         self.shortcut = nn.Sequential(*(m for m in shortcut if type(m) is not nn.Identity))
@@ -247,7 +257,8 @@ class _Block(_InferenceOnly):
         """Read DEE's hidden maps, if each way into the block is a 1x1 convolution, which the
         shortcut may have an average pooling before."""
         if len(self.shortcut) == 0 or not all(
-                type(m) is nn.AvgPool2d and not m.count_include_pad for m in self.shortcut[:-1]):
+            type(m) is nn.AvgPool2d and not m.count_include_pad for m in self.shortcut[:-1]
+        ):
             return False
         for conv in (self.convs[0], self.shortcut[-1]):
             if not isinstance(conv, Conv) or conv.kernel_size != (1, 1) or conv.groups != 1:

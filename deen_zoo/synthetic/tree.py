@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from ...errors import UserError
+from ..errors import UserError
 from .layouts import LAYOUTS, Shot, path_of, split, write_index
 from .picture import draw
 from .world import Camera, Person, Pose, stream

@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .data.cache import DecodedCache
-from .data.draws import Sample
-from .data.files import to_rgb
-from .data.folder import UNKNOWN, list_images, read_csv
-from .data.loading import read_image
-from .data.transforms import EvalTransform, Pixels, resize
-from .errors import UserError
+from ..data.cache import DecodedCache
+from ..data.folder import UNKNOWN, list_images, read_csv
+from ..data.images import to_rgb
+from ..data.loader import read_image
+from ..data.protocols import Sample
+from ..data.transforms import EvalTransform, Pixels, resize
+from ..errors import UserError
 
 __all__ = ["Batch", "Images", "Source", "collate", "gather", "infrared_of", "three_equal_channels"]
 

@@ -11,16 +11,20 @@ import json
 import sys
 from dataclasses import asdict
 
+from deen_zoo.device import keep_freed_memory
+from deen_zoo.errors import UserError
+from deen_zoo.visualize import check_picture
+
+from . import WORKS, benchmark, draw_curves, environment, measure_curves, table
+
 EXAMPLES = """\
-  deen-zoo benchmark --official LLCM/DEEN
-  deen-zoo benchmark ranking losses --official LLCM/DEEN --rounds 9 --json
-  deen-zoo benchmark descriptors --model test_deen_resnet
-  deen-zoo benchmark start --curves scaling.png"""
+  python -m benchmarks --official LLCM/DEEN
+  python -m benchmarks ranking losses --official LLCM/DEEN --rounds 9 --json
+  python -m benchmarks descriptors --model test_deen_resnet
+  python -m benchmarks start --curves scaling.png"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..benchmark import WORKS
-
     add = parser.add_argument
     add("works", nargs="*", metavar="WORK", help=f"{', '.join(WORKS)} (default: all)")
     add("--official", metavar="FOLDER", help="the DEEN folder of a checkout of the reference")
@@ -33,9 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..benchmark import WORKS, benchmark, draw_curves, environment, measure_curves, table
-    from ..visualize import check_picture
-
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
@@ -59,3 +60,25 @@ def run(args: argparse.Namespace) -> int:
     print(table(rows))
     print("\n" + ", ".join(f"{key} {value}" for key, value in machine.items() if value))
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        epilog=f"examples:\n{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    keep_freed_memory()
+    try:
+        return run(args)
+    except (UserError, OSError) as error:
+        print(f"benchmarks: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -38,9 +38,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data.draws import Sample
-from .data.reader import ReidDataset
-from .errors import UserError
+from ..data.protocols import Sample
+from ..data.reader import ReidDataset
+from ..errors import UserError
 
 __all__ = ["FeatureTable", "check_comparable", "read_feature_table", "write_feature_table"]
 

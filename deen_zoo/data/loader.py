@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from ..errors import UserError
 from .cache import DecodedCache
 from .datasets import Sample
-from .files import open_image
+from .images import open_image
 from .sampler import Draw, IdentitySampler, generator
 from .transforms import EvalTransform, Pixels, TrainTransform, resize
 

@@ -23,16 +23,17 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import create_model
-from ..evaluation import evaluate_ranking
-from ..losses import batch_hard_triplet_loss, cpm_loss, orthogonality_loss
-from ..models import DEEN
-from ..models.checkpoint import checkpoint_filter_fn
-from ..models.inference import optimize_for_inference
-from ..recipes import get_recipe
-from ..reproduce import reproduce
-from ..settings import Settings
-from ..train import Task, make_optimizer
+from deen_zoo import create_model
+from deen_zoo.evaluation import evaluate_ranking
+from deen_zoo.models import DEEN
+from deen_zoo.models.checkpoint import checkpoint_filter_fn
+from deen_zoo.models.inference import optimize_for_inference
+from deen_zoo.training.loop import Task, make_optimizer
+from deen_zoo.training.losses import batch_hard_triplet_loss, cpm_loss, orthogonality_loss
+from deen_zoo.training.recipes import get_recipe
+from deen_zoo.training.reproduce import reproduce
+from deen_zoo.training.settings import Settings
+
 from . import official
 from .contest import Spec, synchronize
 

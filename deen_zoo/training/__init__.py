@@ -1,0 +1,1 @@
+"""Recipes, losses, the training loop, and the reproduction of a paper's numbers."""
