@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from deen_zoo.features.embed import data_config
 
 from deen_zoo import create_model, save_pretrained
 from deen_zoo.errors import UserError, check_least
+from deen_zoo.features.embed import data_config
 from deen_zoo.models.convert import convert_official
 from deen_zoo.synthetic import synthesize
 

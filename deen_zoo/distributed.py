@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["World", "join"]
+__all__ = ["Distributed", "join"]
 
 
 @dataclass(frozen=True)
-class World:
+class Distributed:
     """This process among those that work together.
 
     Attributes:
@@ -70,20 +70,20 @@ class World:
 
 
 @contextmanager
-def join(device: torch.device) -> Iterator[World]:
+def join(device: torch.device) -> Iterator[Distributed]:
     """Join the processes that ``torchrun`` started, each on its own GPU (nccl), or the CPU (gloo).
 
     Without ``torchrun`` this is a world of one.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield World(device)
+        yield Distributed(device)
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield World(device, dist.get_rank(), size)
+        yield Distributed(device, dist.get_rank(), size)
     finally:
         dist.destroy_process_group()

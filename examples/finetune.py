@@ -23,7 +23,7 @@ from deen_zoo.data import Sample, train_loader
 from deen_zoo.data.folder import open_folder
 from deen_zoo.data.transforms import TrainTransform
 from deen_zoo.device import choose_device
-from deen_zoo.distributed import World
+from deen_zoo.distributed import Distributed
 from deen_zoo.evaluation import Ranking, evaluate_ranking
 from deen_zoo.features.extractor import data_config
 from deen_zoo.models import DEEN
@@ -79,7 +79,7 @@ def fit(model: DEEN, samples: list[Sample], output: Path, args: argparse.Namespa
     )  # fmt: skip
     size = config["input_size"][1:]
     loader = train_loader(samples, size, transform, recipe.identities, recipe.images, workers=2)
-    world = World(choose_device())
+    world = Distributed(choose_device())
     model.to(world.device, memory_format=torch.channels_last)
     task = Task(model, recipe)
     train(task, make_optimizer(model, recipe), loader, Run(output), world, args.epochs)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deen_zoo.distributed import World, join
+from deen_zoo.distributed import Distributed, join
 
 SCRIPT = """
 import sys
@@ -19,7 +19,7 @@ import torch
 import deen_zoo
 from deen_zoo.data import open_dataset, train_loader
 from deen_zoo.data.transforms import TrainTransform
-from deen_zoo.distributed import World, join
+from deen_zoo.distributed import Distributed, join
 from deen_zoo.features.extractor import extract
 from deen_zoo.training.recipes import RECIPES
 from deen_zoo.training.loop import Run, Task, make_optimizer, train
@@ -50,7 +50,7 @@ with join(torch.device("cpu")) as world:
     for n in (0, 1, 2, 5):
         rows = world.gather_rows(torch.arange(n)[world.rank :: world.size, None], n)
         sizes.append(rows.flatten().tolist())
-    alone = extract(model, samples, World(world.device), workers=0)
+    alone = extract(model, samples, Distributed(world.device), workers=0)
     torch.save({"state": model.state_dict(), "features": shared, "alone": alone, "count": count,
                 "total": len(samples), "steps": steps, "sizes": sizes},
                folder / f"rank-{world.rank}.pt")
@@ -101,7 +101,7 @@ def test_two_processes_train_one_model_and_share_the_images(llcm_tree, tmp_path)
 def test_alone_there_is_nothing_to_join():
     assert "WORLD_SIZE" not in os.environ
     with join(torch.device("cpu")) as world:
-        assert world == World(torch.device("cpu")) and world.main
+        assert world == Distributed(torch.device("cpu")) and world.main
         assert list(world.shard(3)) == [0, 1, 2]
         rows = torch.arange(6).view(3, 2)
         assert world.gather_rows(rows, 3) is rows

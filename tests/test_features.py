@@ -21,11 +21,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 import deen_zoo
-from deen_zoo import features as module
 from deen_zoo.cli import main
 from deen_zoo.data import Sample
-from deen_zoo.distributed import World
+from deen_zoo.distributed import Distributed
 from deen_zoo.errors import UserError
+from deen_zoo.features import extractor as module
 from deen_zoo.features.extractor import FeatureExtractor, extract, weights_sha256
 from deen_zoo.features.files import read_feature_table
 from tests import parity, seeded
@@ -250,26 +250,6 @@ def test_the_model_keeps_its_mode(files):
     assert make.model.training
 
 
-@pytest.mark.parametrize("descriptor", ["official", "bn", "pool"])
-def test_optimized_rows_are_equal(files, descriptor):
-    options = {"pretrained": True, "workers": 0, "progress": False, "descriptor": descriptor}
-    plain = FeatureExtractor("test_deen_resnet", "cpu", **options)
-    fast = FeatureExtractor("test_deen_resnet", "cpu", optimize=True, **options)
-    for modality in ("visible", "infrared"):
-        wanted = plain(files, modality)
-        torch.testing.assert_close(fast(files, modality), wanted, rtol=0, atol=1e-5)
-    half = FeatureExtractor(
-        "test_deen_resnet", "cpu", precision="bfloat16", optimize=True, **options
-    )
-    got = half(files, "visible")
-    assert not torch.equal(got, plain(files, "visible"))
-    assert float((got * plain(files, "visible")).sum(1).min()) > 0.999
-    assert plain.provenance["weights_sha256"] == half.provenance["weights_sha256"]
-    assert half.provenance["precision"] == "bfloat16 on cpu, optimized"
-    with pytest.raises(UserError, match="computes all branches"):
-        FeatureExtractor("test_deen_resnet", "cpu", optimize=True, branches="original")
-
-
 @pytest.mark.skipif(os.name != "posix", reason="no sockets with names")
 def test_a_temporary_folder_with_too_long_a_name(files, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + "x" * 100)
@@ -297,13 +277,13 @@ def test_extract_gives_the_raw_official_descriptor(files):
         Sample(str(path), 1, 1, ("visible", "infrared")[i % 2]) for i, path in enumerate(files)
     ]
     make = tiny(normalize=False)
-    rows = extract(make.model, samples, World(torch.device("cpu")), batch_size=5, workers=0)
+    rows = extract(make.model, samples, Distributed(torch.device("cpu")), batch_size=5, workers=0)
     assert torch.equal(rows, make(samples))
     with pytest.raises(UserError, match="absent.jpg: there is no such file"):
         extract(
             make.model,
             [*samples, Sample("absent.jpg", 1, 1, "visible")],
-            World(torch.device("cpu")),
+            Distributed(torch.device("cpu")),
             workers=0,
         )
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import deen_zoo
-from deen_zoo import ablation, reproduce
 from deen_zoo.cli import main
 from deen_zoo.data import open_dataset
 from deen_zoo.evaluation import protocols, published_ablation
 from deen_zoo.features.extractor import weights_sha256
 from deen_zoo.synthetic import synthesize
+from deen_zoo.training import ablation, reproduce
 from deen_zoo.training.report import markdown, write_results
 
 PROTOCOLS = {
@@ -88,7 +88,7 @@ def test_the_whole_command(dataset, trees, tmp_path, capsys):
         assert "best" not in entry
     if dataset == "sysu":
         assert main([*evaluation[:4], "--output", str(tmp_path / "fast"), *evaluation[6:],
-                     "--optimize", "--protocols", "sysu-all"]) == 0  # fmt: skip
+                     "--protocols", "sysu-all"]) == 0  # fmt: skip
         fast = read(tmp_path / "fast")["protocols"]
         assert list(fast) == ["sysu-all"] != list(results["protocols"])
         for name, entry in fast.items():

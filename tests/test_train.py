@@ -14,7 +14,7 @@ from torch import nn
 import deen_zoo
 from deen_zoo.data import Sample, open_dataset, train_loader
 from deen_zoo.data.transforms import TrainTransform
-from deen_zoo.distributed import World
+from deen_zoo.distributed import Distributed
 from deen_zoo.training.loop import PARTS, Diverged, Run, Task, make_optimizer, train
 from deen_zoo.training.recipes import RECIPES
 
@@ -180,7 +180,7 @@ def start(root: Path, folder: Path, seed: int = 0, **changes):
     return task, make_optimizer(model, recipe), loader, Run(folder, {"seed": seed})
 
 
-CPU = World(torch.device("cpu"))
+CPU = Distributed(torch.device("cpu"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(llcm_tree, tmp_path):
@@ -252,7 +252,7 @@ KILLED = '''
 import os, signal, sys
 from pathlib import Path
 import torch
-from deen_zoo import train as module
+from deen_zoo.training import loop as module
 from tests.test_train import CPU, start
 
 torch.set_num_threads(1)

@@ -38,7 +38,6 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--precision", choices=PRECISIONS, default="auto")
-    add("--optimize", action="store_true", help="faster kernels, equal to 1e-5 in float32")
     add("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
     add("--workers", type=int, default=DEFAULT_WORKERS, metavar="N", help="processes that decode")
 
@@ -47,7 +46,7 @@ def extractor(args: argparse.Namespace, **options: Any) -> Any:
     """The FeatureExtractor of the options above."""
     from ..features.extractor import FeatureExtractor
 
-    names = ("precision", "optimize", "batch_size", "workers")
+    names = ("precision", "batch_size", "workers")
     common = {name: getattr(args, name) for name in names}
     return FeatureExtractor(args.model, options.pop("device", args.device), **common, **options)
 

@@ -69,11 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="less memory and a little slower: compute the first stages' maps twice",
     )
-    parser.add_argument(
-        "--optimize",
-        action="store_true",
-        help="evaluate by faster kernels, equal to 1e-5 in float32",
-    )
     parser.add_argument("--scratch", action="store_true", help="no ImageNet weights to start from")
     parser.add_argument("--save-every", type=int, metavar="STEPS", help="save within epochs too")
     parser.add_argument(

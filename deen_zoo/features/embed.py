@@ -20,7 +20,7 @@ from ..data.loader import DEFAULT_WORKERS, check_workers
 from ..data.protocols import Sample
 from ..data.transforms import eval_transform
 from ..device import autocast
-from ..distributed import World
+from ..distributed import Distributed
 from ..errors import UserError, check_least
 from ..models import DEEN
 from .sources import Batch, Images, collate, gather
@@ -117,7 +117,7 @@ def _original_branch(model: DEEN, images: Tensor, modality: Tensor | str) -> Ten
 def extract(
     model: DEEN,
     samples: Sequence[Sample],
-    world: World,
+    world: Distributed,
     precision: str = "auto",
     flip: bool = True,
     batch_size: int = 64,

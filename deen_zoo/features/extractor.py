@@ -18,11 +18,10 @@ from torch.utils.data import DataLoader
 from ..data.loader import DEFAULT_WORKERS
 from ..data.transforms import eval_transform
 from ..device import choose_device, resolve_precision
-from ..distributed import World
+from ..distributed import Distributed
 from ..errors import UserError, check_least
 from ..models import DEEN, create_model
 from ..models.fuse import is_deployed
-from ..models.inference import optimize_for_inference
 from .embed import data_config, descriptor_width, embed, extract, progress_bar, run, split
 from .embed import weights_sha256 as weights_sha256
 from .files import (
@@ -67,8 +66,6 @@ class FeatureExtractor:
         dtype: Of the rows: ``"float32"`` or ``"float16"``.
         normalize: L2-normalise each row, so that products are cosine similarities. The reference
             does not: its published numbers are of the sum of image and mirrored image as it is.
-        optimize: Compute by the faster kernels of
-            :func:`~deen_zoo.models.inference.optimize_for_inference`: equal to 1e-5 in float32.
         workers: Processes that decode while the model computes.
         progress: Show a bar where stderr is a terminal.
 
@@ -93,7 +90,6 @@ class FeatureExtractor:
         branches: str = "all",
         dtype: str = "float32",
         normalize: bool = True,
-        optimize: bool = False,
         workers: int = DEFAULT_WORKERS,
         progress: bool = True,
     ) -> None:
@@ -121,18 +117,11 @@ class FeatureExtractor:
             "branches": branches,
             "flip": str(flip).lower(),
             "normalize": str(normalize).lower(),
-            "precision": f"{precision} on {self.device.type}" + ", optimized" * optimize,
+            "precision": f"{precision} on {self.device.type}",
             "dtype": dtype,
             "deen_zoo": _version(),
         }
         self.model = model.to(self.device).to(memory_format=torch.channels_last)
-        if optimize:
-            if branches == "original":
-                raise UserError("optimize=True computes all branches: take branches='all'")
-            self.model = optimize_for_inference(
-                self.model, resolve_precision(self.device, precision)
-            )
-            precision = "float32"  # of what goes in and out
         self.precision, self.flip, self.batch_size = precision, flip, batch_size
         # The deploy form has no such branch by itself.
         self.original = branches == "original" and not is_deployed(model)
@@ -173,7 +162,7 @@ class FeatureExtractor:
         source: Any,
         file: str | os.PathLike[str],
         modality: Any = None,
-        world: World | None = None,
+        world: Distributed | None = None,
         shard: int = SHARD,
     ) -> FeatureTable:
         """Extract to a feature file, in the memory of ``shard`` rows, however many images.
@@ -195,7 +184,7 @@ class FeatureExtractor:
             UserError: As above; no image can be read; or ``FILE.parts`` is damaged or
                 of another extraction.
         """
-        world, file = world or World(self.device), Path(file)
+        world, file = world or Distributed(self.device), Path(file)
         check_name(file)
         check_least("shard", shard, 1)
         found = gather(source, modality)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..data.loader import TrainLoader
 from ..device import autocast
-from ..distributed import World
+from ..distributed import Distributed
 from ..errors import UserError
 from ..io import write_atomically
 from ..models import DEEN, save_pretrained
@@ -232,7 +232,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     loader: TrainLoader,
     run: Run,
-    world: World,
+    world: Distributed,
     epochs: int,
     test: Callable[[], dict[str, float]] | None = None,
     resume: bool = False,

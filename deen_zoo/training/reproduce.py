@@ -8,7 +8,7 @@ import platform
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,12 @@ from ..data.check import check_dataset
 from ..data.datasets import PROTOCOLS, ReidDataset, Sample, open_dataset
 from ..data.loader import train_loader
 from ..data.transforms import ERASING_AREA, TrainTransform
-from ..device import choose_device, resolve_precision
-from ..distributed import World, join
+from ..device import choose_device
+from ..distributed import Distributed, join
 from ..errors import UserError
 from ..evaluation import ProtocolResult, evaluate, images_of, merge_trials
 from ..features.extractor import data_config, extract
 from ..models import DEEN, create_model, save_pretrained
-from ..models.inference import optimize_for_inference
 from ..synthetic import synthesize
 from .loop import Run, Task, make_optimizer, train
 from .report import write_results
@@ -36,7 +35,7 @@ from .settings import TRY_WITHOUT_DATA, Settings
 __all__ = ["Settings", "reproduce"]
 
 
-def reproduce(settings: Settings, world: World | None = None) -> dict[str, Any]:
+def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str, Any]:
     """Check, train, evaluate, and write results.
 
     The output folder holds ``results.json``, ``report.md``, ``curves.png``, ``log.csv``, the
@@ -85,7 +84,7 @@ def reproduce(settings: Settings, world: World | None = None) -> dict[str, Any]:
     return results
 
 
-def _open_data(settings: Settings, world: World) -> ReidDataset:
+def _open_data(settings: Settings, world: Distributed) -> ReidDataset:
     root = settings.data_root
     if settings.dataset == "synthetic" and not root.exists():
         if world.main:
@@ -120,7 +119,7 @@ def _open_data(settings: Settings, world: World) -> ReidDataset:
 
 
 def _ends(
-    settings: Settings, dataset: ReidDataset, trial: int, fingerprint: str, world: World
+    settings: Settings, dataset: ReidDataset, trial: int, fingerprint: str, world: Distributed
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """The checkpoints to evaluate on a split, "last" and "best", and the log of training."""
     if settings.eval_only:
@@ -141,7 +140,7 @@ def _ends(
 
 
 def _train(
-    settings: Settings, dataset: ReidDataset, trial: int, fingerprint: str, world: World
+    settings: Settings, dataset: ReidDataset, trial: int, fingerprint: str, world: Distributed
 ) -> Run:
     """Train a split's model and save the last epoch's as a checkpoint folder."""
     recipe, folder = settings.recipe, settings.folder(trial)
@@ -243,12 +242,12 @@ def _checkpoint(settings: Settings, trial: int) -> str:
     return source
 
 
-def _load(source: str | Path, world: World) -> DEEN:
+def _load(source: str | Path, world: Distributed) -> DEEN:
     name = f"local-dir:{source}" if Path(source).is_dir() else str(source)
     return _place(create_model(name, pretrained=True), world)
 
 
-def _place(model: DEEN, world: World) -> DEEN:
+def _place(model: DEEN, world: Distributed) -> DEEN:
     return model.to(world.device).to(memory_format=torch.channels_last)
 
 
@@ -269,7 +268,7 @@ def _extract(
     model: DEEN,
     samples: Sequence[Sample],
     cache: DecodedCache | None,
-    world: World,
+    world: Distributed,
 ) -> torch.Tensor:
     return extract(
         model,
@@ -284,16 +283,13 @@ def _extract(
 
 
 def _evaluate(
-    settings: Settings, dataset: ReidDataset, model: DEEN, trial: int, world: World
+    settings: Settings, dataset: ReidDataset, model: DEEN, trial: int, world: Distributed
 ) -> list[ProtocolResult]:
     """Every protocol of a split; each image that any trial compares goes through the model once."""
     samples = dataset.test("visible", trial) + dataset.test("infrared", trial)
     trials = [trial] if settings.dataset == "regdb" else None
     drawn = sorted({i for name in settings.protocols for i in images_of(samples, name, trials)})
     cache = _cache(settings, dataset, data_config(model)["input_size"][1:])
-    if settings.optimize:
-        model = optimize_for_inference(model, resolve_precision(world.device, settings.precision))
-        settings = replace(settings, precision="float32")  # of what goes in and out
     rows = _extract(settings, model, [samples[i] for i in drawn], cache, world)
     features = rows.new_zeros(len(samples), rows.shape[1])  # the others are never looked at
     features[drawn] = rows
@@ -318,7 +314,7 @@ def _protocols(
     return out
 
 
-def _provenance(settings: Settings, world: World) -> dict[str, Any]:
+def _provenance(settings: Settings, world: Distributed) -> dict[str, Any]:
     from .. import __version__
 
     return {
@@ -334,7 +330,6 @@ def _provenance(settings: Settings, world: World) -> dict[str, Any]:
         "processes": world.size,
         "threads": torch.get_num_threads(),  # on a CPU another number rounds, and ends, differently
         "precision": settings.precision,
-        "optimize": settings.optimize,
         "versions": {
             "deen_zoo": __version__,
             "python": platform.python_version(),
@@ -345,6 +340,6 @@ def _provenance(settings: Settings, world: World) -> dict[str, Any]:
     }
 
 
-def _say(world: World, line: str) -> None:
+def _say(world: Distributed, line: str) -> None:
     if world.main:
         print(line, file=sys.stderr, flush=True)

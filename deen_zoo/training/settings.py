@@ -50,8 +50,6 @@ class Settings:
         compile: Use ``torch.compile``.
         grad_checkpointing: Compute the maps of the first two stages again in the backward pass
             instead of keeping them: less memory, the same numbers, some more time.
-        optimize: Evaluate checkpoints in the form that
-            :func:`~deen_zoo.models.inference.optimize_for_inference` gives.
         workers: Processes that decode.
         batch_size: Images at a time in evaluation.
         save_every: Steps between saves within an epoch; None is at its end only.
@@ -79,7 +77,6 @@ class Settings:
     precision: str = "auto"
     compile: bool = False
     grad_checkpointing: bool = False
-    optimize: bool = False
     workers: int = DEFAULT_WORKERS
     batch_size: int = 64
     save_every: int | None = None
