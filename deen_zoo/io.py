@@ -1,14 +1,18 @@
-"""Files: written whole or not at all, and their hashes."""
+"""Files and folders: written whole or not at all, used by one process at a time, and hashed."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["sha256", "write_atomically"]
+from .errors import UserError
+
+__all__ = ["exclusive", "sha256", "whole_folder", "write_atomically"]
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
@@ -40,3 +44,47 @@ def sha256(path: str | os.PathLike[str], digest: Any = None) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return str(digest.hexdigest())
+
+
+@contextlib.contextmanager
+def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write into that becomes ``target`` when the block ends without an exception.
+
+    Whatever happens to the process, ``target`` is absent or whole; a leftover ``.partial`` folder
+    of a killed process is removed by the next one. An existing ``target`` is replaced.
+    """
+    target = Path(target)
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def exclusive(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Hold the lock file ``path`` while the block runs; the system frees it if the process dies.
+
+    Args:
+        path: The lock file, made if missing and left in place.
+        what: What it protects, for the message, such as ``"the run in runs/llcm"``.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is using {what}: wait for it, or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
