@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from ..device import keep_freed_memory
+from .. import terminal
 from ..errors import UserError
 
 VERBS = {
@@ -31,7 +32,8 @@ VERBS = {
     "export": "a model to ONNX or torch.export, checked against torch",
 }
 
-OK, UNUSABLE, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+OK, UNUSABLE, USER_ERROR, BROKEN_PIPE = 0, 1, 2, 141
+STOPPED = (("interrupted", 130), ("terminated", 143))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,26 +81,67 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Args:
-        argv: The arguments after the program's name; ``sys.argv[1:]`` when None.
+        argv: Arguments after the program's name; ``sys.argv[1:]`` when None.
 
     Returns:
         The exit code: 0 done, 1 the input was read and found unusable, 2 bad input (one line on
-        stderr says what and what to do), 130 interrupted.
+        stderr says what and what to do), 130 interrupted, 141 the reader of stdout has left,
+        143 terminated.
     """
+    with terminal.safe_streams():
+        code = BROKEN_PIPE
+        try:
+            code = _run(argv)
+        except SystemExit as done:  # of argparse: help, or a mistake
+            code = done.code if isinstance(done.code, int) else USER_ERROR
+            raise
+        except BrokenPipeError:
+            code = BROKEN_PIPE
+        finally:
+            if not _flush():
+                code = BROKEN_PIPE
+            if terminal.is_command():
+                terminal.exit_quietly(code)
+        return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     first = _overview().parse_args(argv)
     module, parser = load_verb(first.verb)
     args = parser.parse_args(first.arguments)
+    from .. import models  # noqa: F401  # registers them; seconds in which a signal just ends us
+    from ..device import keep_freed_memory
+
     keep_freed_memory()
+    if terminal.is_command():
+        terminal.interrupt_work()
     try:
         return int(module.run(args))
     except BrokenPipeError:
-        return OK
-    except (UserError, OSError) as error:
-        print(f"deen-zoo {first.verb}: error: {_one_line(error)}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print(f"deen-zoo {first.verb}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        raise
+    except BaseException as error:
+        # An import that is interrupted may raise an ImportError or the like instead.
+        stop = error if isinstance(error, KeyboardInterrupt) else terminal.received()
+        if stop is not None:
+            name, code = STOPPED[isinstance(stop, terminal.Terminated)]
+            print(f"deen-zoo {first.verb}: {name}", file=sys.stderr)
+            return code
+        if isinstance(error, (UserError, OSError)):
+            print(f"deen-zoo {first.verb}: error: {_one_line(error)}", file=sys.stderr)
+            return USER_ERROR
+        raise
+
+
+def _flush() -> bool:
+    """Write out what stdout holds; False if its reader has left, and then it holds nothing."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+        return False
+    return True
 
 
 def _one_line(error: object) -> str:

@@ -1,0 +1,143 @@
+"""The process of ``deen-zoo``: its signals and streams, from before torch is imported.
+
+Standard library only, because ``deen_zoo/__init__.py`` calls it first: importing torch takes
+seconds, and Ctrl-C in those seconds must print one line as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+__all__ = [
+    "Terminated",
+    "exit_quietly",
+    "interrupt_work",
+    "is_command",
+    "prepare",
+    "received",
+    "safe_streams",
+]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Control characters except tab, line feed and carriage return: a terminal obeys them, and file
+# names may contain them.
+CONTROLS = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if c not in (9, 10, 13)}
+_received: KeyboardInterrupt | None = None
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: it ends a command as Ctrl-C does, through every ``finally``."""
+
+
+def is_command() -> bool:
+    """Return whether this process is ``deen-zoo`` or ``python -m deen_zoo``.
+
+    False in a program that imports the package, and in the child processes of a command.
+    """
+    words = iter(sys.orig_argv[1:])
+    for word in words:
+        if word == "-m":
+            return next(words, "").split(".")[0] == "deen_zoo"
+        if word in ("-W", "-X"):
+            next(words, None)
+        elif not word.startswith("-"):
+            return Path(word).stem == "deen-zoo"
+    return False
+
+
+def prepare() -> None:
+    """Open closed standard streams on the null device, and let a signal end the process at once.
+
+    For the time before any work: nothing is on the disk yet that would have to be cleaned up.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # 2>&-: the next file opened would take its number
+            with contextlib.suppress(OSError):
+                os.fstat(number)
+                continue
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            stream = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+    _handle(_end_process)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_in_child)
+
+
+def interrupt_work() -> None:
+    """From here on a signal raises: KeyboardInterrupt or :class:`Terminated`."""
+    _handle(_raise)
+
+
+def exit_quietly(code: int) -> None:
+    """From here on a signal ends the process with ``code``: its work and its output are done."""
+    _handle(lambda number, frame: os._exit(code))
+
+
+def _handle(handler: Any) -> None:
+    for number in SIGNALS:
+        signal.signal(number, handler)
+
+
+def _in_child() -> None:
+    """A forked child leaves Ctrl-C to its parent, and TERM ends it without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end_process(number: int, frame: FrameType | None) -> NoReturn:
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    with contextlib.suppress(OSError):
+        os.write(2, f"deen-zoo: {word}\n".encode())
+    os._exit(128 + number)
+
+
+def _raise(number: int, frame: FrameType | None) -> NoReturn:
+    global _received
+    _received = KeyboardInterrupt() if number == signal.SIGINT else Terminated()
+    raise _received
+
+
+def received() -> KeyboardInterrupt | None:
+    """The signal that :func:`interrupt_work` has raised, if any."""
+    return _received
+
+
+class _Safe:
+    """A text stream that shows control characters instead of obeying them."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(text.translate(CONTROLS))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def safe_streams() -> Iterator[None]:
+    """Within the block stdout and stderr print any name: control characters and characters that
+    their encoding lacks appear as escapes.
+    """
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = (s and _Safe(s) for s in before)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
