@@ -47,10 +47,12 @@ def resize(image: Image.Image, size: tuple[int, int]) -> Pixels:
 
 def to_tensor(image: Pixels, mean: RGB = IMAGENET_MEAN, std: RGB = IMAGENET_STD) -> Tensor:
     """uint8 (H, W, 3) to float32 (3, H, W): ``(image / 255 - mean) / std``."""
-    tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))  # (3, H, W)
-    shape = (3, 1, 1)
-    tensor = tensor.to(torch.float32).div_(255)
-    return tensor.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
+    # In NumPy, as it runs in the loader's threads, where torch's own threads would get in the way.
+    pixels = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32)  # (3, H, W)
+    pixels /= 255
+    pixels -= np.asarray(mean, np.float32).reshape(3, 1, 1)
+    pixels /= np.asarray(std, np.float32).reshape(3, 1, 1)
+    return torch.from_numpy(pixels)
 
 
 def random_erasing(
@@ -77,7 +79,8 @@ def random_erasing(
         if h < height and w < width:
             top = rng.integers(0, height - h, endpoint=True)
             left = rng.integers(0, width - w, endpoint=True)
-            image[:, top : top + h, left : left + w] = torch.tensor(fill).view(3, 1, 1)
+            box = image.numpy()[:, top : top + h, left : left + w]  # shares the tensor's memory
+            box[:] = np.asarray(fill, np.float32).reshape(3, 1, 1)
             break
     return image
 
