@@ -39,7 +39,7 @@ def measure(width: int, folder: str, shard: int) -> None:
         backbone_args=small,
         pretrained_cfg_overlay={"input_size": (3, 64, 32)},
     )
-    extractor = FeatureExtractor(model, "cpu", flip=False, workers=0, progress=False)
+    extractor = FeatureExtractor(model, "cpu", flip=False, threads=1, progress=False)
     extractor(sorted(Path(folder).iterdir())[:64], "visible")
     start, samples, done = anonymous_mb(), [0.0], threading.Event()
 

@@ -1,4 +1,4 @@
-"""How speed and memory grow: with the batch, with the workers that decode, with the gallery."""
+"""How speed and memory grow: with the batch, with the threads that decode, with the gallery."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Curves", "draw_curves", "measure_curves"]
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 FORMS = ("plain", "float32", "bfloat16", "int8")
-WORKERS = (0, 1, 2, 4)
+THREADS = (1, 2, 4)
 GALLERIES = (1_000, 10_000, 100_000, 1_000_000)
 QUERIES = 100
 MB = 1e6
@@ -38,14 +38,14 @@ class Curves:
     Attributes:
         model: Whose.
         batches: Form to batch size to images/s, from preprocessed images.
-        workers: Number of workers to images/s, from files.
+        decoders: Number of decoding threads to images/s, from files.
         seconds: Gallery size to the seconds that ranking :data:`QUERIES` queries takes.
         megabytes: Gallery size to what it needs at its peak beside the similarities.
     """
 
     model: str
     batches: dict[str, dict[int, float]]
-    workers: dict[int, float]
+    decoders: dict[int, float]
     seconds: dict[int, float]
     megabytes: dict[int, float]
 
@@ -82,22 +82,22 @@ def measure_curves(
             found = contest(descriptors, FORMS, replace(spec, images=2 * n), rounds)
             for form in FORMS:
                 speeds[form][n] = 2 * n / min(found[form].seconds)
-        say("files and workers")
+        say("files and threads")
         synthesize("llcm", spec.folder / "people", 40, progress=False)
-        found = contest(from_files, [str(n) for n in WORKERS], spec, rounds)
-        workers = {n: found[str(n)].answer / min(found[str(n)].seconds) for n in WORKERS}
+        found = contest(from_files, [str(n) for n in THREADS], spec, rounds)
+        decoders = {n: found[str(n)].answer / min(found[str(n)].seconds) for n in THREADS}
         seconds, megabytes = {}, {}
         for n in galleries:
             say(f"a gallery of {n:,}")
             outcome = contest(rank, ["deen_zoo"], replace(spec, images=n), rounds)["deen_zoo"]
             seconds[n], megabytes[n] = min(outcome.seconds), outcome.answer / MB
-    return Curves(model, speeds, workers, seconds, megabytes)
+    return Curves(model, speeds, decoders, seconds, megabytes)
 
 
 def from_files(contestant: str, spec: Spec) -> Callable[[], int]:
-    """Image files to rows with so many workers; the answer is the number of images."""
+    """Image files to rows with so many threads; the answer is the number of images."""
     extract = FeatureExtractor(
-        spec.model, "cpu", pretrained=False, workers=int(contestant), progress=False, batch_size=16
+        spec.model, "cpu", pretrained=False, threads=int(contestant), progress=False, batch_size=16
     )
     return lambda: len(extract(spec.folder / "people", "visible"))
 
@@ -144,7 +144,7 @@ def draw_curves(curves: Curves, path: str | os.PathLike[str]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")
-    batch, workers, gallery = figure.subplots(1, 3)
+    batch, decoders, gallery = figure.subplots(1, 3)
     for form, speeds in curves.batches.items():
         label = "plain, float32" if form == "plain" else f"optimized, {form}"
         batch.plot(list(speeds), list(speeds.values()), "o-", label=label)
@@ -152,18 +152,18 @@ def draw_curves(curves: Curves, path: str | os.PathLike[str]) -> None:
     batch.set_xticks(list(speeds), [str(n) for n in speeds])
     batch.minorticks_off()
     batch.legend(fontsize="small")
-    workers.plot(list(curves.workers), list(curves.workers.values()), "o-", color="C0")
-    workers.set(title="files to descriptors", xlabel="workers that decode", ylabel="images/s")
-    workers.set_xticks(list(curves.workers))
+    decoders.plot(list(curves.decoders), list(curves.decoders.values()), "o-", color="C0")
+    decoders.set(title="files to descriptors", xlabel="threads that decode", ylabel="images/s")
+    decoders.set_xticks(list(curves.decoders))
     gallery.loglog(list(curves.seconds), list(curves.seconds.values()), "o-", color="C0")
     gallery.set(title=f"ranking {QUERIES} queries", xlabel="gallery images")
     gallery.set_ylabel("seconds", color="C0")
     memory = gallery.twinx()
     memory.semilogx(list(curves.megabytes), list(curves.megabytes.values()), "s--", color="C1")
     memory.set_ylabel("MB beside the similarities", color="C1")
-    for axes in (batch, workers, memory):
+    for axes in (batch, decoders, memory):
         axes.set_ylim(bottom=0)
-    for axes in (batch, workers, gallery):
+    for axes in (batch, decoders, gallery):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

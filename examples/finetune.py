@@ -78,7 +78,7 @@ def fit(model: DEEN, samples: list[Sample], output: Path, args: argparse.Namespa
         mean=config["mean"], std=config["std"],
     )  # fmt: skip
     size = config["input_size"][1:]
-    loader = train_loader(samples, size, transform, recipe.identities, recipe.images, workers=2)
+    loader = train_loader(samples, size, transform, recipe.identities, recipe.images, threads=2)
     world = Distributed(choose_device())
     model.to(world.device, memory_format=torch.channels_last)
     task = Task(model, recipe)

@@ -176,13 +176,13 @@ def test_compiled_and_counted(spec):
 def test_curves(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(scaling, "contest", in_this_process)
-    monkeypatch.setattr(scaling, "WORKERS", (0, 1))
+    monkeypatch.setattr(scaling, "THREADS", (1, 2))
     monkeypatch.setattr(scaling, "FORMS", ("plain", "float32"))
     monkeypatch.setattr(scaling, "synthesize", lambda layout, root, n, **options: synthesize(
         layout, root, 8, progress=False))  # fmt: skip
     curves = measure_curves("test_deen_resnet", (2,), (1_000, 100_000), rounds=1)
     assert all(speed > 0 for form in curves.batches.values() for speed in form.values())
-    assert set(curves.workers) == {0, 1} and min(curves.workers.values()) > 0
+    assert set(curves.decoders) == {1, 2} and min(curves.decoders.values()) > 0
     assert curves.seconds[100_000] > curves.seconds[1_000] > 0
     assert min(curves.megabytes.values()) >= 0
     draw_curves(curves, tmp_path / "curves.png")

@@ -98,7 +98,7 @@ def test_loaders_give_the_same_batches_with_and_without(paths, tmp_path):
         lambda **kw: eval_loader(samples, EvalTransform(SIZE), **kw),
         lambda **kw: train_loader(samples, SIZE, train_transform("llcm"), 2, 2, **kw),
     ):
-        plain, cached = list(make(workers=0)), list(make(workers=2, cache=cache))
+        plain, cached = list(make(threads=1)), list(make(threads=2, cache=cache))
         assert len(plain) == len(cached) > 0
         for one, two in zip(plain, cached, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
@@ -243,7 +243,7 @@ def test_an_epoch_from_the_cache_is_as_fast_as_from_an_array_in_memory(tmp_path)
         "reference": (memory, torchvision_recipe),
     }
     loaders = {
-        name: train_loader(samples, (384, 144), transform, 6, 4, workers=0, cache=source)
+        name: train_loader(samples, (384, 144), transform, 6, 4, threads=1, cache=source)
         for name, (source, transform) in sources.items()
     }
     # The same batches side by side. CPU time is wall time where nothing else runs and the file is

@@ -31,7 +31,7 @@ with join(torch.device("cpu")) as world:
     torch.manual_seed(world.rank)  # rank 0's weights are everyone's
     model = deen_zoo.create_model("test_deen_resnet", num_classes=6)
     recipe = replace(RECIPES["official"], identities=3, images=2)
-    loader = train_loader(dataset.train(), (128, 64), TrainTransform(4), 3, 2, workers=0,
+    loader = train_loader(dataset.train(), (128, 64), TrainTransform(4), 3, 2, threads=1,
                           rank=world.rank, world_size=world.size)
     steps = []
     task = Task(model, recipe)
@@ -44,13 +44,13 @@ with join(torch.device("cpu")) as world:
         return stems(images, modality)
     model.forward_stems = counted
     samples = (dataset.test("visible") + dataset.test("infrared"))[:-1]  # odd
-    shared = extract(model, samples, world, workers=0)
+    shared = extract(model, samples, world, threads=1)
     count = sum(counts) // 2  # each image and its mirror image
     sizes = []
     for n in (0, 1, 2, 5):
         rows = world.gather_rows(torch.arange(n)[world.rank :: world.size, None], n)
         sizes.append(rows.flatten().tolist())
-    alone = extract(model, samples, Distributed(world.device), workers=0)
+    alone = extract(model, samples, Distributed(world.device), threads=1)
     torch.save({"state": model.state_dict(), "features": shared, "alone": alone, "count": count,
                 "total": len(samples), "steps": steps, "sizes": sizes},
                folder / f"rank-{world.rank}.pt")

@@ -238,7 +238,7 @@ def test_demo_in_a_browser(sysu_tree: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     cameras = [str(sysu_tree / f"cam{camera}") for camera in (1, 2)]
     query = sorted((sysu_tree / "cam3").glob("*/*.jpg"))[0]
-    extractor = deen_zoo.FeatureExtractor("test_deen_resnet", workers=0)
+    extractor = deen_zoo.FeatureExtractor("test_deen_resnet", threads=1)
     table = extractor.table(cameras, modality="visible")
     notes = tmp_path / "called.txt"
 

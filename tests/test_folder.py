@@ -168,7 +168,7 @@ def test_own_data_is_trained_on(tmp_path, capsys):
     root = own_tree(tmp_path / "own")
     arguments = ["reproduce", "own", "--data-root", str(root), "--output", str(tmp_path / "run")]
     arguments += ["--model", "test_deen_resnet", "--recipe", "synthetic", "--epochs", "1"]
-    assert main([*arguments, "--workers", "0", "--device", "cpu"]) == 0
+    assert main([*arguments, "--threads", "1", "--device", "cpu"]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert set(results["protocols"]) == {"own-ir2vis", "own-vis2ir"}
     assert results["protocols"]["own-ir2vis"]["counts"]["queries"] == 2

@@ -47,13 +47,13 @@ NAMES = ["image.png", "people.csv", "features.npz", "garbage.npz", "garbage.safe
 NAMES += ["llcm", "test_deen_resnet", "nothing/here", "out.png", "out.npz", "out.onnx", "", "a\nb"]
 # What would work for minutes, reach for the network, or go on for ever, is not asked for.
 BOUNDS = {
-    "reproduce": ["--data-root", "empty", "--workers", "0"],
+    "reproduce": ["--data-root", "empty", "--threads", "1"],
     "synthesize": ["--identities", "2", "--workers", "1", "--images-per-camera", "1"],
     "benchmark": ["x"],
     "publish": ["--dry-run", "out"],
-    "extract": ["--workers", "0"],
-    "search": ["--workers", "0"],
-    "visualize": ["--workers", "0"],
+    "extract": ["--threads", "1"],
+    "search": ["--threads", "1"],
+    "visualize": ["--threads", "1"],
 }
 
 

@@ -600,7 +600,7 @@ def test_ones_own_images_are_real_people(folder, tmp_path):
 @pytest.mark.slow
 def test_the_folder_of_a_run_is_taken_as_it_is(tmp_path):
     run = tmp_path / "run"
-    arguments = ["synthetic", "--identities", "14", "--epochs", "1", "--workers", "1"]
+    arguments = ["synthetic", "--identities", "14", "--epochs", "1", "--threads", "1"]
     assert main(["reproduce", *arguments, "--output", str(run), "--device", "cpu"]) == 0
     done = publish(run / "checkpoint", "lab/tiny", dry_run=tmp_path / "out")
     content = json.loads((run / "results.json").read_text())

@@ -23,7 +23,7 @@ PROTOCOLS = {
     "regdb": ["regdb-vis2ir", "regdb-ir2vis"],
     "llcm": ["llcm-ir2vis", "llcm-vis2ir", "llcm-vis2ir-official"],
 }
-FAST = ["--model", "test_deen_resnet", "--epochs", "2", "--workers", "0", "--device", "cpu"]
+FAST = ["--model", "test_deen_resnet", "--epochs", "2", "--threads", "1", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_the_whole_command(dataset, trees, tmp_path, capsys):
     again = tmp_path / "again"
     source = str(output if trials else output / "checkpoint")
     evaluation = [*command[:4], "--output", str(again), "--eval-only", source, *trials]
-    assert main([*evaluation, "--workers", "0", "--device", "cpu", "--json"]) == 0
+    assert main([*evaluation, "--threads", "1", "--device", "cpu", "--json"]) == 0
     echoed = json.loads(capsys.readouterr().out)
     assert echoed == read(again)
     for name, entry in echoed["protocols"].items():
@@ -98,7 +98,7 @@ def test_the_whole_command(dataset, trees, tmp_path, capsys):
 @pytest.mark.slow
 def test_synthetic_twice_and_resumed_gives_the_same(tmp_path, capsys):
     """Draws its own world; a run that stops after an epoch and goes on is the run that did not."""
-    common = ["reproduce", "synthetic", "--identities", "12", "--workers", "0", "--device", "cpu"]
+    common = ["reproduce", "synthetic", "--identities", "12", "--threads", "1", "--device", "cpu"]
     stages = {"one": [["2"]], "two": [["2"]], "halves": [["1"], ["2", "--resume"]]}
     for name in stages:
         for stage in stages[name]:
@@ -140,7 +140,7 @@ def test_without_data_it_says_where_to_ask(dataset, place, tmp_path, capsys):
     (["llcm", "--epochs", "0"], "--epochs 0: give 1 or more"),
     (["llcm", "--protocols", "sysu-all"], "choose from llcm's, llcm-ir2vis, "),
     (["llcm", "--batch-size", "-3"], "--batch-size -3: give 1 or more"),
-    (["llcm", "--workers", "-1"], "--workers -1: give 0 or more"),
+    (["llcm", "--threads", "0"], "--threads 0: give 1 or more"),
     (["llcm", "--save-every", "0"], "--save-every 0: give 1 or more"),
     (["llcm", "--ablation", "--eval-only", "x"], "does not go with --eval-only"),
     (["llcm", "--seed", "0", "1"], "several seeds go with --ablation"),
@@ -313,7 +313,7 @@ def test_images_that_no_trial_draws_are_not_computed(sysu_tree, tmp_path, monkey
     monkeypatch.setattr(protocols, "PROTOCOLS", protocols.PROTOCOLS | {
         name: protocols.PROTOCOLS[name]._replace(trials=range(1)) for name in PROTOCOLS["sysu"]
     })  # fmt: skip
-    command = ["reproduce", "sysu", "--data-root", str(sysu_tree), "--workers", "0"]
+    command = ["reproduce", "sysu", "--data-root", str(sysu_tree), "--threads", "1"]
     command += ["--eval-only", "test_deen_resnet", "--output", str(tmp_path / "run")]
     assert main(command) == 0
     dataset = open_dataset("sysu", sysu_tree)

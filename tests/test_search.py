@@ -214,7 +214,7 @@ def checkpoint(tmp_path_factory) -> str:
 def people(llcm_tree, checkpoint, tmp_path_factory):
     """Feature files of infrared and visible images, in another than the usual descriptor."""
     dataset, folder = open_dataset("llcm", llcm_tree), tmp_path_factory.mktemp("features")
-    make = FeatureExtractor(checkpoint, "cpu", workers=0, descriptor="bn", flip=False)
+    make = FeatureExtractor(checkpoint, "cpu", threads=1, descriptor="bn", flip=False)
     out = {}
     for modality in ("infrared", "visible"):
         out[modality] = folder / f"{modality}.safetensors"
@@ -260,7 +260,7 @@ def test_command_on_images_of_both_sides(llcm_tree, checkpoint, tmp_path, capsys
         (tmp_path / "gallery" / f"{n}.jpg").symlink_to(sample.path)
     (tmp_path / "gallery" / "broken.jpg").write_bytes(b"\xff\xd8")
     arguments = ["--query", tmp_path / "query", "--gallery", tmp_path / "gallery"]
-    arguments += ["--model", checkpoint, "--workers", 0, "--json"]
+    arguments += ["--model", checkpoint, "--threads", 1, "--json"]
     modalities = ["--query-modality", "infrared", "--gallery-modality", "visible"]
     code, out, err = command(capsys, *arguments, *modalities)
     assert code == 1 and f"unreadable: {tmp_path}/gallery/broken.jpg" in err

@@ -174,7 +174,7 @@ def start(root: Path, folder: Path, seed: int = 0, **changes):
     for sample in open_dataset("llcm", root).train():
         of_each.setdefault((sample.identity, sample.modality), []).append(sample)
     samples = [sample for images in of_each.values() for sample in images[:2]]
-    loader = train_loader(samples, SIZE, transform, 3, 2, seed, workers=0)
+    loader = train_loader(samples, SIZE, transform, 3, 2, seed, threads=1)
     assert len(loader) == 3
     task = Task(model, recipe)
     return task, make_optimizer(model, recipe), loader, Run(folder, {"seed": seed})

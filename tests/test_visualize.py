@@ -150,7 +150,7 @@ def test_distances_counts_the_pairs_across_modalities(table, tmp_path, monkeypat
 def extractor() -> FeatureExtractor:
     model = deen_zoo.create_model("test_deen_resnet", num_classes=0)
     seeded.fill(model)
-    return FeatureExtractor(model, "cpu", workers=0)
+    return FeatureExtractor(model, "cpu", threads=1)
 
 
 def test_activation_maps(extractor, table, tmp_path):

@@ -27,7 +27,6 @@ The layout "own" is ROOT/visible/IDENTITY/*.jpg and ROOT/infrared/IDENTITY/*.jpg
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
     """The options of a FeatureExtractor, shared by the verbs that make one."""
-    from ..data.loader import DEFAULT_WORKERS
     from ..device import PRECISIONS
 
     add = parser.add_argument
@@ -39,14 +38,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--precision", choices=PRECISIONS, default="auto")
     add("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
-    add("--workers", type=int, default=DEFAULT_WORKERS, metavar="N", help="processes that decode")
+    add("--threads", type=int, metavar="N", help="threads that decode (default: one per core)")
 
 
 def extractor(args: argparse.Namespace, **options: Any) -> Any:
     """The FeatureExtractor of the options above."""
     from ..features.extractor import FeatureExtractor
 
-    names = ("precision", "batch_size", "workers")
+    names = ("precision", "batch_size", "threads")
     common = {name: getattr(args, name) for name in names}
     return FeatureExtractor(args.model, options.pop("device", args.device), **common, **options)
 

@@ -25,7 +25,6 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..data.loader import DEFAULT_WORKERS
     from ..device import PRECISIONS
     from ..training.recipes import RECIPES
 
@@ -59,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     parser.add_argument(
-        "--workers", type=int, default=DEFAULT_WORKERS, help="that decode (default: up to 4)"
+        "--threads", type=int, metavar="N", help="threads that decode (default: one per core)"
     )
     parser.add_argument("--batch-size", type=int, default=64, help="in evaluation (default: 64)")
     parser.add_argument("--cache", metavar="FOLDER", help="keep decoded images there")

@@ -28,7 +28,8 @@ __all__ = ["EvalBatch", "Loader", "TrainBatch", "TrainLoader", "TrainSet"]
 __all__ += ["cores", "eval_loader", "map_batches", "read_image", "train_loader"]
 
 Batch = TypeVar("Batch")
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 AHEAD = 2  # batches that are decoded while one is computed
 Size = tuple[int, int]
 

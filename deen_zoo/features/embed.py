@@ -1,4 +1,4 @@
-"""The loop that runs a model over images: decoding in workers, one batch after the other."""
+"""Run a model over images, which a pool of threads decodes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..data.cache import DecodedCache
-from ..data.loader import DEFAULT_WORKERS, check_workers
+from ..data.loader import map_batches
 from ..data.protocols import Sample
 from ..data.transforms import eval_transform
 from ..device import autocast
@@ -52,24 +51,14 @@ def embed(
     precision: str,
     flip: bool,
     original: bool,
-    workers: int,
+    threads: int | None,
 ) -> Iterator[Batch]:
-    """Descriptors of the images of each batch, on the CPU; workers decode the next ones."""
-    if sum(map(len, batches)) <= 16:
-        workers = 0  # starting them takes longer
-    check_workers(workers)
+    """Descriptors of the images of each batch, on the CPU; threads decode the next ones."""
     training = model.training
     model.eval()
-    loader = DataLoader(
-        images,
-        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of index sequences
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # its own: the global state must not move
-    )
     try:
-        for batch in loader:
+        for items in map_batches(images.__getitem__, batches, threads):
+            batch = collate(items)
             if batch.indices:
                 rows = run(model, batch.rows, batch.infrared, device, precision, flip, original)
                 batch = batch._replace(rows=rows)
@@ -121,7 +110,7 @@ def extract(
     precision: str = "auto",
     flip: bool = True,
     batch_size: int = 64,
-    workers: int = DEFAULT_WORKERS,
+    threads: int | None = None,
     cache: DecodedCache | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -136,7 +125,7 @@ def extract(
         precision: As for :func:`deen_zoo.device.autocast`.
         flip: Add the descriptor of the mirrored image, as the reference's test does.
         batch_size: Images at a time.
-        workers: Processes that decode.
+        threads: Threads that decode; None is the number of available cores.
         cache: Decoded images.
         progress: Show a bar where stderr is a terminal.
 
@@ -151,7 +140,7 @@ def extract(
     mine = world.shard(len(samples))
     out = torch.empty(len(mine), descriptor_width(model))
     batches, done = split(mine, batch_size), 0
-    results = embed(model, images, batches, world.device, precision, flip, False, workers)
+    results = embed(model, images, batches, world.device, precision, flip, False, threads)
     with progress_bar(len(mine), progress and world.main) as bar:
         for batch in results:
             if batch.unreadable:

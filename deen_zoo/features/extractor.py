@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data.loader import DEFAULT_WORKERS
 from ..data.transforms import eval_transform
 from ..device import choose_device, resolve_precision
 from ..distributed import Distributed
@@ -66,7 +65,7 @@ class FeatureExtractor:
         dtype: Of the rows: ``"float32"`` or ``"float16"``.
         normalize: L2-normalise each row, so that products are cosine similarities. The reference
             does not: its published numbers are of the sum of image and mirrored image as it is.
-        workers: Processes that decode while the model computes.
+        threads: Threads that decode while the model computes; None is one per available core.
         progress: Show a bar where stderr is a terminal.
 
     Attributes:
@@ -90,7 +89,7 @@ class FeatureExtractor:
         branches: str = "all",
         dtype: str = "float32",
         normalize: bool = True,
-        workers: int = DEFAULT_WORKERS,
+        threads: int | None = None,
         progress: bool = True,
     ) -> None:
         for name, value, valid in (
@@ -101,7 +100,8 @@ class FeatureExtractor:
             if value not in valid:
                 raise UserError(f"{name} {value!r}: choose from {', '.join(valid)}")
         check_least("batch_size", batch_size, 1)
-        check_least("workers", workers, 0)
+        if threads is not None:
+            check_least("threads", threads, 1)
         self.device = choose_device(device)
         resolve_precision(self.device, precision)
         if not isinstance(model, torch.nn.Module):
@@ -126,7 +126,7 @@ class FeatureExtractor:
         # The deploy form has no such branch by itself.
         self.original = branches == "original" and not is_deployed(model)
         self.normalize, self.dtype = normalize, DTYPES[dtype]
-        self.workers, self.progress, self._channels = workers, progress, int(model.in_chans)
+        self.threads, self.progress, self._channels = threads, progress, int(model.in_chans)
         computed = 1 if self.original else model.num_branches
         numbers = torch.arange(descriptor_width(model) // model.num_branches * computed)
         part = {"official": slice(0, 2), "pool": slice(0, 1), "bn": slice(1, 2)}[descriptor]
@@ -283,7 +283,7 @@ class FeatureExtractor:
         batches = [batch for shard in shards for batch in split(shard, self.batch_size)]
         results = embed(
             self.model, Images(source, self.transform), batches, self.device, self.precision,
-            self.flip, self.original, self.workers,
+            self.flip, self.original, self.threads,
         )  # fmt: skip
         with progress_bar(sum(map(len, shards)), self.progress and shown) as bar:
             for shard in shards:

@@ -1,4 +1,4 @@
-"""Whatever may be given as images, as one list of known modality, decoded by workers."""
+"""Whatever may be given as images, as one list of known modality."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..data.cache import DecodedCache
 from ..data.folder import UNKNOWN, list_images, read_csv
@@ -72,7 +71,7 @@ class Batch(NamedTuple):
     unreadable: list[tuple[int, str]]  # (place, reason)
 
 
-class Images(Dataset[tuple[int, Tensor | str, bool]]):
+class Images:
     """Decodes and transforms; an image that cannot be read is its reason."""
 
     def __init__(

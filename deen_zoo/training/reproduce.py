@@ -195,7 +195,7 @@ def _train(
         recipe.identities,
         recipe.images,
         settings.seed,
-        settings.workers,
+        settings.threads,
         cache,
         rank=world.rank,
         world_size=world.size,
@@ -276,7 +276,7 @@ def _extract(
         world,
         settings.precision,
         batch_size=settings.batch_size,
-        workers=settings.workers,
+        threads=settings.threads,
         cache=cache,
         progress=True,
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..data.datasets import DATASETS, PROTOCOLS
-from ..data.loader import DEFAULT_WORKERS
 from ..errors import UserError, check_least
 from .recipes import Recipe, get_recipe
 
@@ -50,7 +49,7 @@ class Settings:
         compile: Use ``torch.compile``.
         grad_checkpointing: Compute the maps of the first two stages again in the backward pass
             instead of keeping them: less memory, the same numbers, some more time.
-        workers: Processes that decode.
+        threads: Threads that decode; None is the number of available cores.
         batch_size: Images at a time in evaluation.
         save_every: Steps between saves within an epoch; None is at its end only.
         skip_broken: Leave out, counted and reported, what ``check`` finds broken or mislabelled;
@@ -77,7 +76,7 @@ class Settings:
     precision: str = "auto"
     compile: bool = False
     grad_checkpointing: bool = False
-    workers: int = DEFAULT_WORKERS
+    threads: int | None = None
     batch_size: int = 64
     save_every: int | None = None
     skip_broken: bool = False
@@ -121,7 +120,7 @@ class Settings:
         for option, number, least in (
             ("--epochs", epochs, 1),
             ("--batch-size", others.get("batch_size"), 1),
-            ("--workers", others.get("workers"), 0),
+            ("--threads", others.get("threads"), 1),
             ("--save-every", others.get("save_every"), 1),
         ):
             if number is not None:
