@@ -58,8 +58,8 @@ def run_ours(
     x = images(size).to(next(model.parameters()))
     state = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.set_grad_enabled(gradients):
-        pool, bn = model.forward_branches(x, torch.tensor(BATCHES[batch]))
-        out = {"pool": pool, "bn": bn, "logits": model.classifier(bn)}
+        out = model.forward_train(x, torch.tensor(BATCHES[batch]))
+        pool = out["pool"]
         if train:
             out["ort"] = orthogonality_loss(pool)
         if gradients:

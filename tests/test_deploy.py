@@ -75,7 +75,7 @@ def test_equal_in_every_call_with_fewer_operations(variant):
     deployed, x = reparameterize_model(plain), x.double()
     calls = ["forward_features", "forward", "forward_intermediates"]
     if plain.global_pool:
-        calls += ["forward_branches", "forward_embedding"]
+        calls += ["forward_train", "forward_embedding"]
     for call in calls:
         for modality in ("visible", MIXED):
             with torch.no_grad():

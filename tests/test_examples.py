@@ -148,7 +148,7 @@ def test_tracklet_of_one_frame_is_the_image() -> None:
     describe = load("features_in_a_pipeline").TrackletDescriptor(model)
     frames = torch.randn(2, 3, 3, 128, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        _, bn = model.forward_branches(frames[:, 0], "infrared")  # (B*N, C), branch-major
+        bn = model.forward_train(frames[:, 0], "infrared")["bn"]  # (B*N, C), branch-major
         alone = torch.nn.functional.normalize(torch.cat(bn.chunk(model.num_branches), dim=1))
         torch.testing.assert_close(describe(frames[:, :1], "infrared"), alone)
         turned = describe(frames.flip(1), "infrared")

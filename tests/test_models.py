@@ -67,7 +67,7 @@ def test_shapes(name, size):
     assert model.num_features == model.head_hidden_size == width
     assert model(x).shape == model.forward_head(maps).shape == (2, 11)
     assert model.forward_head(maps, pre_logits=True).shape == (2, width)
-    pool, bn = model.forward_branches(x)
+    pool, bn, _ = model.forward_train(x).values()
     assert pool.shape == bn.shape == (3 * 2, model.branch_features)
     assert model.forward_embedding(x).shape == (2, 2 * width)
     assert torch.allclose(model(x), model.forward_head(maps))
@@ -200,7 +200,8 @@ def test_group_matcher_orders_stem_to_head(name):
 
 def test_channels_of_a_branch_are_side_by_side(tiny):
     x = batch()
-    maps, (pool, bn) = tiny.forward_features(x, MIXED), tiny.forward_branches(x, MIXED)
+    maps = tiny.forward_features(x, MIXED)
+    pool, bn, _ = tiny.forward_train(x, MIXED).values()
     width = tiny.branch_features
     for b in range(3):
         rows = maps[:, b * width : (b + 1) * width].mean((2, 3))
@@ -213,7 +214,7 @@ def test_descriptor_is_the_sum_of_six_similarities(tiny):
     x = batch()
     descriptor = tiny.forward_embedding(x, MIXED)
     six = torch.zeros(4, 4)
-    for part in tiny.forward_branches(x, MIXED):
+    for part in list(tiny.forward_train(x, MIXED).values())[:2]:
         for branch in part.chunk(3):
             six += normalize(branch) @ normalize(branch).T
     assert torch.allclose(descriptor @ descriptor.T, six, atol=1e-5)
@@ -249,9 +250,9 @@ def test_a_stem_learns_from_its_own_rows_only():
     "modality, message",
     [
         ("thermal", "must be 'visible', 'infrared' or a bool tensor"),
-        (torch.tensor([True]), "one entry an image"),
+        (torch.tensor([True]), "one entry per image"),
         (torch.zeros(4), "must be bool"),
-        (torch.zeros(4, 1, dtype=torch.bool), "one entry an image"),
+        (torch.zeros(4, 1, dtype=torch.bool), "one entry per image"),
     ],
     ids=["name", "length", "dtype", "shape"],
 )
@@ -283,7 +284,6 @@ def test_wrong_channels(tiny, shape):
     "kwargs, message",
     [
         ({"modality": "ir"}, "modality must be"),
-        ({"form": "poster"}, "form must be"),
         ({"num_stages": 2}, "num_stages must be 3"),
         ({"backbone": "vit_tiny_patch16_224"}, "must be a timm ResNet"),
         ({"backbone": "resnetblur50"}, "choose a plain ResNet"),
@@ -316,7 +316,7 @@ def test_ablation(dee, mfa):
 
 def test_paper_form():
     """The paper's equations, spelled out: a sum of dilated convolutions, softmax attention."""
-    paper, official = make(form="paper"), make()
+    paper, official = make(dee_mean=False, mfa_softmax=True), make()
     assert set(paper.state_dict()) == set(official.state_dict())
     x = torch.randn(2, 64, 8, 4)
     dee = paper.stages[3].dee

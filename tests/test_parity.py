@@ -1,7 +1,7 @@
 """Every output and gradient beside the reference's: live, and against committed numbers.
 
 Float64 agrees to 1e-10 in both modes, outputs, batch statistics and all gradients. Float32 agrees
-to 1e-5 in eval mode, gradients too; in training mode, where batch norm over a few rows magnifies
+to 1e-5 in eval mode, gradients too (with the float64 run where the reference's float32 run does not); in training mode, where batch norm over a few rows magnifies
 rounding, to 1e-5 or to twice what rounding does to the reference itself (its float32 run beside its
 float64 run: 1e-5 to 5e-5 in the outputs, about 1e-3 in the gradients).
 """
@@ -80,7 +80,9 @@ def test_live_float32(dataset, size, batch, train):
     exact = parity.run_theirs(*theirs(dataset, torch.float64), size, batch, train, True)
     wanted = parity.run_theirs(*theirs(dataset, torch.float32), size, batch, train, True)
     got = parity.run_ours(ours(dataset, torch.float32), size, batch, train, True)
-    rounding, found = errors(wanted, exact), errors(got, wanted)
+    rounding, found, from_exact = errors(wanted, exact), errors(got, wanted), errors(got, exact)
+    if not train and max(rounding.values()) > 1e-5:  # a ReLU of its own float32 run has flipped
+        found = from_exact
     for kind in ("grad", ""):  # where a ReLU flips is chance: kinds are compared as a whole
         keys = [key for key in found if key.startswith("grad") == bool(kind)]
         own = max(rounding[key] for key in keys)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
 from tqdm import tqdm
@@ -86,21 +84,10 @@ def run(
     if infrared.all() or not infrared.any():
         modality = "infrared" if infrared[0] else "visible"
     images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-    describe = partial(_original_branch, model) if original else model.forward_embedding
+    descriptor = "original" if original else "official"
     with autocast(device, precision):
-        rows: Tensor = describe(images, modality)
-        if flip:
-            rows = rows + describe(images.flip(3), modality)
+        rows: Tensor = model.forward_embedding(images, modality, flip, descriptor)
     return rows.float().cpu()
-
-
-def _original_branch(model: DEEN, images: Tensor, modality: Tensor | str) -> Tensor:
-    """(n, 2*C): the original branch's part of the official descriptor. DEE and what the last stage
-    makes of the generated branches are not computed, most of the work in a ResNet-50."""
-    x = model.stages[:-1](model.forward_stems(images, modality))
-    blocks = model.get_submodule(f"stages.{len(model.stages) - 1}.blocks")
-    pool = blocks(x).mean((2, 3))
-    return torch.cat([F.normalize(pool), F.normalize(model.bottleneck(pool))], dim=1)
 
 
 def extract(
@@ -158,4 +145,4 @@ def progress_bar(total: int, shown: bool) -> Any:
 
 def descriptor_width(model: DEEN) -> int:
     """Numbers of the official descriptor, 2*B*C."""
-    return int(2 * model.num_branches * model.branch_features)
+    return model.embed_dim

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import fnmatch
 from typing import Any, cast
 
 import timm
 
 from ..errors import UserError
 from . import pretrained as weights
+from .base import NAMES
+from .base import ReidModel as ReidModel
+from .base import register_reid_model as register_reid_model
 from .checkpoint import save_pretrained as save_pretrained
 from .deen import DEEN as DEEN
 
 
 def create_model(
     name: str, pretrained: bool = False, revision: str | None = None, **kwargs: Any
-) -> DEEN:
+) -> ReidModel:
     """``timm.create_model`` for the models of this package, with the Hub's errors explained.
 
     Args:
@@ -47,7 +51,7 @@ def create_model(
             raise UserError(f"revision {revision!r}: {name} is not on the Hub, so it has none")
         kwargs["pretrained_cfg_overlay"] = {**overlay, "hf_hub_id": f"{repo}@{revision}"}
     model: Any = timm.create_model(name, pretrained=pretrained, **kwargs)
-    return cast(DEEN, model)
+    return cast(ReidModel, model)
 
 
 def list_models(filter: str = "") -> list[str]:
@@ -56,5 +60,4 @@ def list_models(filter: str = "") -> list[str]:
     >>> list_models("deen_*")
     ['deen_resnet50_llcm', 'deen_resnet50_regdb', 'deen_resnet50_sysu']
     """
-    names: list[str] = timm.list_models(filter, module="deen")
-    return names
+    return fnmatch.filter(sorted(NAMES), filter or "*")

@@ -11,47 +11,209 @@ reference's behaviour, on top of timm's ResNet; gradients and outputs agree to r
 """
 
 from collections import OrderedDict
-from typing import Any, Dict, List, Optional, Set, Tuple, Union
+from typing import Any, Dict, List, Optional
 
-import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
-    register_model,
-)
-from timm.models._features import feature_take_indices
+from timm.models import generate_default_cfgs, register_notrace_function
 
-from .blocks import (
-    CNL,
-    DEE,
-    PNL,
+from .base import (
     BNNeck,
-    FusedStage,
+    Deployable,
     Modality,
-    Stage,
-    Stem,
-    check_images,
-    infrared_rows_of,
-    recomputed,
+    ReidModel,
+    register_reid_model,
+    resnet_parts,
     without_stride,
 )
-from .checkpoint import checkpoint_filter_fn
-from .pretrained import HUB_ORGANISATION, TINY_WEIGHTS, backbone_weights, safe_source
+from .pretrained import HUB_ORGANISATION, TINY_WEIGHTS, build_model
 
 __all__ = ["DEEN"]
 
-MODALITIES = ("visible", "infrared")
+
+class DEE(nn.Module):
+    """Diverse embedding expansion: (N, C, H, W) -> (3N, C, H, W), branch-major.
+
+    The first N rows are the input; each generated branch is three dilated 3x3 convolutions to C/4,
+    averaged (summed without ``mean``, as in the paper), ReLU and a 1x1 convolution back.
+    """
+
+    def __init__(
+        self, dim: int, drop_rate: float, mean: bool = True, device: Any = None, dtype: Any = None
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.divisor = 3 if mean else 1
+        self.reduce = nn.ModuleList(
+            nn.ModuleList(
+                nn.Conv2d(dim, dim // 4, 3, padding=d, dilation=d, bias=False, **dd)
+                for d in (1, 2, 3)
+            )
+            for _ in range(2)
+        )
+        self.expand = nn.ModuleList(nn.Conv2d(dim // 4, dim, 1, **dd) for _ in range(2))
+        self.drop = nn.Dropout(drop_rate)
+        for conv in self.modules():
+            if isinstance(conv, nn.Conv2d):
+                nn.init.kaiming_normal_(conv.weight, mode="fan_in")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branches = [x]
+        for reduce, expand in zip(self.reduce, self.expand):
+            dilated = [conv(x) for conv in reduce]
+            branches.append(expand(F.relu((dilated[0] + dilated[1] + dilated[2]) / self.divisor)))
+        return self.drop(torch.cat(branches))
 
 
-class DEEN(nn.Module):
+class ConvBN(nn.Sequential):
+    """1x1 convolution and a BN that starts at zero, so that a fresh block is the identity."""
+
+    def __init__(self, in_dim: int, out_dim: int, device: Any = None, dtype: Any = None):
+        conv = nn.Conv2d(in_dim, out_dim, 1, device=device, dtype=dtype)
+        bn = nn.BatchNorm2d(out_dim, device=device, dtype=dtype)
+        nn.init.zeros_(bn.weight)
+        super().__init__(OrderedDict(conv=conv, bn=bn))
+
+
+class CNL(nn.Module):
+    """Channel non-local block: attention between the channels of two stages.
+
+    ``high`` (N, high, h, w) is the stage's output, ``low`` (N, low, H, W) its input. The paper has
+    a softmax where the reference divides by the number of positions. The reference gives ``g``
+    stride 1 and ``W`` stride 2; a 1x1 convolution with a stride reads only what ``g`` with that
+    stride computes, so here ``g`` has it.
+    """
+
+    def __init__(
+        self,
+        high_dim: int,
+        low_dim: int,
+        stride: int,
+        softmax: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.softmax = softmax
+        self.g = nn.Conv2d(low_dim, low_dim, 1, stride=stride, **dd)
+        self.theta = nn.Conv2d(high_dim, low_dim, 1, **dd)
+        self.phi = nn.Conv2d(low_dim, low_dim, 1, stride=stride, **dd)
+        self.proj = ConvBN(low_dim, high_dim, **dd)
+
+    def forward(self, high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        theta = self.theta(high).flatten(2)  # (N, low, hw)
+        phi = self.phi(low).flatten(2).transpose(1, 2)  # (N, hw, low)
+        g = self.g(low)  # (N, low, h, w)
+        energy = theta @ phi  # (N, low, low)
+        attention = energy.softmax(2) if self.softmax else energy / phi.shape[2]
+        return self.proj((attention @ g.flatten(2)).reshape(g.shape)) + high
+
+
+class PNL(nn.Module):
+    """Position non-local block: attention between the positions of two stages.
+
+    Maps of low/2 channels are read as (low, positions/2): half of the positions become channels.
+    The trained weights rely on this view of the reference, which a textbook block does not have.
+    Without the paper's softmax the three factors may be multiplied in either order.
+    """
+
+    def __init__(
+        self,
+        high_dim: int,
+        low_dim: int,
+        softmax: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.softmax = softmax
+        self.low_dim = low_dim
+        self.g = nn.Conv2d(low_dim, low_dim // 2, 1, **dd)
+        self.theta = nn.Conv2d(high_dim, low_dim // 2, 1, **dd)
+        self.phi = nn.Conv2d(low_dim, low_dim // 2, 1, **dd)
+        self.proj = ConvBN(low_dim // 2, high_dim, **dd)
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(x.shape[0], self.low_dim, -1)  # (N, low/2, H, W) -> (N, low, HW/2)
+
+    def forward(self, high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        theta = self.theta(high)  # (N, low/2, h, w)
+        phi = self._rows(self.phi(low))
+        g = self._rows(self.g(low)).transpose(1, 2)  # (N, HW/2, low)
+        theta_rows = self._rows(theta).transpose(1, 2)  # (N, hw/2, low)
+        if self.softmax:
+            y = (theta_rows @ phi).softmax(2) @ g  # (N, hw/2, low)
+        else:
+            y = triple_product(theta_rows, phi, g) / phi.shape[2]
+        return self.proj(y.transpose(1, 2).reshape(theta.shape)) + high
+
+
+@register_notrace_function
+def triple_product(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """``a @ b @ c`` of (N, i, j), (N, j, k), (N, k, l), bracketed for the fewer multiplications."""
+    i, j, k, l = a.shape[1], a.shape[2], c.shape[1], c.shape[2]  # noqa: E741
+    if i * j * k + i * k * l <= j * k * l + i * j * l:
+        return a @ b @ c
+    return a @ (b @ c)
+
+
+@register_notrace_function
+def check_even(x: torch.Tensor) -> None:
+    """PNL reads two channels as one row, so a fused map needs an even number of positions."""
+    if x.shape[2] * x.shape[3] % 2 == 1:
+        raise ValueError(
+            f"MFA needs an even number of positions in each map, and these images give one of "
+            f"{x.shape[2]} x {x.shape[3]}: make their height or width a multiple of 32, "
+            f"e.g. 384 x 144"
+        )
+
+
+class SideBySide(nn.Module):
+    """Branches from the batch to the channels: (B*N, C, H, W), branch-major, -> (N, B*C, H, W)."""
+
+    def __init__(self, branches: int):
+        super().__init__()
+        self.branches = branches
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.reshape(self.branches, -1, x.shape[1], x.shape[2], x.shape[3])
+        return x.transpose(0, 1).flatten(1, 2)
+
+
+class FusedStage(Deployable, nn.Module):
+    """A ResNet stage followed by MFA: CNL then PNL fuse the stage's input into its output."""
+
+    def __init__(self, blocks: nn.Module, cnl: CNL, pnl: PNL):
+        super().__init__()
+        self.blocks, self.cnl, self.pnl = blocks, cnl, pnl
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        high = self.blocks(x)
+        check_even(high)
+        return self.pnl(self.cnl(high, x), x)
+
+
+class Stage(Deployable, nn.Sequential):
+    """A ResNet stage as ``blocks``; the last one's branches are made before and laid out after."""
+
+
+class DEEN(ReidModel):
     """Two-stem ResNet with DEE and MFA, a BN neck and one classifier shared by the branches.
 
     C is the width of the last stage (2048 for ResNet-50, 1024 with ``num_stages=3``), B the number
     of branches (3, or 1 without ``dee``). Images are (N, in_chans, H, W), ImageNet-normalised.
+    The final maps are (N, B*C, H/16, W/16); channels ``b*C:(b+1)*C`` are branch b.
+
+    Descriptors: ``"official"`` is (2, B, C) laid out flat, the pooled features of each branch and
+    then those after the BN neck, each of the 2B vectors L2-normalised, so that the dot product of
+    two descriptors is the sum of the reference's six similarities (between -2B and 2B). ``"pool"``
+    and ``"bn"`` are its halves. ``"original"`` is the original branch's part of it (2, C), for
+    which the generated branches are not computed, most of the work in a ResNet-50. As in the
+    reference's test, the descriptor of the mirrored image is added and not normalised again.
 
     Args:
         num_classes: Training identities; 0 for none: ``forward`` then gives BN-neck features.
@@ -63,13 +225,16 @@ class DEEN(nn.Module):
         num_stages: ResNet stages used: 4, or 3 as the reference does for RegDB.
         dee: Generate the two extra branches.
         mfa: Fuse the stages.
-        form: ``"official"`` as the reference computes DEE and MFA, or ``"paper"``: dilated
-            convolutions summed, not averaged, and a softmax on MFA's attention.
+        dee_mean: Average DEE's dilated convolutions as the reference does; False sums them as the
+            paper does.
+        mfa_softmax: Softmax on MFA's attention as in the paper; the reference has none.
         modality: What ``modality=None`` means in the calls, ``"visible"`` or ``"infrared"``.
         drop_rate: Dropout on DEE's output.
-        device: Of the parameters, as for torch's own modules.
-        dtype: Of the parameters.
+        device: Device of the parameters, as for torch's own modules.
+        dtype: Type of the parameters.
     """
+
+    task = "deen_zoo.training.tasks:DEENTask"
 
     def __init__(
         self,
@@ -82,66 +247,32 @@ class DEEN(nn.Module):
         num_stages: int = 4,
         dee: bool = True,
         mfa: bool = True,
-        form: str = "official",
-        modality: str = "visible",
+        dee_mean: bool = True,
+        mfa_softmax: bool = False,
+        modality: Optional[str] = None,
         drop_rate: float = 0.01,
         device: Any = None,
         dtype: Any = None,
     ):
-        super().__init__()
-        if modality not in MODALITIES:
-            raise ValueError(f"modality must be 'visible' or 'infrared': got {modality}")
-        if form not in ("official", "paper"):
-            raise ValueError(f"form must be 'official' or 'paper': got {form!r}")
+        super().__init__(in_chans, modality)
         if num_stages not in (3, 4):
             raise ValueError(f"num_stages must be 3 (RegDB) or 4: got {num_stages}")
         dd = {"device": device, "dtype": dtype}
-        paper = form == "paper"
-        self.modality = modality
-        self.in_chans = in_chans
         self.num_branches = 3 if dee else 1
-        self.num_fused = num_stages - 1 if mfa else 0
-        self.num_recomputed = 0
         self.model_args = dict(
             backbone=backbone,
             backbone_args=backbone_args,
             num_stages=num_stages,
             dee=dee,
             mfa=mfa,
-            form=form,
+            dee_mean=dee_mean,
+            mfa_softmax=mfa_softmax,
             modality=modality,
             drop_rate=drop_rate,
         )
-
-        own_args = dict(backbone_args or {})
-        if pretrained_backbone and "pretrained_cfg_overlay" not in own_args:
-            own_args["pretrained_cfg_overlay"] = dict(file=backbone_weights(backbone))
-
-        def resnet() -> nn.Module:
-            net = timm.create_model(
-                backbone,
-                pretrained=pretrained_backbone,
-                in_chans=in_chans,
-                num_classes=0,
-                **own_args,
-                **dd,
-            )
-            if not isinstance(net, timm.models.ResNet):
-                raise ValueError(
-                    f"backbone must be a timm ResNet such as 'resnet50': "
-                    f"{backbone} is a {type(net).__name__}"
-                )
-            return net
-
-        def stem(net: nn.Module) -> Stem:
-            names = ("conv1", "bn1", "act1", "maxpool")
-            return Stem(OrderedDict((name, getattr(net, name)) for name in names))
-
-        trunk = resnet()
-        self.visible_stem, self.infrared_stem = stem(trunk), stem(resnet())
-        if pretrained_backbone:
-            self.infrared_stem.load_state_dict(self.visible_stem.state_dict())
-
+        self.visible_stem, self.infrared_stem, trunk = resnet_parts(
+            backbone, backbone_args, pretrained_backbone, in_chans=in_chans, **dd
+        )
         dims = [trunk.feature_info[i]["num_chs"] for i in range(num_stages + 1)]
         self.feature_info = [dict(num_chs=dims[0], reduction=4, module="visible_stem")]
         stages: List[nn.Module] = []
@@ -150,128 +281,42 @@ class DEEN(nn.Module):
             reduction, low, high = min(2 ** (i + 1), 16), dims[i - 1], dims[i]
             if i == num_stages:
                 blocks = without_stride(blocks, backbone) if i == 4 else blocks
-                expand = [("dee", DEE(low, drop_rate, paper, **dd))] if dee else []
-                stages.append(Stage(OrderedDict([*expand, ("blocks", blocks)])))
+                parts = OrderedDict[str, nn.Module](blocks=blocks)
+                if dee:
+                    parts["dee"] = DEE(low, drop_rate, dee_mean, **dd)
+                    parts["branches"] = SideBySide(self.num_branches)
+                    parts.move_to_end("dee", last=False)
+                stages.append(Stage(parts))
                 high *= self.num_branches
             elif mfa:
-                cnl = CNL(high, low, 1 if i == 1 else 2, paper, **dd)
-                stages.append(FusedStage(blocks, cnl, PNL(high, low, paper, **dd)))
+                cnl = CNL(high, low, 1 if i == 1 else 2, mfa_softmax, **dd)
+                stages.append(FusedStage(blocks, cnl, PNL(high, low, mfa_softmax, **dd)))
             else:
                 stages.append(Stage(OrderedDict(blocks=blocks)))
-            self.feature_info.append(
-                dict(num_chs=high, reduction=reduction, module=f"stages.{i - 1}")
-            )
+            module = f"stages.{i - 1}"
+            self.feature_info.append(dict(num_chs=high, reduction=reduction, module=module))
         self.stages = nn.Sequential(*stages)
 
-        self.branch_features = dims[-1]
-        self.num_features = self.head_hidden_size = self.num_branches * self.branch_features
-        self.bottleneck = BNNeck(self.branch_features, **dd)
+        self.branch_features = width = dims[-1]
+        self.num_features = self.head_hidden_size = self.num_branches * width
+        features = self.num_features
+        self.descriptors = dict(official=2 * features, bn=features, pool=features)
+        self.descriptors["original"] = 2 * width
+        self.bottleneck = BNNeck(width, **dd)
         self.reset_classifier(num_classes, global_pool)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        """Parameters without weight decay besides biases and norms: none."""
-        return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """Patterns of parameter names, for timm's layer-wise learning rates and freezing."""
-        if coarse:
-            blocks = [(r"^stages\.(\d+)", None), (r"^bottleneck", (99999,))]
-        else:
-            blocks = [
-                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-                (r"^stages\.(\d+)\.dee", (-1,)),
-                (r"^stages\.(\d+)\.[cp]nl", (99999,)),
-                (r"^bottleneck", (99999,)),
-            ]
-        return dict(stem=r"^(?:visible|infrared)_stem", blocks=blocks)
+        groups = super().group_matcher(coarse)
+        if not coarse:
+            groups["blocks"].insert(0, (r"^stages\.(\d+)\.dee", (-1,)))
+        return groups
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True, stages: Optional[int] = None) -> None:
-        """Recompute stages in the backward pass instead of keeping their activations.
-
-        The numbers stay the same, to the bit, those of running statistics too.
-
-        Args:
-            enable: False for none.
-            stages: So many of the first ones, which hold the largest maps; None for all.
-        """
-        if stages is not None and not 0 <= stages <= len(self.stages):
-            raise ValueError(f"stages must be None or up to {len(self.stages)}: got {stages}")
-        self.num_recomputed = (len(self.stages) if stages is None else stages) if enable else 0
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The linear classifier of one branch's BN-neck features; Identity without classes."""
-        return self.classifier
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace the classifier by a fresh one, ~ N(0, 0.001) without bias; 0 removes it."""
-        if global_pool is not None:
-            if global_pool not in ("avg", ""):
-                raise ValueError(f"global_pool must be 'avg' or '' (none): got {global_pool!r}")
-            self.global_pool = global_pool
-        if num_classes and not self.global_pool:
-            raise ValueError("a classifier needs pooled features: give global_pool='avg'")
-        self.num_classes = num_classes
-        self.classifier: nn.Module = nn.Identity()
-        if num_classes > 0:
-            weight = self.bottleneck.weight
-            self.classifier = nn.Linear(
-                self.branch_features,
-                num_classes,
-                bias=False,
-                device=weight.device,
-                dtype=weight.dtype,
-            )
-            nn.init.normal_(self.classifier.weight, std=0.001)
-
-    def forward_stems(self, x: torch.Tensor, modality: Modality = None) -> torch.Tensor:
-        """Images (N, in_chans, H, W) -> (N, stem, H/4, W/4), each row through its own stem.
-
-        In training a stem sees only its own rows, so that its batch statistics are its own (a stem
-        without rows gets zero gradients). In eval a named modality runs one stem; a tensor runs
-        both and chooses, which keeps shapes static.
-        """
-        check_images(x, self.in_chans, self.num_fused)
-        infrared = infrared_rows_of(x, modality, self.modality)
-        if self.training:
-            visible_rows, infrared_rows = (~infrared).nonzero()[:, 0], infrared.nonzero()[:, 0]
-            out = torch.cat(
-                [self.visible_stem(x[visible_rows]), self.infrared_stem(x[infrared_rows])]
-            )
-            return out[torch.cat([visible_rows, infrared_rows]).argsort()]
-        if modality is None:
-            modality = self.modality
-        if isinstance(modality, str):
-            return self.infrared_stem(x) if modality == "infrared" else self.visible_stem(x)
-        infrared = infrared.to(x.device).reshape(-1, 1, 1, 1)
-        return torch.where(infrared, self.infrared_stem(x), self.visible_stem(x))
-
-    def _side_by_side(self, x: torch.Tensor) -> torch.Tensor:
-        """(B*N, C, H, W), branch-major, -> (N, B*C, H, W)."""
-        x = x.reshape(self.num_branches, -1, x.shape[1], x.shape[2], x.shape[3])
-        return x.transpose(0, 1).flatten(1, 2)
-
-    def _branch_major(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, B*C) -> (B*N, C), branch-major as the reference orders them."""
-        x = x.reshape(-1, self.num_branches, self.branch_features)
+    def branch_pool(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, B*C, h, w) -> pooled features (B*N, C), branch-major as the reference's."""
+        x = x.mean((2, 3)).reshape(x.shape[0], self.num_branches, self.branch_features)
         return x.transpose(0, 1).flatten(0, 1)
-
-    def _forward_stages(self, x: torch.Tensor, modality: Modality) -> torch.Tensor:
-        """Images (N, in_chans, H, W) -> (B*N, C, H/16, W/16), branch-major."""
-        x = self.forward_stems(x, modality)
-        for i, stage in enumerate(self.stages):
-            if i < self.num_recomputed and not torch.jit.is_scripting():
-                x = recomputed(stage, x)
-            else:
-                x = stage(x)
-        return x
-
-    def forward_features(self, x: torch.Tensor, modality: Modality = None) -> torch.Tensor:
-        """Images (N, in_chans, H, W) -> (N, B*C, H/16, W/16); channels b*C:(b+1)*C are branch b."""
-        return self._side_by_side(self._forward_stages(x, modality))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Maps (N, B*C, h, w) -> mean of the branches' logits (N, num_classes).
@@ -280,90 +325,41 @@ class DEEN(nn.Module):
         """
         if self.global_pool == "":
             return x
-        bn = self.bottleneck(self._branch_major(x.mean((2, 3))))
+        bn = self.bottleneck(self.branch_pool(x))
         bn = bn.reshape(self.num_branches, -1, bn.shape[1])  # (B, N, C)
         if pre_logits or self.num_classes == 0:
             return bn.transpose(0, 1).flatten(1)
         return self.classifier(bn.mean(0))
 
-    def forward(self, x: torch.Tensor, modality: Modality = None) -> torch.Tensor:
-        """Images (N, in_chans, H, W) -> logits (N, num_classes), or BN-neck features (N, B*C)."""
-        return self.forward_head(self.forward_features(x, modality))
-
-    def forward_branches(
-        self,
-        x: torch.Tensor,
-        modality: Modality = None,
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Images -> ``(pool, bn)``, each (B*N, C), branch-major: what the losses read.
+    def forward_train(self, x: torch.Tensor, modality: Modality = None) -> Dict[str, torch.Tensor]:
+        """Images -> ``pool``, ``bn`` (B*N, C) and ``logits`` (B*N, num_classes), branch-major.
 
         ``pool`` are average-pooled maps before the BN neck, ``bn`` after it; neither is normalised.
         """
-        pool = self._forward_stages(x, modality).mean((2, 3))
-        return pool, self.bottleneck(pool)
+        pool = self.branch_pool(self.forward_features(x, modality))
+        bn = self.bottleneck(pool)
+        return {"pool": pool, "bn": bn, "logits": self.classifier(bn)}
 
-    def forward_embedding(
-        self,
-        x: torch.Tensor,
-        modality: Modality = None,
-        flip: bool = False,
-    ) -> torch.Tensor:
-        """Images -> the official descriptor (N, 2*B*C), laid out as (2, B, C): pool, then bn.
+    def describe(self, x: torch.Tensor, modality: Modality, descriptor: str) -> torch.Tensor:
+        """Images -> (N, descriptors[descriptor]); see the class."""
+        if descriptor == "original":
+            pool = self._original_maps(x, modality).mean((2, 3))  # (N, C)
+        else:
+            pool = self.branch_pool(self.forward_features(x, modality))  # (B*N, C)
+        parts = []
+        if descriptor != "bn":
+            parts.append(F.normalize(pool))
+        if descriptor != "pool":
+            parts.append(F.normalize(self.bottleneck(pool)))
+        rows = torch.stack(parts).reshape(-1, x.shape[0], pool.shape[1])  # (2*B, N, C)
+        return rows.transpose(0, 1).flatten(1)
 
-        Each of the 2B vectors is L2-normalised, so the dot product of two descriptors is the sum of
-        the reference's six similarities (between -2B and 2B). With ``flip`` the descriptor of the
-        mirrored images is added and, as in the reference's test, not normalised again.
-        """
-        parts = torch.cat([F.normalize(part) for part in self.forward_branches(x, modality)])
-        out = parts.reshape(2 * self.num_branches, -1, parts.shape[1]).transpose(0, 1).flatten(1)
-        return out + self.forward_embedding(x.flip(3), modality) if flip else out
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: Optional[Union[int, List[int]]] = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        modality: Modality = None,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """The stems' output and each stage's, after MFA; the last as ``forward_features``.
-
-        Args:
-            x: Images (N, in_chans, H, W).
-            indices: The last n if int, all if None, else those of a sequence.
-            norm: No effect, as in timm's ResNet: no norm applies to maps.
-            stop_early: Do not run stages that are not needed.
-            output_fmt: ``"NCHW"`` only.
-            intermediates_only: Leave out the final features.
-            modality: As in ``forward``.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW': got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.stages) + 1, indices)
+    def _original_maps(self, x: torch.Tensor, modality: Modality) -> torch.Tensor:
+        """Images -> the original branch's maps (N, C, h, w)."""
         x = self.forward_stems(x, modality)
-        intermediates = [x] if 0 in take else []
-        for i, stage in enumerate(self.stages[:last] if stop_early else self.stages, start=1):
-            x = recomputed(stage, x) if i <= self.num_recomputed else stage(x)
-            if self.feature_info[i]["num_chs"] != x.shape[1]:  # the last stage, after DEE
-                x = self._side_by_side(x)
-            if i in take:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(
-        self,
-        indices: Union[int, List[int]] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> List[int]:
-        """Remove the stages that the given intermediates do not need, and the classifier."""
-        take, last = feature_take_indices(len(self.stages) + 1, indices)
-        self.stages = self.stages[:last]
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
+        for i, stage in enumerate(self.stages):
+            x = stage(x) if i + 1 < len(self.stages) else stage.blocks(x)
+        return x
 
 
 def _cfg(num_classes: int, **kwargs: Any) -> Dict[str, Any]:
@@ -405,36 +401,33 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_deen(variant: str, pretrained: bool = False, **kwargs: Any) -> DEEN:
-    out_indices = tuple(range(kwargs.get("num_stages", 4) + 1))
-    return build_model_with_cfg(
-        DEEN,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-        **safe_source(variant, pretrained, kwargs),
-    )
+    form = kwargs.pop("form", None)  # a configuration of version 0.1.0
+    if form is not None:
+        kwargs.update(dee_mean=form != "paper", mfa_softmax=form == "paper")
+        if kwargs.get("modality") == "visible":  # which it wrote where none was given
+            del kwargs["modality"]
+    return build_model(DEEN, variant, pretrained, **kwargs)
 
 
-@register_model
+@register_reid_model
 def deen_resnet50_sysu(pretrained: bool = False, **kwargs: Any) -> DEEN:
     """DEEN for SYSU-MM01: 395 training identities."""
     return _create_deen("deen_resnet50_sysu", pretrained, **kwargs)
 
 
-@register_model
+@register_reid_model
 def deen_resnet50_regdb(pretrained: bool = False, **kwargs: Any) -> DEEN:
     """DEEN for RegDB: 206 training identities, no fourth stage, C = 1024."""
     return _create_deen("deen_resnet50_regdb", pretrained, **{"num_stages": 3, **kwargs})
 
 
-@register_model
+@register_reid_model
 def deen_resnet50_llcm(pretrained: bool = False, **kwargs: Any) -> DEEN:
     """DEEN for LLCM: 713 training identities."""
     return _create_deen("deen_resnet50_llcm", pretrained, **kwargs)
 
 
-@register_model
+@register_reid_model
 def test_deen_resnet(pretrained: bool = False, **kwargs: Any) -> DEEN:
     """A tiny DEEN for tests and demonstrations, trained on synthetic people only."""
     tiny = dict(stem_width=16, stem_type="deep", channels=(32, 48, 64, 128))

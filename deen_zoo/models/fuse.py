@@ -17,7 +17,7 @@ import torch.nn as nn
 from timm.models.resnet import BasicBlock, Bottleneck
 
 from ..errors import UserError
-from .blocks import triple_product
+from .deen import check_even, triple_product
 
 __all__ = ["deploy", "is_deployed"]
 
@@ -276,7 +276,8 @@ class _Stage(_InferenceOnly):
     def __init__(self, stage: nn.Module):
         super().__init__()
         self.blocks = _blocks(stage.blocks)
-        self.dee = nn.Identity()
+        self.dee: nn.Module = nn.Identity()
+        self.branches = getattr(stage, "branches", nn.Identity())
         dee = getattr(stage, "dee", None)
         if dee is not None:
             first = self.blocks[0]
@@ -284,17 +285,19 @@ class _Stage(_InferenceOnly):
             self.dee = _DEE(dee, expand=not composed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.blocks(self.dee(x))
+        return self.branches(self.blocks(self.dee(x)))
 
 
 class _FusedStage(_InferenceOnly):
     def __init__(self, stage: nn.Module):
         super().__init__()
         self.blocks = _blocks(stage.blocks)
-        if stage.cnl.paper:  # its softmax leaves nothing to reorder
+        if stage.cnl.softmax:  # its softmax leaves nothing to reorder
             self.cnl, self.pnl = _fold_all(stage.cnl), _fold_all(stage.pnl)
         else:
             self.cnl, self.pnl = _CNL(stage.cnl), _PNL(stage.pnl)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.pnl(self.cnl(self.blocks(x), x), x)
+        high = self.blocks(x)
+        check_even(high)
+        return self.pnl(self.cnl(high, x), x)

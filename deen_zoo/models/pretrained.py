@@ -22,11 +22,12 @@ from typing import Any
 import timm
 from huggingface_hub import constants, errors, hf_hub_download
 from safetensors import SafetensorError, safe_open
-from timm.models import resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._pretrained import PretrainedCfg
 
 from ..errors import UserError
 from ..io import sha256
+from .base import NAMES, ReidModel
 
 HUB_ORGANISATION = os.environ.get("DEEN_ZOO_HUB_ORG") or "deen-zoo"  # read once, on import
 TINY_WEIGHTS = str(Path(__file__).with_name("test_deen_resnet.safetensors"))
@@ -40,6 +41,28 @@ NOT_PUBLISHED = (
 )
 LOGIN = "log in with 'hf auth login', or set HF_TOKEN"
 UPGRADE = "pip install -U deen-zoo"
+
+
+def build_model(cls: type[ReidModel], variant: str, pretrained: bool, **kwargs: Any) -> Any:
+    """timm's ``build_model_with_cfg`` for a family's entrypoints.
+
+    Args:
+        cls: The family.
+        variant: Name of the model, a key of its module's ``default_cfgs``.
+        pretrained: Load its weights, from a verified safetensors file only.
+        **kwargs: Arguments of ``cls`` and of timm.
+    """
+    from .checkpoint import checkpoint_filter_fn
+
+    out_indices = tuple(range(kwargs.get("num_stages", 4) + 1))
+    return build_model_with_cfg(
+        cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+        **safe_source(variant, pretrained, kwargs),
+    )
 
 
 def safe_source(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +231,7 @@ def _check_config(config: dict[str, Any], where: str, variant: str) -> None:
             f"{where} was written by a newer deen_zoo ({own.get('version')}), whose format "
             f"{own['format']} this one does not know: {UPGRADE}"
         )
-    models, architecture = timm.list_models(module="deen"), config.get("architecture")
+    models, architecture = sorted(NAMES), config.get("architecture")
     if architecture not in models:
         raise UserError(
             f"{where} is of architecture {architecture!r}, which is none of {', '.join(models)}: "

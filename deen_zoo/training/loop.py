@@ -56,8 +56,8 @@ class Task(nn.Module):
         """
         recipe, branches = self.recipe, self.model.num_branches
         with autocast(images.device, self.precision):
-            pool, bn = self.model.forward_branches(images, infrared)  # (B*N, C) each
-            logits = self.model.classifier(bn)  # (B*N, ids)
+            out = self.model.forward_train(images, infrared)
+            pool, logits = out["pool"], out["logits"]  # (B*N, C), (B*N, ids)
         if pool.dtype != torch.float64:
             pool, logits = pool.float(), logits.float()
         triplet = batch_hard_triplet_loss(pool, labels.repeat(branches), recipe.triplet_margin)
@@ -84,11 +84,9 @@ def make_optimizer(model: DEEN, recipe: Recipe) -> torch.optim.SGD:
 
     Each group's ``lr_factor`` multiplies the recipe's learning rate.
     """
-    head = [*model.bottleneck.parameters(), *model.classifier.parameters()]
-    ids = {id(parameter) for parameter in head}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    rest, head = model.param_groups()
     return torch.optim.SGD(
-        [{"params": rest, "lr_factor": recipe.backbone_lr}, {"params": head, "lr_factor": 1.0}],
+        [{**rest, "lr_factor": recipe.backbone_lr}, {**head, "lr_factor": 1.0}],
         lr=recipe.base_lr,
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,

@@ -172,7 +172,8 @@ def _train(
             num_classes=len({sample.identity for sample in samples}),
             dee=settings.dee,
             mfa=settings.mfa,
-            form=recipe.model_form,
+            dee_mean=recipe.model_form != "paper",
+            mfa_softmax=recipe.model_form == "paper",
             pretrained_backbone=imagenet,
         )
     except UserError as error:

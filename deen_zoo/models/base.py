@@ -1,0 +1,491 @@
+"""The model contract: two stems chosen by modality, shared stages, a BN neck and a classifier.
+
+Training, extraction, search, export and publishing rely on :class:`ReidModel` and on nothing of a
+single family. A family builds ``visible_stem``, ``infrared_stem``, ``stages`` and ``bottleneck``
+and says what its descriptors are; its entrypoints are registered with :func:`register_reid_model`.
+"""
+
+import contextlib
+import copy
+import functools
+import warnings
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Set, Tuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+from timm.models import register_model, register_notrace_function, register_notrace_module
+from timm.models._features import feature_take_indices
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["MODALITIES", "BNNeck", "ReidModel", "Stem", "register_reid_model", "resnet_parts"]
+
+MODALITIES = ("visible", "infrared")
+Modality = Union[str, torch.Tensor, None]
+NAMES: Set[str] = set()  # of all models registered on the contract
+
+
+def register_reid_model(entrypoint: Callable[..., Any]) -> Callable[..., Any]:
+    """``timm.models.register_model``, and ``deen_zoo.create_model`` and ``list_models`` know it.
+
+    The entrypoint returns a :class:`ReidModel`, and its module has ``default_cfgs``.
+    """
+    NAMES.add(entrypoint.__name__)
+    return register_model(entrypoint)
+
+
+class ReidModel(nn.Module):
+    """What every model of the zoo offers; a family subclasses it.
+
+    N images are (N, in_chans, H, W), normalised as ``pretrained_cfg`` says. ``modality`` is
+    ``"visible"``, ``"infrared"`` or a bool tensor (N,), True for infrared. None means the modality
+    that the model was given in its constructor; a model without one warns and takes ``"visible"``.
+
+    A family's constructor builds the stems, the ``stages``, ``feature_info`` (the stems' output and
+    each stage's) and the ``bottleneck``, sets ``model_args`` and ``descriptors``, and ends with
+    ``reset_classifier``.
+
+    Attributes:
+        modality: What ``modality=None`` means in the calls.
+        num_features: Channels of the final maps.
+        descriptors: Width of each descriptor by name; the first, ``"official"``, is the one that
+            the family's results were published with.
+        flip: Whether the published results add the descriptor of the mirrored image.
+        task: ``"module:Class"`` of the family's training task.
+        model_args: What ``config.json`` keeps to build the model again.
+        source: Name of the catalog's entry that the weights are from, if they were converted.
+    """
+
+    flip = True
+    task = ""
+    source: Optional[str] = None
+    modality: Optional[str]  # TorchScript reads this
+
+    if TYPE_CHECKING:
+        in_chans: int
+        num_classes: int
+        num_features: int
+        global_pool: str
+        descriptors: Dict[str, int]
+        model_args: Dict[str, Any]
+        pretrained_cfg: Dict[str, Any]
+        feature_info: List[Dict[str, Any]]
+        visible_stem: nn.Module
+        infrared_stem: nn.Module
+        stages: nn.Sequential
+        bottleneck: nn.BatchNorm1d
+
+    def __init__(self, in_chans: int = 3, modality: Optional[str] = None):
+        super().__init__()
+        if modality not in (None, *MODALITIES):
+            raise ValueError(f"modality must be 'visible', 'infrared' or None: got {modality!r}")
+        self.in_chans = in_chans
+        self.modality = modality
+        self.num_recomputed = 0
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the official descriptor."""
+        return self.descriptors["official"]
+
+    # what a family defines
+
+    def forward_pool(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, num_features, h, w) -> pooled features (N, num_features)."""
+        return x.mean((2, 3))
+
+    def forward_train(self, x: torch.Tensor, modality: Modality = None) -> Dict[str, torch.Tensor]:
+        """Images -> what the family's losses read: ``pool``, ``bn`` and ``logits``."""
+        pool = self.forward_pool(self.forward_features(x, modality))
+        bn = self.bottleneck(pool)
+        return {"pool": pool, "bn": bn, "logits": self.classifier(bn)}
+
+    def describe(self, x: torch.Tensor, modality: Modality, descriptor: str) -> torch.Tensor:
+        """Images -> (N, descriptors[descriptor]), of the images as they are."""
+        raise NotImplementedError
+
+    # timm's calls
+
+    def forward_stems(self, x: torch.Tensor, modality: Modality = None) -> torch.Tensor:
+        """Images (N, in_chans, H, W) -> (N, stem, H/4, W/4), each row through its own stem.
+
+        In training a stem sees only its own rows, so that its batch statistics are its own (a stem
+        without rows gets zero gradients). In eval a named modality runs one stem; a tensor runs
+        both and chooses, which keeps shapes static.
+        """
+        check_images(x, self.in_chans)
+        modality = known_modality(x, modality, self.modality)
+        if isinstance(modality, str) and not self.training:
+            return self.infrared_stem(x) if modality == "infrared" else self.visible_stem(x)
+        infrared = infrared_rows(x, modality)
+        if self.training:
+            visible_rows, infrared_at = (~infrared).nonzero()[:, 0], infrared.nonzero()[:, 0]
+            out = torch.cat(
+                [self.visible_stem(x[visible_rows]), self.infrared_stem(x[infrared_at])]
+            )
+            return out[torch.cat([visible_rows, infrared_at]).argsort()]
+        infrared = infrared.to(x.device).reshape(-1, 1, 1, 1)
+        return torch.where(infrared, self.infrared_stem(x), self.visible_stem(x))
+
+    def forward_features(self, x: torch.Tensor, modality: Modality = None) -> torch.Tensor:
+        """Images (N, in_chans, H, W) -> maps (N, num_features, h, w)."""
+        x = self.forward_stems(x, modality)
+        for i, stage in enumerate(self.stages):
+            if torch.jit.is_scripting():
+                x = stage(x)
+            else:
+                x = recomputed(stage, x) if i < self.num_recomputed else stage(x)
+        return x
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Maps -> logits (N, num_classes); with ``pre_logits`` or no classifier, BN features."""
+        if self.global_pool == "":
+            return x
+        bn = self.bottleneck(self.forward_pool(x))
+        return bn if pre_logits or self.num_classes == 0 else self.classifier(bn)
+
+    def forward(self, x: torch.Tensor, modality: Modality = None) -> torch.Tensor:
+        """Images -> logits (N, num_classes), or BN-neck features (N, num_features)."""
+        return self.forward_head(self.forward_features(x, modality))
+
+    @torch.jit.export
+    def forward_embedding(
+        self,
+        x: torch.Tensor,
+        modality: Modality = None,
+        flip: bool = False,
+        descriptor: str = "official",
+    ) -> torch.Tensor:
+        """Images -> descriptors (N, descriptors[descriptor]), to be compared by dot product.
+
+        Args:
+            x: Images (N, in_chans, H, W).
+            modality: See the class.
+            flip: Add the descriptor of the mirrored images.
+            descriptor: One of ``descriptors``.
+        """
+        if descriptor not in self.descriptors:
+            raise ValueError(f"descriptor must be one of {self.descriptors}: got {descriptor}")
+        out = self.describe(x, modality, descriptor)
+        return out + self.describe(x.flip(3), modality, descriptor) if flip else out
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        modality: Modality = None,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """The stems' output and each stage's; the last as ``forward_features``.
+
+        Args:
+            x: Images (N, in_chans, H, W).
+            indices: The last n if int, all if None, else those of a sequence.
+            norm: No effect, as in timm's ResNet: no norm applies to maps.
+            stop_early: Do not run stages that are not needed.
+            output_fmt: ``"NCHW"`` only.
+            intermediates_only: Leave out the final features.
+            modality: See the class.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW': got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.stages) + 1, indices)
+        x = self.forward_stems(x, modality)
+        intermediates = [x] if 0 in take else []
+        for i, stage in enumerate(self.stages[:last] if stop_early else self.stages, start=1):
+            x = recomputed(stage, x) if i <= self.num_recomputed else stage(x)
+            if i in take:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self,
+        indices: Union[int, List[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> List[int]:
+        """Remove the stages that the given intermediates do not need, and the classifier."""
+        take, last = feature_take_indices(len(self.stages) + 1, indices)
+        self.stages = self.stages[:last]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Parameters without weight decay besides biases and norms: none."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Patterns of parameter names, for timm's layer-wise learning rates and freezing."""
+        whole = r"^stages\.(\d+)"
+        parts = [whole + r"\.blocks\.(\d+)", whole + r"\.(?!blocks)"]
+        blocks = [(whole, None)] if coarse else [(parts[0], None), (parts[1], (99999,))]
+        blocks.append((r"^bottleneck", (99999,)))
+        return dict(stem=r"^(?:visible|infrared)_stem", blocks=blocks)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True, stages: Optional[int] = None) -> None:
+        """Recompute stages in the backward pass instead of keeping their activations.
+
+        The numbers stay the same, to the bit, those of running statistics too.
+
+        Args:
+            enable: False for none.
+            stages: So many of the first ones, which hold the largest maps; None for all.
+        """
+        if stages is not None and not 0 <= stages <= len(self.stages):
+            raise ValueError(f"stages must be None or up to {len(self.stages)}: got {stages}")
+        self.num_recomputed = (len(self.stages) if stages is None else stages) if enable else 0
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The linear classifier of BN-neck features; Identity without classes."""
+        return self.classifier
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the classifier by a fresh one, ~ N(0, 0.001) without bias; 0 removes it."""
+        if global_pool is not None:
+            if global_pool not in ("avg", ""):
+                raise ValueError(f"global_pool must be 'avg' or '' (none): got {global_pool!r}")
+            self.global_pool = global_pool
+        if num_classes and not self.global_pool:
+            raise ValueError("a classifier needs pooled features: give global_pool='avg'")
+        self.num_classes = num_classes
+        self.classifier: nn.Module = nn.Identity()
+        if num_classes > 0:
+            weight = self.bottleneck.weight
+            width, like = weight.shape[0], dict(device=weight.device, dtype=weight.dtype)
+            self.classifier = nn.Linear(width, num_classes, bias=False, **like)
+            nn.init.normal_(self.classifier.weight, std=0.001)
+
+    # what training and deployment call
+
+    @torch.jit.ignore
+    def param_groups(self) -> List[Dict[str, Any]]:
+        """All parameters in two groups, ``"rest"`` and then ``"head"``, for an optimiser.
+
+        The head (BN neck and classifier) is trained at the full learning rate, the rest at a
+        fraction of it.
+        """
+        head = [*self.bottleneck.parameters(), *self.classifier.parameters()]
+        ids = {id(parameter) for parameter in head}
+        rest = [parameter for parameter in self.parameters() if id(parameter) not in ids]
+        return [{"name": "rest", "params": rest}, {"name": "head", "params": head}]
+
+    @torch.jit.ignore
+    def for_modality(
+        self,
+        modality: str,
+        flip: Optional[bool] = None,
+        normalize: bool = True,
+        descriptor: str = "official",
+    ) -> nn.Module:
+        """A plain module for images of one modality: (N, in_chans, H, W) -> (N, width).
+
+        It shares this model's weights, puts it into eval mode, and can be traced, scripted and
+        exported: what trackers and other toolboxes take.
+
+        Args:
+            modality: ``"visible"`` or ``"infrared"``.
+            flip: Add the descriptor of the mirrored images; None as the model's results were
+                published.
+            normalize: Scale each descriptor to length 1.
+            descriptor: One of ``descriptors``.
+        """
+        if modality not in MODALITIES:
+            raise ValueError(f"modality must be 'visible' or 'infrared': got {modality!r}")
+        flip = self.flip if flip is None else flip
+        return _OneModality(self, modality, flip, normalize, descriptor).eval()
+
+
+class _OneModality(nn.Module):
+    def __init__(
+        self, model: ReidModel, modality: str, flip: bool, normalize: bool, descriptor: str
+    ):
+        super().__init__()
+        self.model, self.modality, self.descriptor = model, modality, descriptor
+        self.flip, self.normalize = flip, normalize
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.model.forward_embedding(x, self.modality, self.flip, self.descriptor)
+        return nn.functional.normalize(out) if self.normalize else out
+
+
+# modality and images
+
+
+@functools.cache
+def _warn_of_no_modality() -> None:
+    warnings.warn(
+        "no modality was given, so the images are taken for visible ones: pass "
+        "modality='visible', 'infrared' or a bool tensor (N,), or build the model with one, "
+        "create_model(..., modality='infrared')",
+        stacklevel=2,
+    )
+
+
+@register_notrace_function
+def known_modality(
+    x: torch.Tensor, modality: Modality, default: Optional[str]
+) -> Union[str, torch.Tensor]:
+    """The modality of the rows of ``x``, checked; ``default`` if none is given."""
+    if modality is None:
+        if default is not None:
+            return default
+        if torch.jit.is_scripting():
+            return "visible"
+        if not torch.compiler.is_compiling():
+            _warn_of_no_modality()
+        return "visible"
+    if isinstance(modality, torch.Tensor):
+        if modality.dtype != torch.bool or modality.dim() != 1 or modality.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"a modality tensor must be bool, one entry per image, True for infrared: "
+                f"got {modality.dtype} {modality.shape} for {x.shape[0]} images"
+            )
+        return modality
+    if modality != "visible" and modality != "infrared":
+        raise ValueError(
+            f"modality must be 'visible', 'infrared' or a bool tensor (N,), True for infrared: "
+            f"got {modality}"
+        )
+    return modality
+
+
+@register_notrace_function
+def infrared_rows(x: torch.Tensor, modality: Union[str, torch.Tensor]) -> torch.Tensor:
+    """Which rows of ``x`` are infrared, as a bool tensor (N,)."""
+    if isinstance(modality, torch.Tensor):
+        return modality
+    if modality == "infrared":
+        return torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    return torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
+
+
+@register_notrace_function
+def check_images(x: torch.Tensor, in_chans: int) -> None:
+    """Raise ValueError unless ``x`` is (N, in_chans, H, W)."""
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"images must be (N, {in_chans}, H, W): got {x.shape}")
+
+
+# parts
+
+
+class Deployable:
+    """A part that ``timm.utils.reparameterize_model`` replaces by its deploy form."""
+
+    def fuse(self) -> nn.Module:
+        from .fuse import deploy
+
+        return deploy(self)
+
+
+class Stem(Deployable, nn.Sequential):
+    """A ResNet's first convolution to its max-pooling."""
+
+
+@register_notrace_module
+class BNNeck(nn.BatchNorm1d):
+    """BatchNorm1d whose bias is a buffer frozen at zero; weight ~ N(1, 0.01)."""
+
+    def __init__(self, dim: int, device: Any = None, dtype: Any = None):
+        super().__init__(dim, device=device, dtype=dtype)
+        bias = self.bias.detach()
+        del self.bias
+        self.register_buffer("bias", bias)
+        nn.init.normal_(self.weight, 1.0, 0.01)
+
+
+def resnet_parts(
+    backbone: str, backbone_args: Optional[Dict[str, Any]], pretrained: bool, **kwargs: Any
+) -> Tuple[Stem, Stem, nn.Module]:
+    """A visible stem, an infrared stem, and the timm ResNet that has the stages.
+
+    Args:
+        backbone: Any timm ResNet by name, with its weight tag (``resnet50.tv_in1k``).
+        backbone_args: Keyword arguments for it, such as ``channels``.
+        pretrained: Load its weights; both stems start from the same ones.
+        **kwargs: More of those, which no configuration keeps: ``in_chans``, ``device``, ...
+
+    Raises:
+        ValueError: The backbone is not a ResNet.
+    """
+    from .pretrained import backbone_weights
+
+    args = dict(backbone_args or {})
+    if pretrained and "pretrained_cfg_overlay" not in args:
+        args["pretrained_cfg_overlay"] = dict(file=backbone_weights(backbone))
+    net = timm.create_model(backbone, pretrained=pretrained, num_classes=0, **args, **kwargs)
+    if not isinstance(net, timm.models.ResNet):
+        raise ValueError(
+            f"backbone must be a timm ResNet such as 'resnet50': "
+            f"{backbone} is a {type(net).__name__}"
+        )
+    names = ("conv1", "bn1", "act1", "maxpool")
+    visible = Stem(OrderedDict((name, getattr(net, name)) for name in names))
+    infrared = copy.deepcopy(visible)
+    if not pretrained:
+        for module in infrared.modules():
+            if isinstance(module, nn.Conv2d):  # as timm's ResNet starts
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return visible, infrared, net
+
+
+def without_stride(blocks: nn.Module, backbone: str) -> nn.Module:
+    """Take the stride out of a ResNet stage; timm's ``output_stride=16`` would also dilate it."""
+    for name, module in list(blocks.named_modules()):
+        if isinstance(module, nn.Conv2d):
+            module.stride = (1, 1)
+        elif isinstance(module, (nn.AvgPool2d, nn.MaxPool2d)):
+            parent, _, child = name.rpartition(".")
+            setattr(blocks.get_submodule(parent), child, nn.Identity())
+        elif getattr(module, "stride", 1) not in (1, 2, (1, 1)) or hasattr(module, "filt"):
+            raise ValueError(
+                f"backbone {backbone} strides by {type(module).__name__}, which cannot be "
+                f"undone: choose a plain ResNet such as resnet50"
+            )
+    return blocks
+
+
+# gradient checkpointing
+
+
+def recomputed(stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``stage(x)`` without keeping its maps for the backward pass, which computes them again.
+
+    The second time, batch norms leave their running statistics alone: each batch counts once.
+    """
+    if torch.compiler.is_compiling():  # it updates them once by itself, and takes no context
+        return checkpoint(stage, x, use_reentrant=False)
+    norms = [m for m in stage.modules() if getattr(m, "num_batches_tracked", None) is not None]
+    return checkpoint(
+        stage,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _Uncounted(norms)),
+    )
+
+
+class _Uncounted:
+    """Within it batch norms see a batch that does not count. It can be entered again, as each
+    backward pass through a graph that is retained does."""
+
+    def __init__(self, norms: List[nn.Module]):
+        self.norms = norms
+
+    def __enter__(self) -> None:
+        self.momentums = [norm.momentum for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum = 0.0
+
+    def __exit__(self, *_: object) -> None:
+        for norm, momentum in zip(self.norms, self.momentums):
+            norm.momentum = momentum
+            norm.num_batches_tracked -= int(norm.training)
