@@ -18,13 +18,13 @@ from PIL import Image
 from deen_zoo import FeatureExtractor
 from deen_zoo.data import open_dataset
 from deen_zoo.synthetic import synthesize
-from deen_zoo.visualize import activation_maps, distances, sample_ranking, tsne
+from deen_zoo.visualize import activation_maps, sample_ranking, similarities, tsne
 
 WORLD = 7  # the shipped model was trained on people of world 0
 
 
 def draw(extractor: FeatureExtractor, output: Path, people: int, seed: int) -> None:
-    """ranking.png, tsne.png, distances.png and activations.png."""
+    """ranking.png, tsne.png, similarities.png and activations.png."""
     with tempfile.TemporaryDirectory() as scratch:
         synthesize("llcm", scratch, people, seed=WORLD, test_fraction=0.9)
         dataset = open_dataset("llcm", scratch)
@@ -32,7 +32,7 @@ def draw(extractor: FeatureExtractor, output: Path, people: int, seed: int) -> N
         table = extractor.table([*samples["infrared"], *samples["visible"]])
         sample_ranking(table, output / "ranking.png", queries=4, k=6, seed=seed)
         tsne(table, output / "tsne.png", seed=seed)
-        distances(table, output / "distances.png")
+        similarities(table, output / "similarities.png")
         generator = torch.Generator().manual_seed(seed)
         chosen = []
         for rows in samples.values():  # three people of either modality

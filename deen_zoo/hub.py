@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 
 from .errors import UserError
 from .evaluation.results import METRICS
-from .io import sha256
+from .io import sha256, whole_folder
 from .model_card import Measured, card, licence_of
 from .models import DEEN, create_model
 from .models.checkpoint import model_config
@@ -36,12 +35,12 @@ class Publication:
 
     Attributes:
         repo: ``ORG/NAME``.
-        tag: Of this version; ``create_model("hf-hub:ORG/NAME@TAG")`` loads it.
-        url: Of the commit; None after a dry run.
-        folder: Of the dry run; None otherwise.
+        tag: Version tag; ``create_model("hf-hub:ORG/NAME@TAG")`` loads it.
+        url: Page of the version; None after a dry run.
+        folder: Folder that the dry run wrote; None otherwise.
         files: Name and size in bytes of each file.
-        left_out: Names in the checkpoint folder that were not published.
-        weights_sha256: Of ``model.safetensors``.
+        left_out: Names of the files in the checkpoint folder that were not published.
+        weights_sha256: SHA-256 of ``model.safetensors``.
     """
 
     repo: str
@@ -68,11 +67,11 @@ def publish(
     the folder is uploaded. Both are checked before anything is created on the Hub.
 
     Args:
-        folder: With ``config.json`` and ``model.safetensors``, as ``reproduce`` or ``convert``
-            leaves it.
+        folder: Checkpoint folder of ``reproduce`` or ``convert``, with ``config.json`` and
+            ``model.safetensors``.
         repo: ``ORG/NAME``; created if it does not exist.
         results: The ``results.json`` measured with these weights; by default the folder's.
-        tag: Of this version; by default the next free of ``v1``, ``v2``, ...
+        tag: Version tag; by default the next free one of ``v1``, ``v2``, ...
         private: Create the repository as a private one.
         dry_run: Write what would be uploaded into this folder, and use no network.
 
@@ -101,36 +100,38 @@ def publish(
             f"the results.json of this model"
         )
     left_out = {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, RESULTS, CARD}
+    config = model_config(model, digest)
+    config["pretrained_cfg"]["license"] = licence_of(content, found, repo)[0]
 
-    def stage(target: Path, tag: str) -> dict[str, int]:
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / WEIGHTS, target / WEIGHTS)
-        config = model_config(model, digest)
-        config["pretrained_cfg"]["license"] = licence_of(content, found, repo)[0]
-        texts = {
+    def texts(tag: str) -> dict[str, bytes]:
+        written = {
             CONFIG: json.dumps(config, indent=2) + "\n",
             RESULTS: json.dumps(_without_paths(content), indent=2) + "\n",
             CARD: str(card(model, content, found, repo, tag, digest)),
         }
-        for name, text in texts.items():
-            (target / name).write_text(text, encoding="utf-8")
-        return {name: (target / name).stat().st_size for name in (*texts, WEIGHTS)}
+        return {name: text.encode() for name, text in written.items()}
 
     url = None
-    if dry_run is not None:
+    if dry_run is None:
+        with hub_errors(repo):
+            api = HfApi(library_name="deen_zoo")
+            tag = _prepare(api, repo, tag, private)
+            files = texts(tag)
+            url = _upload(api, repo, tag, folder / WEIGHTS, digest, files)
+    else:
         target = Path(dry_run)
         if target.is_dir() and any(target.iterdir()):
             raise UserError(f"{target} is not empty: name a new folder for --dry-run")
         tag = tag or "v1"
-        files = stage(target, tag)
-    else:
-        with tempfile.TemporaryDirectory() as temporary, hub_errors(repo):
-            api = HfApi(library_name="deen_zoo")
-            tag = _prepare(api, repo, tag, private)
-            files = stage(Path(temporary), tag)
-            url = _upload(api, repo, tag, Path(temporary), files)
-    where = None if dry_run is None else str(dry_run)
-    return Publication(repo, tag, url, where, files, sorted(left_out), digest)
+        files = texts(tag)
+        with whole_folder(target) as partial:
+            shutil.copyfile(folder / WEIGHTS, partial / WEIGHTS)
+            for name, data in files.items():
+                (partial / name).write_bytes(data)
+    sizes = {name: len(data) for name, data in files.items()}
+    sizes[WEIGHTS] = (folder / WEIGHTS).stat().st_size
+    preview = None if dry_run is None else str(dry_run)
+    return Publication(repo, tag, url, preview, sizes, sorted(left_out), digest)
 
 
 def _load(folder: Path) -> DEEN:
@@ -164,7 +165,7 @@ def _read_results(path: Path, folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _as_written(file: Path) -> Iterator[None]:
-    """Results that were edited lack something somewhere, or have something else there."""
+    """Turn what edited results cause into a UserError: missing keys and values of other types."""
     try:
         yield
     except UserError:
@@ -177,10 +178,10 @@ def _as_written(file: Path) -> Iterator[None]:
 
 
 def measured(results: Mapping[str, Any], digest: str) -> Measured:
-    """What ``results.json`` says of the weights with this SHA-256.
+    """Find what ``results.json`` says about the weights with this SHA-256.
 
     Raises:
-        UserError: Nothing, or something that is no number between 0 and 1.
+        UserError: It says nothing about them, or a metric is not a number between 0 and 1.
     """
     models = results["models"]
     found = [
@@ -240,7 +241,7 @@ def _without_paths(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _prepare(api: HfApi, repo: str, tag: str | None, private: bool) -> str:
-    """Create the repository, if need be, and settle the tag."""
+    """Create the repository if it does not exist, and return the tag to use."""
     api.create_repo(repo, private=private, exist_ok=True)
     taken = {ref.name for ref in api.list_repo_refs(repo).tags}
     if tag in taken:
@@ -251,12 +252,17 @@ def _prepare(api: HfApi, repo: str, tag: str | None, private: bool) -> str:
     return tag or next(f"v{n}" for n in range(1, len(taken) + 2) if f"v{n}" not in taken)
 
 
-def _upload(api: HfApi, repo: str, tag: str, folder: Path, files: Mapping[str, int]) -> str:
-    """One commit of exactly these files (the client has the Hub check the card), then the tag."""
-    commit = api.create_commit(
-        repo,
-        [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files],
-        commit_message=f"{tag}, by deen-zoo publish",
-    )
+def _upload(
+    api: HfApi, repo: str, tag: str, weights: Path, digest: str, files: Mapping[str, bytes]
+) -> str:
+    """One commit of exactly these files (the client has the Hub check the card), then the tag.
+
+    The weights are read from where they are, so that a killed upload leaves no copy behind.
+    """
+    adds = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=files[name]) for name in files]
+    adds.append(CommitOperationAdd(path_in_repo=weights.name, path_or_fileobj=weights))
+    if adds[-1].upload_info.sha256.hex() != digest:
+        raise UserError(f"{weights} changed while it was being published: start again")
+    commit = api.create_commit(repo, adds, commit_message=f"{tag}, by deen-zoo publish")
     api.create_tag(repo, tag=tag, revision=commit.oid)
     return f"{constants.ENDPOINT}/{repo}/tree/{tag}"

@@ -20,16 +20,16 @@ from .. import terminal
 from ..errors import UserError
 
 VERBS = {
-    "reproduce": "check data, train, evaluate all protocols, write results and a checkpoint",
+    "reproduce": "check data, train, evaluate every protocol, write a report and weights",
     "evaluate": "score any model's saved features by a named protocol",
-    "extract": "images or folders to a feature file",
-    "search": "ranked galleries for query images",
-    "visualize": "ranking sheets, t-SNE, distance histograms, activation maps",
-    "check": "a dataset folder: counts beside the expected ones, every fault by name",
+    "extract": "write the descriptors of images or folders to a feature file",
+    "search": "rank a gallery for each query image, or calibrate a match threshold",
+    "visualize": "draw ranking sheets, similarity histograms, t-SNE or activation maps",
+    "check": "check a dataset folder: counts next to the expected ones, every fault by name",
     "synthesize": "write a synthetic dataset in one of the three layouts",
-    "convert": "an official .t checkpoint to a folder that timm loads",
-    "publish": "a checkpoint folder to the Hugging Face Hub, with its card",
-    "export": "a model to ONNX or torch.export, checked against torch",
+    "convert": "convert a public checkpoint to a folder that timm loads",
+    "publish": "publish a checkpoint folder to the Hugging Face Hub, with its model card",
+    "export": "write a model as ONNX, OpenVINO, TorchScript or torch.export, checked against torch",
 }
 
 OK, UNUSABLE, USER_ERROR, BROKEN_PIPE = 0, 1, 2, 141
@@ -47,7 +47,7 @@ def _overview() -> argparse.ArgumentParser:
     lines = "\n".join(f"  {verb:<11} {text}" for verb, text in VERBS.items())
     parser = _Parser(
         prog="deen-zoo",
-        description="Visible-infrared person re-identification with DEEN (CVPR 2023).",
+        description="Visible-infrared person re-identification: models, training, search.",
         epilog=f"verbs:\n{lines}\n\n'deen-zoo VERB --help' shows a verb's options and examples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

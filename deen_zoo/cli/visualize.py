@@ -1,4 +1,4 @@
-"""Ranking sheets, t-SNE, distance histograms and activation maps, as PNG or SVG."""
+"""Draw ranking sheets, similarity histograms, t-SNE or activation maps, as PNG, SVG or PDF."""
 
 from __future__ import annotations
 
@@ -10,24 +10,35 @@ from .extract import add_model_arguments, extractor
 
 EXAMPLES = """\
   deen-zoo visualize ranking llcm.safetensors -o ranking.png --queries 6 -k 8
-  deen-zoo visualize tsne llcm.safetensors -o tsne.svg --identities 20
-  deen-zoo visualize distances llcm.safetensors -o distances.png
+  deen-zoo visualize tsne llcm.safetensors -o tsne.svg --people 20
+  deen-zoo visualize similarities llcm.safetensors -o similarities.png
   deen-zoo visualize activations night.jpg -o maps.png --model test_deen_resnet \\
       --modality infrared
 
-The first three take labelled feature files (of "deen-zoo extract", see --layout there and CSV)."""
+The first three take labelled feature files, which "deen-zoo extract" makes of a dataset (--layout)
+or of a CSV file."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("kind", choices=("ranking", "tsne", "distances", "activations"))
+    add("kind", choices=("ranking", "similarities", "tsne", "activations"))
     add("source", nargs="+", metavar="SOURCE", help="feature files; images for activations")
     add("-o", "--output", required=True, metavar="FILE", help=".png, .svg or .pdf")
-    add("--queries", type=int, default=5, metavar="N", help="ranking: infrared images (default: 5)")
-    add("-k", type=int, default=8, metavar="N", help="ranking: hits of each (default: 8)")
-    add("--identities", type=int, default=20, metavar="N", help="tsne: persons (default: 20)")
-    add("--seed", type=seed, default=0, help="of the choice of queries or persons, and of t-SNE")
-    add("--modality", choices=("visible", "infrared", "auto"), help="activations: of the images")
+    add(
+        "--queries",
+        type=int,
+        default=5,
+        metavar="N",
+        help="ranking: infrared images to search for (default: 5)",
+    )
+    add("-k", type=int, default=8, metavar="N", help="ranking: hits per query (default: 8)")
+    add("--people", type=int, default=20, metavar="N", help="tsne: number of persons (default: 20)")
+    add("--seed", type=seed, default=0, help="chooses the queries or persons (default: 0)")
+    add(
+        "--modality",
+        choices=("visible", "infrared", "auto"),
+        help="activations: the images' modality",
+    )
     add_model_arguments(parser, required=False)
 
 
@@ -38,16 +49,16 @@ def run(args: argparse.Namespace) -> int:
 
     if args.kind == "activations":
         if args.model is None:
-            raise UserError("activations are a model's: name it by --model")
+            raise UserError("activations need a model: name it with --model")
         visualize.activation_maps(extractor(args), args.source, args.output, args.modality)
     else:
         table = read_feature_table(*args.source)
-        print(f"{args.kind} of {len(table)} rows ...", file=sys.stderr, flush=True)
+        print(f"drawing {args.kind} of {len(table)} rows ...", file=sys.stderr, flush=True)
         if args.kind == "ranking":
             visualize.sample_ranking(table, args.output, args.queries, args.k, args.seed)
         elif args.kind == "tsne":
-            visualize.tsne(table, args.output, args.identities, args.seed)
+            visualize.tsne(table, args.output, args.people, args.seed)
         else:
-            visualize.distances(table, args.output)
+            visualize.similarities(table, args.output)
     print(args.output)
     return 0
