@@ -136,7 +136,7 @@ def safe_streams() -> Iterator[None]:
     for stream in before:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = (s and _Safe(s) for s in before)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (s and _Safe(s) for s in before)
     try:
         yield
     finally:

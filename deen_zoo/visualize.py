@@ -45,7 +45,7 @@ RIGHT, WRONG, PLAIN = "#1a9641", "#d7191c", "#8c8c8c"
 SAME, DIFFERENT = "#2b6cb0", "#d97706"
 INK, FAINT = "#1f2937", "#6b7280"
 FORMATS = (".png", ".svg", ".pdf")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
     "text.color": INK,
