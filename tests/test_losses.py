@@ -15,6 +15,7 @@ from deen_zoo.training.losses import (
     cpm_loss,
     identity_loss,
     orthogonality_loss,
+    weighted_triplet_loss,
 )
 
 from .reference import needs_official, official
@@ -110,6 +111,45 @@ def test_triplet_is_the_oracles(spread):
     assert_same(batch_hard_triplet_loss(x, labels, 4.0), triplet_oracle([*x], labels, 4.0), x)
 
 
+def weighted_triplet_oracle(features: Tensor, labels: Tensor, squared: bool) -> Tensor:
+    """Anchor by anchor and pair by pair, from the definition."""
+    losses = []
+    for i, label in enumerate(labels.tolist()):
+        far = near = far_sum = near_sum = 0.0
+        to = [(features[i] - f).square().sum().clamp(min=1e-12).sqrt() for f in features]
+        largest = max(d for d, other in zip(to, labels.tolist(), strict=True) if other == label)
+        for d, other in zip(to, labels.tolist(), strict=True):
+            weight = (d - largest).exp() if other == label else (-d).exp()
+            if other == label:
+                far, far_sum = far + weight * d, far_sum + weight
+            else:
+                near, near_sum = near + weight * d, near_sum + weight
+        gap = far / (far_sum + 1e-6) - near / (near_sum + 1e-6)
+        if squared:
+            gap = (gap**2).clamp(max=88) * (1 if gap > 0 else -1)
+        losses.append((1 + gap.exp()).log())
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("scale", [0.2, 0.5, 4.0])
+def test_weighted_triplet_is_the_oracles(scale, squared):
+    """At scale 4 the negatives' weights sum to less than the 1e-6 that is added to them."""
+    if scale == 4 and squared:
+        scale = 1.5  # beyond it each anchor's squared gap is cut at 88
+    x = (pooled(3, 0.5)[:30].detach() * scale).requires_grad_()
+    assert_same(
+        weighted_triplet_loss(x, LABELS, squared), weighted_triplet_oracle(x, LABELS, squared), x
+    )
+
+
+def test_squared_gap_is_cut_at_88():
+    x = torch.tensor([[0.0], [11.0], [0.0], [11.0]]).double().requires_grad_()
+    loss = weighted_triplet_loss(x, torch.tensor([0, 0, 1, 1]), squared=True)
+    assert loss.item() == pytest.approx(88.0)
+    assert not torch.autograd.grad(loss, x)[0].any()
+
+
 def test_cpm_forms_differ():
     original, generated = pooled()[:30], pooled()[30:60]
     values = {
@@ -184,6 +224,8 @@ def test_identical_rows_have_finite_gradients(dtype):
         batch_hard_triplet_loss(x, LABELS.repeat(3))
         + orthogonality_loss(x)
         + cpm_loss(x[:30], x[30:], LABELS, INFRARED)
+        + weighted_triplet_loss(x[:30], LABELS)
+        + weighted_triplet_loss(x[:30], LABELS, squared=True)
     )
     (gradient,) = torch.autograd.grad(loss, x)
     assert loss.isfinite() and gradient.isfinite().all()
@@ -197,6 +239,8 @@ def test_labels_on_the_cpu_never_wait_for_the_device():
         + orthogonality_loss(x)
         + cpm_loss(x[:30], x[30:], LABELS, INFRARED)
         + identity_loss(x, LABELS % C)
+        + weighted_triplet_loss(x[:30], LABELS)
+        + weighted_triplet_loss(x[:30], LABELS, squared=True)
     )
     loss.backward()
     with pytest.raises(Exception, match="meta"):
@@ -210,6 +254,8 @@ def test_errors_say_what_is_wrong():
         cpm_loss(x[:30], x[30:60], one, INFRARED)
     with pytest.raises(UserError, match="at least 2 identities"):
         batch_hard_triplet_loss(x, one.repeat(3))
+    with pytest.raises(UserError, match="at least 2 identities"):
+        weighted_triplet_loss(x, one.repeat(3))
     with pytest.raises(UserError, match=r"identities \[3, 17\] .* one modality"):
         lacking = INFRARED.clone()
         lacking[LABELS == 3] = True

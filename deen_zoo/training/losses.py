@@ -17,7 +17,13 @@ from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ["batch_hard_triplet_loss", "cpm_loss", "identity_loss", "orthogonality_loss"]
+__all__ = [
+    "batch_hard_triplet_loss",
+    "cpm_loss",
+    "identity_loss",
+    "orthogonality_loss",
+    "weighted_triplet_loss",
+]
 
 FORMS = ("official", "paper")
 
@@ -136,6 +142,42 @@ def orthogonality_loss(pool: Tensor, branches: int = 3) -> Tensor:
     return torch.stack([(a * b).sum() for a, b in combinations(generated, 2)]).sum() / len(pool)
 
 
+def weighted_triplet_loss(features: Tensor, labels: Tensor, squared: bool = False) -> Tensor:
+    """Weighted regularised triplet loss of AGW, or CAJ's squared difference of it.
+
+    ``D`` is the Euclidean distance. Of anchor i, ``far`` is the mean of D over its positives
+    (itself among them), weighted by ``exp(D)``, and ``near`` that over its negatives, weighted by
+    ``exp(-D)``. It costs ``log(1 + exp(far - near))``; squared, ``log(1 + exp(s))`` with ``s`` the
+    square of ``far - near``, at most 88, with the sign of ``far - near``. The mean over anchors.
+
+    As in the references (``TripletLoss_WRT`` and ``TripletLoss_ADP(square=1)``) 1e-6 is added to
+    the sum of the weights. The negatives' weights are not shifted before the exponential, so from
+    distances of about 14 on that constant outweighs them and pulls ``near`` to zero.
+
+    Args:
+        features: (M, C), not normalised: the pooled features.
+        labels: (M,) identities.
+        squared: CAJ's form.
+
+    Raises:
+        UserError: All labels are the same, so that there is no negative.
+
+    >>> points = torch.tensor([[0.0], [0.0], [1.0], [1.0]])
+    >>> round(weighted_triplet_loss(points, torch.tensor([0, 0, 1, 1])).item(), 4)  # log(1 + 1/e)
+    0.3133
+    """
+    _distinct(labels)
+    labels = labels.to(features.device, non_blocking=True)
+    same = labels[:, None] == labels  # (M, M)
+    distances = _distances(features)
+    positive, negative = distances.masked_fill(~same, 0.0), distances.masked_fill(same, 0.0)
+    gap = _softmax_mean(positive, positive, same) - _softmax_mean(negative, -negative, ~same)
+    if squared:
+        square = gap.square().clamp(max=88)
+        gap = torch.where(gap > 0, square, -square)
+    return -F.logsigmoid(-gap).mean()
+
+
 def _distinct(labels: Tensor) -> Tensor:
     identities: Tensor = torch.unique(labels)
     if len(identities) < 2:
@@ -182,3 +224,13 @@ def _nearest(centres: Tensor) -> Tensor:
 
 def _norm(x: Tensor) -> Tensor:
     return x.square().sum(-1).clamp(min=1e-12).sqrt()
+
+
+def _softmax_mean(values: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
+    """(M, M) -> (M,): mean of the masked values, weighted by the softmax of their scores.
+
+    Scores outside of the mask must be 0. The largest score of a row, zeros included, is taken off
+    before the exponential.
+    """
+    weights = (scores - scores.amax(1, keepdim=True)).exp() * mask
+    return (values * weights).sum(1) / (weights.sum(1) + 1e-6)
