@@ -16,6 +16,7 @@ from deen_zoo.evaluation import (
     report,
     terminal_table,
 )
+from deen_zoo.evaluation.published import published_by
 
 from .test_protocols import FEATURES, WORLD
 
@@ -58,12 +59,24 @@ def test_every_entry_has_a_protocol_a_source_and_fractions():
             ranks = [entry[key] for key in ("r1", "r10", "r20") if key in entry]
             assert ranks == sorted(ranks)
             assert entry["protocol"] == protocol and entry["source"] and entry["method"]
-    # Table 2: 20 methods less the 4 and 3 cells that it leaves empty; Table 3: 10 rows; 5 others
+    # Table 2: 20 methods less the 4 and 3 cells that it leaves empty; Table 3: 10 rows; 5 others;
+    # the reference's updated table of LLCM: 7 other methods
     by_source = [sum("Table 2" in e["source"] for e in published(p)) for p in PROTOCOLS]
     assert by_source == [20, 16, 20, 17, 0, 0, 0, 0, 0]
-    assert count == sum(by_source) + 2 * 10 + 5
+    assert count == sum(by_source) + 2 * 10 + 5 + 2 * 7
     assert published("llcm-vis2ir", "MMN")[0]["r20"] == 0.936
     assert published("no-such-protocol") == []
+
+
+def test_sources_of_weights_have_numbers_of_their_own():
+    """They stand nowhere among the papers', and have the digits that their READMEs print."""
+    assert (0.4913, None, None, 0.558) in scores("llcm-ir2vis", "AGW")
+    yyds = {e["protocol"]: e for d in ("sysu", "llcm", "regdb") for e in published_by("yyds", d)}
+    assert list(yyds) == ["sysu-all", "sysu-indoor", "llcm-ir2vis", "regdb-ir2vis"]
+    assert yyds["sysu-all"]["mINP"] == 0.5403 and "YYDS" in yyds["sysu-all"]["source"]
+    for source, r1 in (("agw", 0.475), ("caj", 0.6988)):
+        assert [e["r1"] for e in published("sysu-all", weights=source)] == [r1]
+    assert all("YYDS" not in e["source"] for e in published("sysu-all"))
 
 
 def test_ablation():

@@ -27,6 +27,7 @@ VERBS = {
     "visualize": "draw ranking sheets, similarity histograms, t-SNE or activation maps",
     "check": "check a dataset folder: counts next to the expected ones, every fault by name",
     "synthesize": "write a synthetic dataset in one of the three layouts",
+    "weights": "list the public weights of real people, and which are installed",
     "convert": "convert a public checkpoint to a folder that timm loads",
     "publish": "publish a checkpoint folder to the Hugging Face Hub, with its model card",
     "export": "write a model as ONNX, OpenVINO, TorchScript or torch.export, checked against torch",

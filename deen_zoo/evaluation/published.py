@@ -21,15 +21,45 @@ def _fractions(entry: dict[str, Any]) -> dict[str, Any]:
     return plain | {"source": _table()["sources"][entry["source"]]}
 
 
-def published(protocol: str, method: str | None = None) -> list[dict[str, Any]]:
-    """Published results of a protocol: method, source, and of r1, r10, r20, mAP what was printed,
-    as fractions. All methods in the order of their table when ``method`` is None.
+def published(
+    protocol: str, method: str | None = None, weights: str | None = None
+) -> list[dict[str, Any]]:
+    """Published results of a protocol: method, source, and what was printed of r1, r5, r10, r20,
+    mAP and mINP, as fractions.
+
+    Args:
+        protocol: Its name.
+        method: Of this method alone; None for all, in the order of their table.
+        weights: What the source of public weights reports of those (a source of the catalog, such
+            as ``"yyds"``), in place of what papers and tables report.
 
     >>> [(entry["r1"], entry["mAP"]) for entry in published("llcm-vis2ir", "DEEN")]
     [(0.625, 0.658)]
+    >>> [entry["mINP"] for entry in published("llcm-ir2vis", weights="yyds")]
+    [0.5987]
     """
-    entries = (entry for entry in _table()["results"] if entry["protocol"] == protocol)
-    return [_fractions(e) for e in entries if method in (None, e["method"])]
+    others = [] if weights else _table()["weights"]
+    return [
+        _fractions(entry)
+        for entry in _table()["results"]
+        if entry["protocol"] == protocol
+        and method in (None, entry["method"])
+        and weights in (None, entry["source"])
+        and entry["source"] not in others
+    ]
+
+
+def published_by(weights: str, dataset: str) -> list[dict[str, Any]]:
+    """What a source of public weights reports on a dataset, each with its ``protocol``.
+
+    >>> [entry["protocol"] for entry in published_by("yyds", "sysu")]
+    ['sysu-all', 'sysu-indoor']
+    """
+    return [
+        _fractions(entry)
+        for entry in _table()["results"]
+        if entry["source"] == weights and entry["protocol"].startswith(f"{dataset}-")
+    ]
 
 
 def published_ablation() -> list[dict[str, Any]]:

@@ -1,0 +1,63 @@
+"""Weights of real people that others have published, and what of them is installed here.
+
+``catalog.json`` has one entry for each public file: its ``source`` (a key of
+``deen_zoo.models.convert.SOURCES``), the ``model`` it becomes, where it is and its licence. None of
+the files may be passed on by this project. The results that a source published stand in
+``published.json`` under the same source.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+
+__all__ = ["entries", "installed", "weights_home", "where"]
+
+
+@functools.cache
+def entries() -> tuple[dict[str, str], ...]:
+    """The public files: ``source``, ``model``, ``network``, ``file``, ``repository``, ``where``,
+    ``licence``.
+
+    >>> sorted({entry["source"] for entry in entries()})
+    ['agw', 'caj', 'tvilfm', 'yyds']
+    """
+    text = Path(__file__).with_name("catalog.json").read_text(encoding="utf-8")
+    return tuple(json.loads(text))
+
+
+def weights_home() -> Path:
+    """Folder of installed weights: ``$DEEN_ZOO_HOME/weights``, or below ``~/.cache/deen_zoo``."""
+    home = os.environ.get("DEEN_ZOO_HOME")
+    return (Path(home) if home else Path.home() / ".cache" / "deen_zoo") / "weights"
+
+
+def installed(model: str = "") -> dict[str, Path]:
+    """Installed weights by ``<model>.<tag>``, of one model or of all.
+
+    A folder is listed if it has both of its files; ``deen-zoo convert --install`` wrote it.
+    """
+    found = {}
+    for folder in sorted(weights_home().glob(f"{model or '*'}.*")):
+        whole = all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
+        if whole and not folder.name.endswith(".partial"):
+            found[folder.name] = folder
+    return found
+
+
+def where(model: str) -> str:
+    """One line: where public weights of a model are, and the two commands that install them.
+
+    >>> where("test_agw_resnet")
+    ''
+    """
+    found = [entry for entry in entries() if entry["model"] == model]
+    if not found:
+        return ""
+    places = "; or ".join(f"{e['file']} ({e['repository']}: {e['where']})" for e in found)
+    return (
+        f"public weights of {model}: {places}. Download the file, then run: "
+        f"'deen-zoo convert FILE --install', and 'deen-zoo weights' to see it"
+    )
