@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 EXAMPLES = """  deen-zoo weights
   deen-zoo weights agw_resnet50_sysu --json"""
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model and not rows and not local:
         models = ", ".join(sorted({entry["model"] for entry in entries()}))
         raise UserError(f"no public weights of {args.model!r} are known: choose from {models}")
-    listing = [
+    listing: list[dict[str, Any]] = [
         {
             **entry,
             "published": published_by(entry["source"], entry["model"].rpartition("_")[2]),
