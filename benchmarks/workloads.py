@@ -28,11 +28,12 @@ from deen_zoo.errors import UserError
 from deen_zoo.evaluation import evaluate_ranking
 from deen_zoo.models import DEEN
 from deen_zoo.models.checkpoint import checkpoint_filter_fn
-from deen_zoo.training.loop import Task, make_optimizer
+from deen_zoo.training.loop import make_optimizer
 from deen_zoo.training.losses import batch_hard_triplet_loss, cpm_loss, orthogonality_loss
 from deen_zoo.training.recipes import get_recipe
 from deen_zoo.training.reproduce import reproduce
 from deen_zoo.training.settings import Settings
+from deen_zoo.training.tasks import DEENTask
 
 from . import official
 from .contest import Spec, synchronize
@@ -131,12 +132,12 @@ def training_step(contestant: str, spec: Spec) -> Callable[[], float]:
     precision, *how = contestant.split()
     model = _load(spec, train=True)
     model.set_grad_checkpointing(bool(how), stages=2)
-    task, optimizer = Task(model, recipe, precision), make_optimizer(model, recipe)
+    task, optimizer = DEENTask(model, recipe, precision), make_optimizer(model, recipe)
     images = images.to(spec.device, memory_format=torch.channels_last)
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = task(images, labels, infrared).sum()
+        loss = torch.stack(list(task(images, labels, infrared).values())).sum()
         loss.backward()
         optimizer.step()
         return float(loss.detach())

@@ -1,13 +1,15 @@
-"""Which device, in which precision, and how its memory is kept."""
+"""Devices, precision, and reuse of memory."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-
-import torch
+from typing import TYPE_CHECKING
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["PRECISIONS", "autocast", "choose_device", "keep_freed_memory", "resolve_precision"]
 
@@ -15,11 +17,13 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """``"auto"`` (CUDA, else Apple's MPS, else the CPU), or whatever torch calls a device.
+    """``"auto"`` (CUDA, else Apple's MPS, else the CPU), or torch's name of a device.
 
     Raises:
-        UserError: No such device here.
+        UserError: The device cannot be used on this machine.
     """
+    import torch  # here, so that what only needs the names of precisions starts fast
+
     if name == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -33,33 +37,37 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def resolve_precision(device: torch.device, precision: str) -> str:
-    """``"float32"`` or ``"bfloat16"``; ``"auto"`` is the latter on a GPU that has it.
+    """``"float32"`` or ``"bfloat16"``; ``"auto"`` is the latter on a GPU that supports it.
 
     Raises:
-        UserError: No such precision.
+        UserError: Another name.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r}: choose from {', '.join(PRECISIONS)}")
     if precision == "auto":
+        import torch
+
         mixed = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return "bfloat16" if mixed else "float32"
     return precision
 
 
 def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
-    """A context of mixed bfloat16, or of nothing, as :func:`resolve_precision` has it."""
+    """Autocast to bfloat16, or do nothing, as :func:`resolve_precision` decides."""
+    import torch
+
     mixed = resolve_precision(device, precision) == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16, enabled=mixed)
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory of freed tensors for the next ones; of the CPU, with glibc.
+    """Let this process reuse the CPU memory of freed tensors, where the C library is glibc.
 
-    By default glibc takes each large map from the system and gives it back at once. The page faults
-    of that can be a quarter of the time on a virtual machine, for some more memory (docs/speed.md).
+    By default glibc takes each large map from the system and returns it at once; the page faults
+    can be a quarter of the time on a virtual machine. This costs some memory (docs/speed.md).
 
     Returns:
-        Whether the C library took it.
+        True if the C library accepted the setting.
     """
     if sys.platform != "linux":
         return False

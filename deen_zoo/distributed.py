@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .errors import UserError
+
 __all__ = ["Distributed", "join"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -20,8 +25,8 @@ class Distributed:
     """This process among those that work together.
 
     Attributes:
-        device: Of this process.
-        rank: 0..size-1; rank 0 writes the files and speaks.
+        device: The device of this process.
+        rank: 0..size-1; rank 0 writes the files and prints.
         size: Number of processes.
     """
 
@@ -31,7 +36,7 @@ class Distributed:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes and speaks."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -63,8 +68,44 @@ class Distributed:
         out = torch.stack([shard.cpu() for shard in shards], dim=1).flatten(0, 1)
         return out[:total]  # row i of shard r is row i * size + r
 
+    def share(self, value: T) -> T:
+        """Rank 0's value, in every process."""
+        if self.size == 1:
+            return value
+        box = [value if self.main else None]
+        dist.broadcast_object_list(box, 0)
+        return box[0]  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def once(self, work: Callable[[], T]) -> T:
+        """Do something in rank 0 alone; every process gets its result.
+
+        Raises:
+            UserError: ``work`` raised it; every process does, so that all of them stop.
+            OSError: The same.
+        """
+        if self.size == 1:
+            return work()
+        outcome: tuple[Any, Exception | None] = None, None
+        if self.main:
+            try:
+                outcome = work(), None
+            except (UserError, OSError) as error:
+                outcome = None, error
+        value, failure = self.share(outcome)
+        if failure is not None:
+            raise failure
+        return value  # type: ignore[no-any-return]
+
     def barrier(self) -> None:
-        """Wait for the others."""
+        """Wait for the other processes."""
         if self.size > 1:
             dist.barrier()
 
@@ -73,7 +114,7 @@ class Distributed:
 def join(device: torch.device) -> Iterator[Distributed]:
     """Join the processes that ``torchrun`` started, each on its own GPU (nccl), or the CPU (gloo).
 
-    Without ``torchrun`` this is a world of one.
+    Without ``torchrun`` this process is the only one.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -82,7 +123,7 @@ def join(device: torch.device) -> Iterator[Distributed]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield Distributed(device, dist.get_rank(), size)
     finally:

@@ -27,7 +27,7 @@ class Measured:
 
     Attributes:
         which: ``"last"`` or ``"best"`` epoch; the latter was chosen on the test set.
-        epoch: Counted from 0; None when the weights were evaluated only.
+        epoch: Counted from 1; None when the weights were evaluated only.
         split: Of RegDB; None elsewhere.
         protocols: Entries as ``results.json`` has them, with this file's mean, std and trials.
         drawn: The data is a synthetic world.
@@ -124,18 +124,15 @@ def _training(results: Mapping[str, Any], found: Measured) -> str:
         )
     recipe = dict(results["recipe"])
     name = recipe.pop("name")
-    epoch = "" if found.epoch is None else f"; these are the weights after epoch {found.epoch + 1}"
-    values = ", ".join(f"{key} {json.dumps(value)}" for key, value in recipe.items())
+    epoch = "" if found.epoch is None else f"; these are the weights after epoch {found.epoch}"
+    sections = [{key: v} if not isinstance(v, dict) else v for key, v in recipe.items()]
+    values = ", ".join(f"{key} {json.dumps(v)}" for part in sections for key, v in part.items())
     return (
         f"Trained with `deen-zoo reproduce {results['dataset']} --recipe {name}`, seed "
-        f"{results['seed']}, {results['epochs']} epochs{epoch}. DEE {_on(results['dee'])}, MFA "
-        f"{_on(results['mfa'])}.\n\nThe recipe: {values}.\n\nOn {results['device']}, "
-        f"{results['processes']} process(es), precision {results['precision']}; {versions}."
+        f"{results['seed']}, {results['epochs']} epochs{epoch}.\n\nThe recipe: {values}.\n\n"
+        f"On {results['device']}, {results['processes']} process(es), precision "
+        f"{results['precision']}; {versions}."
     )
-
-
-def _on(switch: bool) -> str:
-    return "on" if switch else "off"
 
 
 def _data(results: Mapping[str, Any], found: Measured, title: str) -> str:

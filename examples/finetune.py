@@ -11,7 +11,6 @@ model has not seen are drawn. The result is a checkpoint folder, for ``local-dir
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -28,8 +27,10 @@ from deen_zoo.evaluation import Ranking, evaluate_ranking
 from deen_zoo.features.extractor import data_config
 from deen_zoo.models import DEEN
 from deen_zoo.synthetic import synthesize
-from deen_zoo.training.loop import Run, Task, make_optimizer, train
-from deen_zoo.training.recipes import Recipe, get_recipe
+from deen_zoo.training.loop import make_optimizer, train
+from deen_zoo.training.recipes import Recipe, get_recipe, override
+from deen_zoo.training.state import Run
+from deen_zoo.training.tasks import DEENTask
 
 WORLD = 4  # the shipped tiny model was trained on people of world 0
 
@@ -67,21 +68,23 @@ def score(model: DEEN, samples: list[Sample]) -> Ranking:
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """The official recipe, shortened: one epoch of warm-up, the last third at a tenth."""
     steps = ((max(1, args.epochs * 2 // 3), 0.1),)
-    official = get_recipe("official")
-    return dataclasses.replace(official, base_lr=args.lr, warmup=1, decay=steps, pad=5)
+    changes = {"optimizer.lr": args.lr, "schedule.warmup": 1, "schedule.decay": steps}
+    return override(get_recipe("official"), {**changes, "data.pad": 5})
 
 
 def fit(model: DEEN, samples: list[Sample], output: Path, args: argparse.Namespace) -> None:
     config, recipe = data_config(model), recipe_of(args)
+    data = recipe.data
     transform = TrainTransform(
-        recipe.pad, recipe.grayscale, erasing_area=(0.02, 0.4),
+        data.pad, data.grayscale, erasing_area=(0.02, 0.4),
         mean=config["mean"], std=config["std"],
     )  # fmt: skip
     size = config["input_size"][1:]
-    loader = train_loader(samples, size, transform, recipe.identities, recipe.images, threads=2)
+    batch = data.identities_per_batch, data.images_per_modality
+    loader = train_loader(samples, size, transform, *batch, threads=2)
     world = Distributed(choose_device())
     model.to(world.device, memory_format=torch.channels_last)
-    task = Task(model, recipe)
+    task = DEENTask(model, recipe)
     train(task, make_optimizer(model, recipe), loader, Run(output), world, args.epochs)
     save_pretrained(model, output / "checkpoint")
 

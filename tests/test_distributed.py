@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from deen_zoo.distributed import Distributed, join
+from deen_zoo.training.state import Run
 
 SCRIPT = """
 import sys
-from dataclasses import replace
 from pathlib import Path
 import torch
 import deen_zoo
@@ -21,8 +21,10 @@ from deen_zoo.data import open_dataset, train_loader
 from deen_zoo.data.transforms import TrainTransform
 from deen_zoo.distributed import Distributed, join
 from deen_zoo.features.extractor import extract
-from deen_zoo.training.recipes import RECIPES
-from deen_zoo.training.loop import Run, Task, make_optimizer, train
+from deen_zoo.training.loop import make_optimizer, train
+from deen_zoo.training.recipes import RECIPES, override
+from deen_zoo.training.state import Run
+from deen_zoo.training.tasks import DEENTask
 
 torch.set_num_threads(1)
 tree, folder = map(Path, sys.argv[1:])
@@ -30,11 +32,12 @@ with join(torch.device("cpu")) as world:
     dataset = open_dataset("llcm", tree)
     torch.manual_seed(world.rank)  # rank 0's weights are everyone's
     model = deen_zoo.create_model("test_deen_resnet", num_classes=6)
-    recipe = replace(RECIPES["official"], identities=3, images=2)
+    recipe = override(RECIPES["official"], {"data.identities_per_batch": 3,
+                                            "data.images_per_modality": 2})
     loader = train_loader(dataset.train(), (128, 64), TrainTransform(4), 3, 2, threads=1,
                           rank=world.rank, world_size=world.size)
     steps = []
-    task = Task(model, recipe)
+    task = DEENTask(model, recipe)
     task.register_forward_hook(lambda module, args, out: steps.append(args[1].unique().tolist()))
     train(task, make_optimizer(model, recipe), loader, Run(folder), world, 1)
     counts = []
@@ -95,7 +98,7 @@ def test_two_processes_train_one_model_and_share_the_images(llcm_tree, tmp_path)
     assert one["count"] + two["count"] == one["total"] and one["count"] - two["count"] in (0, 1)
     assert torch.equal(one["features"], two["features"])
     assert torch.allclose(one["features"], one["alone"], atol=1e-5)
-    assert (tmp_path / "last.safetensors").exists()
+    assert Run(tmp_path).newest
 
 
 def test_alone_there_is_nothing_to_join():

@@ -90,9 +90,9 @@ def results(digest, dataset="llcm", protocols=("llcm-ir2vis", "llcm-vis2ir"), **
             },
         }  # fmt: skip
 
-    last = {"checkpoint": "/home/someone/checkpoint", "epoch": 1, "sha256": digest}
+    last = {"checkpoint": "/home/someone/checkpoint", "epoch": 2, "sha256": digest}
     return {
-        "dataset": dataset, "model": NAME, "dee": True, "mfa": True,
+        "dataset": dataset, "model": NAME,
         "recipe": {"name": "official", "epochs": 151, "base_lr": 0.1}, "epochs": 2, "seed": 3,
         "eval_only": None, "device": "cpu", "processes": 1, "precision": "auto",
         "versions": {"deen_zoo": "0.1.0", "torch": "2"},
@@ -560,7 +560,7 @@ def test_best_epoch_drawn_worlds_and_weights_from_elsewhere(folder, tmp_path):
         return (tmp_path / name / "README.md").read_text()
 
     content = results("other")
-    content["models"][0]["best"] = {"checkpoint": "", "epoch": 0, "sha256": digest}
+    content["models"][0]["best"] = {"checkpoint": "", "epoch": 1, "sha256": digest}
     best = text("best", content)
     assert "chosen by its rank-1 on the test set" in best and "after epoch 1" in best
     wanted = content["protocols"]["llcm-ir2vis"]["best"]["mean"]["r1"]
@@ -600,7 +600,7 @@ def test_ones_own_images_are_real_people(folder, tmp_path):
 @pytest.mark.slow
 def test_the_folder_of_a_run_is_taken_as_it_is(tmp_path):
     run = tmp_path / "run"
-    arguments = ["synthetic", "--identities", "14", "--epochs", "1", "--threads", "1"]
+    arguments = ["synthetic", "--people", "14", "--epochs", "1", "--threads", "1"]
     assert main(["reproduce", *arguments, "--output", str(run), "--device", "cpu"]) == 0
     done = publish(run / "checkpoint", "lab/tiny", dry_run=tmp_path / "out")
     content = json.loads((run / "results.json").read_text())

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from deen_zoo.errors import UserError
-from deen_zoo.training.recipes import RECIPES, get_recipe
+from deen_zoo.training.recipes import RECIPES, flat, get_recipe, override
 
 WARMUP = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1]
 TABLES = {
@@ -19,7 +19,9 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_the_learning_rate_of_every_epoch(name):
     recipe = get_recipe(name)
-    assert [recipe.lr(epoch) for epoch in range(recipe.epochs)] == pytest.approx(TABLES[name])
+    assert [recipe.lr(epoch) for epoch in range(recipe.schedule.epochs)] == pytest.approx(
+        TABLES[name]
+    )
 
 
 def reference_lr(epoch: int) -> float:
@@ -35,29 +37,96 @@ def test_official_is_the_references_to_the_last_bit():
 
 
 def test_what_paper_and_code_disagree_on():
-    official, paper = (dataclasses.asdict(get_recipe(name)) for name in ("official", "paper"))
+    official, paper = (flat(get_recipe(name)) for name in ("official", "paper"))
     differ = {key: (official[key], paper[key]) for key in official if official[key] != paper[key]}
     assert differ == {
-        "name": ("official", "paper"),
-        "epochs": (151, 150),
-        "pad": (10, 0),
-        "grayscale": (0.5, 0.0),
-        "decay": (((20, 0.1), (80, 0.01)), ((20, 0.1), (60, 0.01), (120, 0.001))),
-        "nesterov": (True, False),
-        "cpm_form": ("official", "paper"),
-        "model_form": ("official", "paper"),
-        "ort_weight": (0.01, 0.1),
+        "data.pad": (10, 0),
+        "data.grayscale": (0.5, 0.0),
+        "optimizer.nesterov": (True, False),
+        "schedule.epochs": (151, 150),
+        "schedule.decay": (((20, 0.1), (80, 0.01)), ((20, 0.1), (60, 0.01), (120, 0.001))),
+        "loss.cpm_variant": ("official", "paper"),
+        "loss.orthogonality": (0.01, 0.1),
+        "model.dee_mean": (None, False),
+        "model.mfa_softmax": (None, True),
     }
-    same = ("identities", "images", "erasing", "momentum", "weight_decay", "cpm_weight")
-    assert [official[key] for key in same] == [6, 4, 0.5, 0.9, 5e-4, 0.8]
-    assert official["clip"] is None and official["cpm_margin"] == 0.2
+    same = ("data.identities_per_batch", "data.images_per_modality", "data.erasing")
+    assert [official[key] for key in same] == [6, 4, 0.5]
+    same = ("optimizer.momentum", "optimizer.weight_decay", "loss.cpm")
+    assert [official[key] for key in same] == [0.9, 5e-4, 0.8]
+    assert official["optimizer.clip"] is None and official["loss.cpm_margin"] == 0.2
 
 
 def test_recipes_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        RECIPES["official"].epochs = 3
+        RECIPES["official"].schedule.epochs = 3
 
 
 def test_an_unknown_recipe_lists_the_known_ones():
     with pytest.raises(UserError, match="official, paper, synthetic"):
         get_recipe("offical")
+
+
+TOML = """
+base = "paper"
+[optimizer]
+lr = 0.05
+[schedule]
+decay = [[3, 0.5]]
+[model]
+backbone = "resnet18"
+args = {drop_rate = 0.2}
+"""
+
+
+def test_settings_are_changed_by_options_and_files(tmp_path):
+    """C14: learning rate, loss weights, image size, augmentation and backbone are settings."""
+    file = tmp_path / "mine.toml"
+    file.write_text(TOML)
+    recipe = get_recipe(file, ["loss.orthogonality=0.3", "data.image_size=[64, 32]",
+                               "optimizer.nesterov=True", "optimizer.clip=none"])  # fmt: skip
+    changed = {
+        "optimizer.lr": 0.05, "schedule.decay": ((3, 0.5),), "model.backbone": "resnet18",
+        "model.args": {"drop_rate": 0.2}, "loss.orthogonality": 0.3, "data.image_size": (64, 32),
+        "optimizer.nesterov": True,
+    }  # fmt: skip
+    assert flat(recipe) == flat(get_recipe("paper")) | changed
+    assert recipe.name == "mine" and recipe.lr(3) == 0.05 * 4 / 10
+
+
+@pytest.mark.parametrize("change, says", [
+    ("optimizer.learning_rate=1", "optimizer.lr"),
+    ("loss.orthogonalty=1", "loss.orthogonality"),
+    ("cpm=1", "loss.cpm"),
+    ("optimizer.lr=fast", "optimizer.lr.*a number"),
+    ("optimizer.lr=-1", "lr is -1.0.*0 or more"),
+    ("optimizer.nesterov=1", "true or false"),
+    ("data.flip=1.5", "flip is 1.5.*0 to 1"),
+    ("data.identities_per_batch=1", "identities_per_batch is 1.*2 or more"),
+    ("data.image_size=[1,2,3]", "image_size"),
+    ("loss.cpm_variant=mine", "official or paper"),
+    ("schedule.decay=3", "a list"),
+    ("optimizer.lr", "SECTION.NAME=VALUE"),
+])  # fmt: skip
+def test_a_wrong_setting_is_named_with_the_nearest_right_one(change, says):
+    with pytest.raises(UserError, match=says) as error:
+        get_recipe("official", [change])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["a =", "epochs = 3", "[optimizer]\nname = 1", "[loss]\ncpm = true"]
+)
+def test_a_wrong_file_is_one_line(tmp_path, text):
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    for path in (file, tmp_path / "none.toml"):
+        with pytest.raises(UserError) as error:
+            get_recipe(path)
+        assert "\n" not in str(error.value)
+
+
+def test_python_is_held_to_the_same_types():
+    with pytest.raises(UserError, match="weight_decay is 'small'"):
+        dataclasses.replace(RECIPES["official"].optimizer, weight_decay="small")
+    assert override(RECIPES["paper"], {"optimizer.lr": 1}).optimizer.lr == 1.0

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,17 @@ import deen_zoo
 from deen_zoo.data import Sample, open_dataset, train_loader
 from deen_zoo.data.transforms import TrainTransform
 from deen_zoo.distributed import Distributed
-from deen_zoo.training.loop import PARTS, Diverged, Run, Task, make_optimizer, train
-from deen_zoo.training.recipes import RECIPES
+from deen_zoo.training.loop import Diverged, make_optimizer, train
+from deen_zoo.training.recipes import RECIPES, override
+from deen_zoo.training.state import Run, load_state
+from deen_zoo.training.tasks import DEENTask
 
 from . import parity, seeded
 from .reference import needs_official, official
 
 GOLDEN = Path(__file__).parent / "golden" / "step.npz"
 OFFICIAL = RECIPES["official"]
+TERMS = ["identity", "triplet", "cpm", "orthogonality"]
 SIZE = (128, 64)
 LABELS = torch.tensor([2, 2, 5, 5, 0, 0]).repeat(2)
 INFRARED = torch.arange(12) >= 6
@@ -32,6 +34,10 @@ def batch() -> torch.Tensor:
     return seeded.tensor("batch", (12, 3, 64, 32)) * np.sqrt(3 * 64 * 32)
 
 
+def stacked(terms: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(terms.values()))
+
+
 def our_step(dataset: str) -> dict[str, torch.Tensor]:
     """Parts of the loss, gradients and updated weights of one step with the official recipe."""
     model = parity.ours(dataset, torch.float64)
@@ -39,7 +45,7 @@ def our_step(dataset: str) -> dict[str, torch.Tensor]:
     optimizer = make_optimizer(model, OFFICIAL)
     for group in optimizer.param_groups:
         group["lr"] = OFFICIAL.lr(3) * group["lr_factor"]
-    parts = Task(model, OFFICIAL)(batch(), LABELS, INFRARED)
+    parts = stacked(DEENTask(model, OFFICIAL)(batch(), LABELS, INFRARED))
     parts.sum().backward()
     out = {"parts": parts.detach()}
     out |= {f"grad {name}": p.grad for name, p in model.named_parameters()}
@@ -126,28 +132,34 @@ def random_batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 @pytest.mark.parametrize("dee, cpm, ort", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (1, 1, 1)])
-def test_switched_off_terms_vanish(dee, cpm, ort):
-    recipe = replace(OFFICIAL, cpm_weight=0.8 * cpm, ort_weight=0.01 * ort)
-    parts = Task(tiny(dee=bool(dee)), recipe)(*random_batch())
-    assert [bool(part) for part in parts] == [True, True, bool(dee and cpm), bool(dee and ort)]
+def test_switched_off_terms_are_left_out(dee, cpm, ort):
+    recipe = override(OFFICIAL, {"loss.cpm": 0.8 * cpm, "loss.orthogonality": 0.01 * ort})
+    terms = DEENTask(tiny(dee=bool(dee)), recipe)(*random_batch())
+    on = [True, True, bool(dee and cpm), bool(dee and ort)]
+    assert list(terms) == [name for name, is_on in zip(TERMS, on, strict=True) if is_on]
+    assert all(terms.values())
 
 
 def test_weights_and_margins_are_the_recipes():
     parts = {}
     for name, change in {
         "plain": {},
-        "weights": {"cpm_weight": 1.6, "ort_weight": 0.1, "triplet_weight": 0.5},
-        "margins": {"triplet_margin": 9.0, "cpm_margin": 9.0},
+        "weights": {"loss.cpm": 1.6, "loss.orthogonality": 0.1, "loss.triplet": 0.5},
+        "margins": {"loss.triplet_margin": 9.0, "loss.cpm_margin": 9.0},
     }.items():
         torch.manual_seed(1)  # dropout
-        parts[name] = Task(tiny(), replace(OFFICIAL, **change))(*random_batch()).detach()
+        parts[name] = stacked(
+            DEENTask(tiny(), override(OFFICIAL, change))(*random_batch())
+        ).detach()
     assert torch.allclose(parts["weights"], parts["plain"] * torch.tensor([1, 0.5, 2, 10]))
     assert parts["margins"][0] == parts["plain"][0]
     assert (parts["margins"][1:3] > parts["plain"][1:3] + 1).all()
 
 
 def test_bfloat16_keeps_the_losses_in_float32():
-    exact, mixed = (Task(tiny(), OFFICIAL, p)(*random_batch()) for p in ("float32", "bfloat16"))
+    exact, mixed = (
+        stacked(DEENTask(tiny(), OFFICIAL, p)(*random_batch())) for p in ("float32", "bfloat16")
+    )
     assert mixed.dtype == torch.float32
     assert not torch.equal(exact, mixed) and torch.allclose(exact, mixed, rtol=0.2, atol=0.2)
 
@@ -164,10 +176,11 @@ def test_neck_and_classifier_learn_at_the_full_rate():
     assert (head["momentum"], head["nesterov"], head["weight_decay"]) == (0.9, True, 5e-4)
 
 
-def start(root: Path, folder: Path, seed: int = 0, **changes):
+def start(root: Path, folder: Path, seed: int = 0, changes=None):
     """A run of three steps an epoch: the arguments of ``train`` but for the epochs."""
     folder.mkdir(exist_ok=True)
-    recipe = replace(OFFICIAL, identities=3, images=2, **changes)
+    batches = {"data.identities_per_batch": 3, "data.images_per_modality": 2}
+    recipe = override(OFFICIAL, batches | (changes or {}))
     model = tiny(seed)
     transform = TrainTransform(4, erasing_area=(0.02, 0.4))
     of_each: dict[tuple[int, str], list[Sample]] = {}
@@ -176,7 +189,7 @@ def start(root: Path, folder: Path, seed: int = 0, **changes):
     samples = [sample for images in of_each.values() for sample in images[:2]]
     loader = train_loader(samples, SIZE, transform, 3, 2, seed, threads=1)
     assert len(loader) == 3
-    task = Task(model, recipe)
+    task = DEENTask(model, recipe)
     return task, make_optimizer(model, recipe), loader, Run(folder, {"seed": seed})
 
 
@@ -186,7 +199,7 @@ CPU = Distributed(torch.device("cpu"))
 def test_a_loss_that_is_not_finite_stops_the_run(llcm_tree, tmp_path):
     task, optimizer, loader, run = start(llcm_tree, tmp_path)
     train(task, optimizer, loader, run, CPU, 1)
-    good = (tmp_path / "last.safetensors").read_bytes()
+    good = run.newest
     seen = []
 
     def poison(module, args):
@@ -197,24 +210,25 @@ def test_a_loss_that_is_not_finite_stops_the_run(llcm_tree, tmp_path):
     with pytest.raises(Diverged) as error:
         train(task, optimizer, loader, run, CPU, 2)
     message = str(error.value)
-    assert "epoch 1, step 2: identity nan, triplet nan, cpm nan, orthogonality nan" in message
-    assert f"last good checkpoint is {tmp_path / 'last.safetensors'}" in message
-    assert "\n" not in message and (tmp_path / "last.safetensors").read_bytes() == good
+    assert "epoch 2, step 3: identity nan, triplet nan, cpm nan, orthogonality nan" in message
+    assert f"last good state is {good}" in message and good == run.newest
+    assert "\n" not in message
 
 
 def test_the_log_has_a_row_an_epoch(llcm_tree, tmp_path):
     tests = iter([{"r1": 0.5, "mAP": 0.2}, {"r1": 0.75, "mAP": 0.3}, {"r1": 0.75, "mAP": 0.1}])
-    task, optimizer, loader, run = start(llcm_tree, tmp_path, test_every=2)
+    task, optimizer, loader, run = start(llcm_tree, tmp_path, changes={"schedule.test_every": 2})
     train(task, optimizer, loader, run, CPU, 5, test=lambda: next(tests))
     head, *rows = (line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines())
-    assert head == ["epoch", "lr", "loss", *PARTS, "seconds", "r1", "mAP"]
-    assert [row[0] for row in rows] == list("01234")
+    assert head == ["epoch", "lr", "loss", *TERMS, "seconds", "r1", "mAP"]
+    assert [row[0] for row in rows] == list("12345")
     assert [row[-2] for row in rows] == ["", "0.5", "", "0.75", "0.75"]
     assert [float(row[1]) for row in rows] == [OFFICIAL.lr(epoch) for epoch in range(5)]
     loss = [float(row[2]) for row in rows]
     assert loss == pytest.approx([sum(map(float, row[3:7])) for row in rows])
-    assert run.best["epoch"] == 3  # the first of equals
+    assert run.best["epoch"] == 4  # the first of equals
     assert list((tmp_path / "tensorboard").iterdir())
+    run.publish_best()
     best = deen_zoo.create_model(f"local-dir:{tmp_path / 'best'}", pretrained=True)
     assert not torch.equal(best.classifier.weight, task.model.classifier.weight)
 
@@ -222,7 +236,9 @@ def test_the_log_has_a_row_an_epoch(llcm_tree, tmp_path):
 def test_clipping_bounds_the_gradient(llcm_tree, tmp_path):
     norms = []
     for clip in (None, 0.5):
-        task, optimizer, loader, run = start(llcm_tree, tmp_path / str(clip), clip=clip)
+        task, optimizer, loader, run = start(
+            llcm_tree, tmp_path / str(clip), changes={"optimizer.clip": clip}
+        )
         optimizer.register_step_pre_hook(
             lambda *_, task=task: norms.append(
                 sum(p.grad.square().sum().item() for p in task.parameters()) ** 0.5
@@ -244,7 +260,7 @@ def test_compile_is_a_flag(llcm_tree, tmp_path, monkeypatch):
 
 def test_a_run_is_resumed_with_the_same_settings_only(llcm_tree, tmp_path):
     train(*start(llcm_tree, tmp_path, seed=0), CPU, 1)
-    with pytest.raises(deen_zoo.errors.UserError, match=r"a run with seed=0 \(now 1\): resume it"):
+    with pytest.raises(deen_zoo.errors.UserError, match="seed 0, now 1"):
         train(*start(llcm_tree, tmp_path, seed=1), CPU, 2, resume=True)
 
 
@@ -253,6 +269,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from deen_zoo.training import loop as module
+from deen_zoo.training.state import Run
 from tests.test_train import CPU, start
 
 torch.set_num_threads(1)
@@ -265,20 +282,20 @@ def run(name, kill_at=None, kill_in_save=None, resume=False):
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     die = lambda: os.kill(os.getpid(), signal.SIGKILL)
     steps, saves = [], []
-    add, replace = module.Losses.add, os.replace
-    def counted(self, parts):
+    add, replace = module.Totals.add, os.replace
+    def counted(self, *step):
         steps.append(0)
         if len(steps) == kill_at:
             die()
-        add(self, parts)
+        add(self, *step)
     def replaced(source, target):
         saves.append(0)
         if len(saves) == kill_in_save:
             die()
         replace(source, target)
-    module.Losses.add, os.replace = counted, replaced
+    module.Totals.add, os.replace = counted, replaced
     torch.manual_seed(0)
-    arguments = start(tree, folder / name, test_every=1)
+    arguments = start(tree, folder / name)
     if not resume:
         torch.manual_seed(7)
     def test():
@@ -287,10 +304,11 @@ def run(name, kill_at=None, kill_in_save=None, resume=False):
     os._exit(0)
 
 assert run("whole") == 0
-cases = [dict(kill_at=n) for n in (1, 3, 5, 9)] + [dict(kill_in_save=n) for n in (2, 6)]
+cases = [dict(kill_at=n) for n in (1, 3, 5, 9)]
+cases += [dict(kill_in_save=n) for n in (2, 6, 7, 8, 9, 10)]
 for n, case in enumerate(cases):
     assert run(f"killed-{n}", **case) == -signal.SIGKILL, case
-    if not (folder / f"killed-{n}" / "last.safetensors").exists():
+    if not Run(folder / f"killed-{n}").newest:
         assert run(f"killed-{n}") == 0  # nothing to resume: from the start
     else:
         assert run(f"killed-{n}", resume=True) == 0
@@ -309,18 +327,17 @@ def test_killed_at_any_step_and_resumed_it_is_the_same_to_the_bit(llcm_tree, tmp
     )
     assert done.returncode == 0, done.stderr
     cases = int(done.stdout)
-    whole = (tmp_path / "whole" / "best" / "model.safetensors").read_bytes()
-    from deen_zoo.training.state import load_state
-
-    expected = load_state(tmp_path / "whole" / "last.safetensors")
+    newest = Run(tmp_path / "whole").newest
+    whole = (newest / "best" / "model.safetensors").read_bytes()
+    expected = load_state(newest / "state.safetensors")
     for n in range(cases):
-        folder = tmp_path / f"killed-{n}"
-        state = load_state(folder / "last.safetensors")
+        folder = Run(tmp_path / f"killed-{n}").newest
+        state = load_state(folder / "state.safetensors")
         for kind in ("model", "optimizer"):
             flat = dict(_flat(state[kind]))
             for key, tensor in _flat(expected[kind]):
                 assert torch.equal(tensor, flat[key]), (n, kind, key)
-        assert torch.equal(state["random"]["torch"], expected["random"]["torch"])
+        assert torch.equal(state["random"][0]["torch"], expected["random"][0]["torch"])
         rows = [{**row, "seconds": 0} for row in state["history"]]
         assert rows == [{**row, "seconds": 0} for row in expected["history"]]
         assert (folder / "best" / "model.safetensors").read_bytes() == whole

@@ -1,55 +1,83 @@
-"""The ablation of the poster's Table 4: which component brings what."""
+"""Sweeps over recipes, and the one of the poster's Table 4: which component brings what."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..device import choose_device
-from ..distributed import join
+from ..distributed import Distributed, join
 from ..evaluation import published_ablation
 from ..io import write_atomically
+from .recipes import override
 from .reproduce import reproduce
 from .settings import Settings
 
-__all__ = ["ablate", "table"]
+__all__ = ["ablate", "ablation_changes", "sweep", "table"]
 
 SWITCHES = ("dee", "cpm", "ort", "mfa")
 TITLES = ("DEE", "L_cpm", "L_ort", "MFA")
 
 
-def ablate(settings: Settings, seeds: Sequence[int] = (0,)) -> dict[str, Any]:
-    """Train and evaluate the seven rows, each with every seed.
+def ablation_changes(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row of Table 4 changes in a recipe."""
+    off = {"cpm": "loss.cpm", "ort": "loss.orthogonality"}
+    switches = {f"model.{key}": row[key] for key in ("dee", "mfa")}
+    return switches | {name: 0.0 for key, name in off.items() if not row[key]}
 
-    Each run is in a folder of its own below ``OUTPUT/ablation``; with ``resume`` finished ones are
-    read back and the others gone on with. Writes ``ablation.json`` and ``ablation.md``.
+
+def sweep(
+    settings: Settings,
+    changes: Mapping[str, Mapping[str, Any]],
+    seeds: Sequence[int],
+    world: Distributed,
+) -> dict[str, list[dict[str, Any]]]:
+    """Reproduce with each set of changes to the recipe and each seed: the results by name.
+
+    Each run is in a folder of its own, ``OUTPUT/ablation/NAME/seed-N``; with ``resume`` the
+    finished ones are read back and the others continued.
+    """
+    out: dict[str, list[dict[str, Any]]] = {}
+    for name, change in changes.items():
+        recipe = override(settings.recipe, change)
+        for seed in seeds:
+            output = settings.output / "ablation" / name / f"seed-{seed}"
+            one = replace(settings, output=output, recipe=recipe, seed=seed)
+            out.setdefault(name, []).append(reproduce(one, world))
+    return out
+
+
+def ablate(settings: Settings, seeds: Sequence[int] = (0,)) -> dict[str, Any]:
+    """Train and evaluate the seven rows of Table 4, each with every seed.
+
+    Writes ``ablation.json`` and ``ablation.md``.
 
     Returns:
         ``dataset``, ``seeds``, and ``rows``: the switches of each row and, for each protocol,
         rank-1 and mAP of the last epoch, a number for each seed; and the published ones, if any.
     """
-    rows = []
+    published = {
+        "+".join(key for key in SWITCHES if row[key]) or "baseline": row
+        for row in published_ablation()
+    }
+    changes = {name: ablation_changes(row) for name, row in published.items()}
     with join(choose_device(settings.device)) as world:
-        for row in published_ablation():
-            name = "+".join(key for key in SWITCHES if row[key]) or "baseline"
-            scores: dict[str, dict[str, list[float]]] = {}
-            for seed in seeds:
-                one = _row_settings(settings, row, name, seed)
-                done = one.output / "results.json"
-                if settings.resume and done.exists():
-                    results = json.loads(done.read_text())
-                else:
-                    results = reproduce(one, world)
-                for protocol, entry in results["protocols"].items():
-                    score = scores.setdefault(protocol, {"r1": [], "mAP": []})
-                    for key, values in score.items():
-                        values.append(entry["mean"][key])
-            synthetic = settings.dataset == "synthetic"
-            theirs = {p: row[p] for p in scores if p in row and not synthetic}
+        results = sweep(settings, changes, seeds, world)
+        rows = []
+        for name, row in published.items():
+            scores = {
+                protocol: {
+                    key: [one["protocols"][protocol]["mean"][key] for one in results[name]]
+                    for key in ("r1", "mAP")
+                }
+                for protocol in results[name][0]["protocols"]
+            }
+            drawn = results[name][0]["drawn"]
+            theirs = {p: row[p] for p in scores if p in row and not drawn}
             switches = {key: row[key] for key in SWITCHES}
             rows.append({"name": name, **switches, "measured": scores, "published": theirs})
         out = {
@@ -66,20 +94,8 @@ def ablate(settings: Settings, seeds: Sequence[int] = (0,)) -> dict[str, Any]:
     return out
 
 
-def _row_settings(settings: Settings, row: dict[str, Any], name: str, seed: int) -> Settings:
-    recipe = replace(
-        settings.recipe,
-        cpm_weight=settings.recipe.cpm_weight * row["cpm"],
-        ort_weight=settings.recipe.ort_weight * row["ort"],
-    )
-    output = settings.output / "ablation" / name / f"seed-{seed}"
-    return replace(
-        settings, output=output, recipe=recipe, seed=seed, dee=row["dee"], mfa=row["mfa"]
-    )
-
-
 def table(results: dict[str, Any]) -> str:
-    """Markdown in the form of Table 4, per cent; mean ± standard deviation where seeds are many."""
+    """Markdown in the form of Table 4, per cent; mean ± standard deviation over several seeds."""
     protocols = list(results["rows"][0]["measured"])
     head = [*TITLES, *(f"{p} {key}" for p in protocols for key in ("R-1", "mAP"))]
     lines = [head, ["---"] * 4 + ["---:"] * (len(head) - 4)]
@@ -96,7 +112,8 @@ def table(results: dict[str, Any]) -> str:
                 cells.append(cell)
         lines.append(cells)
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    seeds = f"seeds {', '.join(map(str, results['seeds']))}"
+    seeds = f"seed{'s' * (len(results['seeds']) > 1)} {', '.join(map(str, results['seeds']))}"
+    epochs = f"{results['epochs']} epoch{'s' * (results['epochs'] > 1)}"
     note = "; published in brackets" if any(row["published"] for row in results["rows"]) else ""
     spread = ", mean ± standard deviation over seeds" if len(results["seeds"]) > 1 else ""
-    return f"{text}\n\n{results['model']}, {results['epochs']} epochs, {seeds}{spread}{note}."
+    return f"{text}\n\n{results['model']}, {epochs}, {seeds}{spread}{note}."

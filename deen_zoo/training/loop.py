@@ -1,15 +1,11 @@
-"""Training: the task (a model and its losses) and the loop."""
+"""The training loop: a task, an optimiser, batches, and a run on disk."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import io
+import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,212 +13,95 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data.loader import TrainLoader
-from ..device import autocast
 from ..distributed import Distributed
 from ..errors import UserError
-from ..io import write_atomically
-from ..models import DEEN, save_pretrained
-from .losses import batch_hard_triplet_loss, cpm_loss, identity_loss, orthogonality_loss
 from .recipes import Recipe
-from .state import load_state, random_state, save_state, set_random_state
+from .state import Run
+from .tasks import Task
 
-__all__ = ["PARTS", "Diverged", "Run", "Task", "make_optimizer", "train"]
-
-PARTS = ("identity", "triplet", "cpm", "orthogonality")
+__all__ = ["Diverged", "make_optimizer", "train"]
 
 
 class Diverged(UserError):
-    """The loss is NaN or infinite."""
+    """The loss, its gradient or the weights are NaN or infinite."""
 
 
-class Task(nn.Module):
-    """A model and the losses it is trained by.
-
-    Args:
-        model: With a classifier of as many identities as the labels have.
-        recipe: Gives the margins, forms and weights. Without generated branches (``dee=False``)
-            there is nothing for the CPM and orthogonality losses to act on, and they are 0.
-        precision: As for :func:`deen_zoo.device.autocast`; the losses are never below float32.
-    """
-
-    def __init__(self, model: DEEN, recipe: Recipe, precision: str = "float32") -> None:
-        super().__init__()
-        self.model, self.recipe, self.precision = model, recipe, precision
-
-    def forward(self, images: Tensor, labels: Tensor, infrared: Tensor) -> Tensor:
-        """Weighted parts of the loss, (4,) in the order of :data:`PARTS`; their sum is the loss.
-
-        ``labels`` (N,) and ``infrared`` (N,) may stay on the CPU, which saves the device a wait.
-        """
-        recipe, branches = self.recipe, self.model.num_branches
-        with autocast(images.device, self.precision):
-            out = self.model.forward_train(images, infrared)
-            pool, logits = out["pool"], out["logits"]  # (B*N, C), (B*N, ids)
-        if pool.dtype != torch.float64:
-            pool, logits = pool.float(), logits.float()
-        triplet = batch_hard_triplet_loss(pool, labels.repeat(branches), recipe.triplet_margin)
-        cpm = ort = pool.new_zeros(())
-        if branches > 1 and recipe.cpm_weight:
-            original, generated = pool[: len(images)], pool[len(images) :]
-            cpm = cpm_loss(
-                original, generated, labels, infrared, recipe.cpm_margin, recipe.cpm_form
-            )
-        if branches > 1 and recipe.ort_weight:
-            ort = orthogonality_loss(pool, branches)
-        return torch.stack(
-            [
-                identity_loss(logits, labels),
-                recipe.triplet_weight * triplet,
-                recipe.cpm_weight * cpm,
-                recipe.ort_weight * ort,
-            ]
-        )
-
-
-def make_optimizer(model: DEEN, recipe: Recipe) -> torch.optim.SGD:
-    """SGD with two groups: BN neck and classifier at the full rate, the rest at a fraction of it.
+def make_optimizer(model: Any, recipe: Recipe) -> torch.optim.SGD:
+    """SGD with the model's parameter groups: the head at the full rate, the rest at a fraction.
 
     Each group's ``lr_factor`` multiplies the recipe's learning rate.
     """
-    rest, head = model.param_groups()
+    factors = {"head": 1.0, "rest": recipe.optimizer.backbone_lr}
     return torch.optim.SGD(
-        [{**rest, "lr_factor": recipe.backbone_lr}, {**head, "lr_factor": 1.0}],
-        lr=recipe.base_lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
+        [
+            {"params": group["params"], "lr_factor": factors[group["name"]]}
+            for group in model.param_groups()
+        ],
+        lr=recipe.optimizer.lr,
+        momentum=recipe.optimizer.momentum,
+        nesterov=recipe.optimizer.nesterov,
+        weight_decay=recipe.optimizer.weight_decay,
     )
 
 
-@dataclass
-class Run:
-    """A run on disk, and where it stands.
-
-    Attributes:
-        folder: ``last.safetensors`` (the whole state), ``best/`` (a checkpoint folder),
-            ``log.csv`` and ``tensorboard/`` are kept in it.
-        config: What has to be the same when it is resumed.
-        epoch: Epochs done.
-        step: Steps done of the next one.
-        history: One row of the log for each epoch done.
-        board: TensorBoard's writer, where that is installed, once there is a row.
-    """
-
-    folder: Path
-    config: dict[str, Any] = field(default_factory=dict)
-    epoch: int = 0
-    step: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    board: Any = None
-
-    @property
-    def state_file(self) -> Path:
-        return self.folder / "last.safetensors"
-
-    @property
-    def best(self) -> dict[str, Any] | None:
-        """The epoch with the best rank-1 on the test set, the first of equals."""
-        tested = [row for row in self.history if row.get("r1") is not None]
-        return max(tested, key=lambda row: row["r1"], default=None)
-
-    def save(self, model: DEEN, optimizer: torch.optim.Optimizer, losses: Losses) -> None:
-        """Write all that the next step depends on; a run goes on from it bit for bit."""
-        state = {
-            "config": self.config,
-            "epoch": self.epoch,
-            "step": self.step,
-            "history": self.history,
-            "losses": losses.sums,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "random": random_state(),
-        }
-        save_state(self.state_file, state)
-
-    def resume(self, model: DEEN, optimizer: torch.optim.Optimizer, losses: Losses) -> None:
-        """Go on from the saved state.
-
-        Raises:
-            UserError: It is of a run with other settings; the message names them.
-        """
-        state = load_state(self.state_file)
-        theirs = state["config"]
-        differ = [k for k in {**theirs, **self.config} if theirs.get(k) != self.config.get(k)]
-        if differ:
-            was = ", ".join(f"{k}={theirs.get(k)!r} (now {self.config.get(k)!r})" for k in differ)
-            raise UserError(
-                f"{self.state_file} is of a run with {was}: "
-                "resume it with the same settings, or choose another output folder"
-            )
-        self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
-        losses.sums = state["losses"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        set_random_state(state["random"])
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Add a row to the log, on disk and to TensorBoard where that is installed."""
-        self.history.append(row)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(self.history[0]))
-        writer.writeheader()
-        writer.writerows(self.history)
-        write_atomically(self.folder / "log.csv", text.getvalue())
-        if self.board is None:
-            with contextlib.suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(self.folder / "tensorboard", purge_step=row["epoch"])
-        if self.board is not None:
-            for name, value in row.items():
-                if name != "epoch" and value is not None:
-                    self.board.add_scalar(name, value, row["epoch"])
-            self.board.flush()
-
-
-class Losses:
-    """Sums the parts of the loss over an epoch; reads them from the device only when asked to."""
+class Totals:
+    """Sums the terms of the loss over an epoch; reads them from the device only when asked to."""
 
     def __init__(self) -> None:
-        self.sums = torch.zeros(len(PARTS), dtype=torch.float64)
+        self.sums: dict[str, float] = {}
         self.pending: list[Tensor] = []
 
-    def add(self, parts: Tensor) -> None:
-        self.pending.append(parts.detach())
+    def add(self, terms: dict[str, Tensor], norm: Tensor) -> None:
+        """Note one step: its terms, and the norm of its gradient."""
+        if self.sums and list(self.sums) != list(terms):
+            raise UserError(
+                f"the task gave the losses {', '.join(terms)} after {', '.join(self.sums)}: "
+                "give the same ones in every step"
+            )
+        self.sums = self.sums or dict.fromkeys(terms, 0.0)
+        self.pending.append(torch.stack([*terms.values(), norm]).detach())
 
-    def collect(self, run: Run) -> None:
-        """Fetch what was added since.
+    def collect(self, run: Run, world: Distributed) -> None:
+        """Fetch what was noted since the last call.
 
         Raises:
-            Diverged: A part is not finite; the message names the step, the parts and the last
-                good checkpoint (a state is saved only after this check).
+            Diverged: A term or a gradient is not finite, in any process; the message names the
+                step, the values, and the last good state (one is saved only after this check).
         """
         if not self.pending:
             return
-        parts = torch.stack(self.pending).double().cpu()  # the step's only wait for the device
-        finite = parts.isfinite().all(1)
-        if not finite.all():
-            first = int((~finite).nonzero()[0])
+        rows = torch.stack(self.pending).double().cpu()  # the loop's only wait for the device
+        self.pending.clear()
+        finite = rows.isfinite().all(1).tolist()
+        bad = None if all(finite) else finite.index(False)
+        found = [step for step in world.gather(bad) if step is not None]
+        if found:
+            first = min(found)
+            names = [*self.sums, "gradient norm"]
             values = ", ".join(
                 f"{name} {value:.6g}"
-                for name, value in zip(PARTS, parts[first].tolist(), strict=True)
+                for name, value in zip(names, rows[first].tolist(), strict=True)
             )
-            good = "there is no good checkpoint yet"
-            if run.state_file.exists():
-                good = f"the last good checkpoint is {run.state_file}, which --resume goes on from"
-            raise Diverged(
-                f"the loss is not finite in epoch {run.epoch}, step "
-                f"{run.step - len(parts) + first}: {values}; {good}; "
-                "try --precision float32 or another recipe or seed"
-            )
-        self.sums += parts.sum(0)
-        self.pending.clear()
+            step = run.step - len(rows) + first + 1
+            raise Diverged(_diverged(f"in epoch {run.epoch + 1}, step {step}: {values}", run))
+        for name, value in zip(self.sums, rows.sum(0).tolist(), strict=False):
+            self.sums[name] += value
 
     def finish(self, steps: int) -> dict[str, float]:
-        """Means over an epoch of so many steps, and start again."""
-        means = (self.sums / steps).tolist()
-        self.sums.zero_()
-        return {"loss": sum(means), **dict(zip(PARTS, means, strict=True))}
+        """Means over an epoch of so many steps; the sums start again."""
+        means = {name: total / steps for name, total in self.sums.items()}
+        self.sums = {}
+        return {"loss": sum(means.values()), **means}
+
+
+def _diverged(what: str, run: Run) -> str:
+    good = "there is no saved state yet"
+    if run.newest:
+        good = f"the last good state is {run.newest}, from which --resume continues"
+    return (
+        f"the loss, its gradient or the weights are not finite {what}; {good}; "
+        "try --precision float32, a lower optimizer.lr, or another seed"
+    )
 
 
 def train(
@@ -238,33 +117,48 @@ def train(
     log_every: int = 50,
     save_every: int | None = None,
 ) -> None:
-    """Train to ``epochs`` epochs; the model ends on the last one's weights.
+    """Train to ``epochs`` epochs; the model ends with the last one's weights.
 
-    After each epoch the model is tested as the recipe says, and the state saved. A run that is
+    After each epoch the model is tested as the recipe says, and the state is saved. A run that is
     killed at any point and resumed ends, on a CPU, in the very same weights.
 
     Args:
         task: On the device of ``world``.
         optimizer: From :func:`make_optimizer`.
-        loader: Of this process; its images are placed as ``task`` wants them.
+        loader: Batches of this process.
         run: Where to write.
         world: From :func:`deen_zoo.distributed.join`.
-        epochs: In all, counting those already done.
-        test: Gives at least ``r1``, which chooses the best epoch; all processes call it.
-        resume: Go on from the state of ``run``, if there is one.
+        epochs: Number of epochs, including those already finished.
+        test: Gives ``r1``, which chooses the best epoch, and any other numbers for the log; all
+            processes call it.
+        resume: Continue from the newest state of ``run``, if there is one.
         compile: Compile the task with ``torch.compile``.
         log_every: Steps between looks at the loss, each of which waits for the device.
-        save_every: Steps between saves within an epoch; None is at its end only.
+        save_every: Steps between saves within an epoch; None saves at its end only.
 
     Raises:
-        Diverged: The loss is NaN or infinite.
+        Diverged: The loss, its gradient or the weights are NaN or infinite. Nothing of that is
+            saved.
     """
-    model, recipe, losses = task.model, task.recipe, Losses()
-    if resume and run.state_file.exists():
-        run.resume(model, optimizer, losses)
-    step_of: Callable[..., Tensor] = world.wrap(task)
+    model, recipe, totals = task.model, task.recipe, Totals()
+    if resume and world.share(run.newest) is not None:
+        totals.sums = run.resume(model, optimizer, world)
+    if run.epoch > epochs:
+        raise UserError(
+            f"{run.folder} holds a run of {run.epoch} epochs: give --epochs {run.epoch} or more"
+        )
+    limit = math.inf if recipe.optimizer.clip is None else recipe.optimizer.clip
+    step_of: Callable[..., dict[str, Tensor]] = world.wrap(task)
     if compile:
         step_of = torch.compile(step_of)
+
+    def save() -> None:
+        bad = [name for name, t in model.state_dict().items() if not t.isfinite().all()]
+        bad = [name for names in world.gather(bad[:1]) for name in names]
+        if bad:
+            raise Diverged(_diverged(f"at the end of epoch {run.epoch}: {bad[0]}", run))
+        run.save(model, optimizer, totals.sums, world)
+
     while run.epoch < epochs:
         start, first = time.monotonic(), run.step
         lr = recipe.lr(run.epoch)
@@ -272,46 +166,44 @@ def train(
             group["lr"] = lr * group["lr_factor"]
         loader.set_epoch(run.epoch, first)
         model.train()
-        progress = tqdm(total=len(loader), initial=first, desc=f"epoch {run.epoch}",
+        progress = tqdm(total=len(loader), initial=first, desc=f"epoch {run.epoch + 1}/{epochs}",
                         disable=None if world.main else True)  # fmt: skip
         for images, labels, infrared in loader:
             images = images.to(world.device, memory_format=torch.channels_last, non_blocking=True)
-            parts = step_of(images, labels, infrared)
+            terms = step_of(images, labels, infrared)
             optimizer.zero_grad(set_to_none=True)
-            parts.sum().backward()  # type: ignore[no-untyped-call]
-            if recipe.clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
+            norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
             optimizer.step()
-            losses.add(parts)
+            totals.add(terms, norm)
             run.step += 1
             saving = save_every is not None and run.step % save_every == 0
             if saving or run.step % log_every == 0:
-                losses.collect(run)
-            if saving and world.main:
-                run.save(model, optimizer, losses)
+                totals.collect(run, world)
+            if saving:
+                save()
             progress.update()
         progress.close()
-        losses.collect(run)
+        totals.collect(run, world)
         world.share_buffers(model)
-        row: dict[str, Any] = {"epoch": run.epoch, "lr": lr, **losses.finish(len(loader))}
+        row: dict[str, Any] = {"epoch": run.epoch + 1, "lr": lr, **totals.finish(len(loader))}
         row["seconds"] = round(time.monotonic() - start, 3)
-        last = run.epoch + 1 == epochs
-        tested = test is not None and (last or (run.epoch + 1) % recipe.test_every == 0)
         row |= dict.fromkeys(("r1", "mAP"))
-        if test is not None and tested:
+        last = run.epoch + 1 == epochs
+        if test is not None and (last or (run.epoch + 1) % recipe.schedule.test_every == 0):
             row |= test()
         run.epoch, run.step = run.epoch + 1, 0
+        run.history.append(world.share(row))
+        save()
         if world.main:
-            run.log(row)
-            if run.best is row:
-                save_pretrained(model, run.folder / "best")
-            run.save(model, optimizer, losses)
             print(_line(row, epochs), file=sys.stderr, flush=True)
         world.barrier()
 
 
 def _line(row: dict[str, Any], epochs: int) -> str:
-    done = f"epoch {row['epoch'] + 1}/{epochs}"
-    parts = " ".join(f"{name} {row[name]:.3f}" for name in ("loss", *PARTS))
-    tested = "" if row["r1"] is None else f", rank-1 {row['r1']:.1%}, mAP {row['mAP']:.1%}"
-    return f"{done}: {parts}, lr {row['lr']:g}{tested}, {row['seconds']:.1f} s"
+    names = list(row)
+    terms = names[names.index("loss") : names.index("seconds")]
+    parts = " ".join(f"{name} {row[name]:.3f}" for name in terms)
+    tests = {"rank-1": row["r1"], "mAP": row["mAP"]}
+    tested = "".join(f", {name} {value:.1%}" for name, value in tests.items() if value is not None)
+    return f"epoch {row['epoch']}/{epochs}: {parts}, lr {row['lr']:g}{tested}, {row['seconds']} s"

@@ -1,74 +1,125 @@
-"""Training recipes: what the official code does, what the paper says, and a small synthetic one.
+"""Training recipes: every setting of a run but the data, the seed and the machine.
 
-Paper and code disagree on several points, and each is a field here. ``official`` is the default,
-since it is what published follow-ups ran; ``paper`` takes the paper's number wherever it gives one
-and the code's elsewhere.
+A recipe is nested, typed and frozen. Each setting is declared once, below, with its default and its
+description; ``--set optimizer.lr=0.05``, TOML files, ``--help`` and the records of a run all follow
+from that. Paper and official code disagree on several points: ``official`` is the default, since it
+is what published follow-ups ran; ``paper`` takes the paper's number wherever it gives one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
 
-from ..errors import UserError
+from ..errors import UserError, require
+from .sections import Section, Text, convert, parse, setting
 
-__all__ = ["RECIPES", "Recipe", "get_recipe"]
+__all__ = ["RECIPES", "DEENLoss", "Recipe", "describe", "flat", "get_recipe", "override"]
+
+
+@dataclass(frozen=True)
+class Data(Section):
+    """Batches and augmentation."""
+
+    identities_per_batch: int = setting(6, "P, identities in a batch", 2)
+    images_per_modality: int = setting(4, "K, images of each identity in each modality", 1)
+    image_size: tuple[int, int] | None = setting(
+        None, "height and width of the images; none is the model's own", 16
+    )
+    augmentation: str = setting("deen", "name of the augmentation, or module:function")
+    pad: int = setting(10, "pixels added on each side before a random crop", 0)
+    grayscale: float = setting(0.5, "probability of dropping the colour, in both modalities", 0, 1)
+    flip: float = setting(0.5, "probability of mirroring", 0, 1)
+    erasing: float = setting(0.5, "probability of random erasing", 0, 1)
+    erasing_area: tuple[float, float] | None = setting(
+        None, "share of the image that is erased; none is the official code's for the dataset", 0, 1
+    )
+
+
+@dataclass(frozen=True)
+class Optimizer(Section):
+    """SGD."""
+
+    lr: float = setting(0.1, "learning rate of the head (BN neck, classifier) after warm-up", 0)
+    backbone_lr: float = setting(0.1, "factor on the learning rate of everything but the head", 0)
+    momentum: float = setting(0.9, "SGD momentum", 0, 1)
+    nesterov: bool = setting(True, "Nesterov momentum")
+    weight_decay: float = setting(5e-4, "weight decay of all parameters", 0)
+    clip: float | None = setting(None, "greatest norm of the gradient; none does not clip", 0)
+
+
+@dataclass(frozen=True)
+class Schedule(Section):
+    """Epochs, and the learning rate over them."""
+
+    epochs: int = setting(151, "number of epochs; --epochs stops earlier on the same schedule", 1)
+    warmup: int = setting(10, "epochs of linear warm-up", 0)
+    decay: tuple[tuple[int, float], ...] = setting(
+        ((20, 0.1), (80, 0.01)), "[first epoch, factor] pairs, each in force until the next"
+    )
+    test_every: int = setting(1, "epochs between tests; the last epoch is always tested", 1)
+
+
+@dataclass(frozen=True)
+class DEENLoss(Section):
+    """Terms of DEEN's loss; a weight of 0 leaves a term out."""
+
+    triplet: float = setting(1.0, "weight of the batch-hard triplet loss", 0)
+    triplet_margin: float = setting(0.3, "margin of the triplet loss", 0)
+    cpm: float = setting(0.8, "weight of the center-guided pair mining loss", 0)
+    cpm_margin: float = setting(0.2, "margin of the center-guided pair mining loss", 0)
+    cpm_variant: Literal["official", "paper"] = setting(
+        "official", "which form of the center-guided pair mining loss"
+    )
+    orthogonality: float = setting(0.01, "weight of the orthogonality loss", 0)
+
+
+@dataclass(frozen=True)
+class Model(Section):
+    """Arguments of the model; none is the model's own default."""
+
+    backbone: str | None = setting(None, "any timm ResNet, with its weight tag")
+    dee: bool | None = setting(None, "generate DEEN's two extra branches")
+    dee_mean: bool | None = setting(None, "average DEE's dilated convolutions; the paper sums them")
+    mfa: bool | None = setting(None, "fuse the stages")
+    mfa_softmax: bool | None = setting(None, "softmax on MFA's attention, as in the paper")
+    args: dict[str, Any] = setting({}, "other arguments of the model, as model.args.NAME")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for the model's constructor."""
+        named = {key: value for key, value in asdict(self).items() if key != "args"}
+        return {key: value for key, value in named.items() if value is not None} | self.args
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything about a training run but the data, the model and the seed.
+    """How to train.
 
     Attributes:
-        name: As ``--recipe`` takes it.
-        epochs: How many; shorter runs follow the same schedule and stop early.
-        identities: P, identities a batch.
-        images: K, images of each identity in each modality.
-        pad: Pixels added on each side before a random crop.
-        grayscale: Probability of dropping the colour, in both modalities.
-        erasing: Probability of random erasing.
-        erasing_area: Share of the image that is erased; None for the code's value of each dataset.
-        base_lr: Learning rate of the BN neck and the classifier after the warm-up.
-        warmup: Epochs of linear warm-up.
-        decay: (first epoch, factor) in order of epochs, each in force until the next.
-        backbone_lr: Factor on the learning rate of everything but BN neck and classifier.
-        momentum: Of SGD.
-        nesterov: Of SGD.
-        weight_decay: Of all parameters.
-        clip: Greatest norm of the gradient; None is no clipping.
-        triplet_weight: Of the batch-hard triplet loss.
-        triplet_margin: Of its hinge.
-        cpm_weight: Of the CPM loss; 0 leaves it out.
-        cpm_margin: Of its hinges.
-        cpm_form: ``"official"`` or ``"paper"``, see :func:`deen_zoo.training.losses.cpm_loss`.
-        model_form: The same of DEE and MFA, see :class:`deen_zoo.models.DEEN`.
-        ort_weight: Of the orthogonality loss; 0 leaves it out.
-        test_every: Epochs between tests during training; the last epoch is always tested.
+        name: As ``--recipe`` takes it, with the changes that were made to it.
+        task: ``package.module:Class`` of the :class:`~deen_zoo.training.tasks.Task`; None is the
+            one that the model's family names.
+        data: Batches and augmentation.
+        optimizer: SGD.
+        schedule: Epochs and the learning rate over them.
+        loss: The task's own settings: an instance of its ``Loss``.
+        model: Arguments of the model.
     """
 
     name: str
-    epochs: int = 151
-    identities: int = 6
-    images: int = 4
-    pad: int = 10
-    grayscale: float = 0.5
-    erasing: float = 0.5
-    erasing_area: tuple[float, float] | None = None
-    base_lr: float = 0.1
-    warmup: int = 10
-    decay: tuple[tuple[int, float], ...] = ((20, 0.1), (80, 0.01))
-    backbone_lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-    clip: float | None = None
-    triplet_weight: float = 1.0
-    triplet_margin: float = 0.3
-    cpm_weight: float = 0.8
-    cpm_margin: float = 0.2
-    cpm_form: str = "official"
-    model_form: str = "official"
-    ort_weight: float = 0.01
-    test_every: int = 1
+    task: str | None = None
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    loss: Section = DEENLoss()
+    model: Model = Model()
 
     def lr(self, epoch: int) -> float:
         """Learning rate of an epoch, counted from 0.
@@ -76,10 +127,11 @@ class Recipe:
         >>> [round(RECIPES["official"].lr(e), 6) for e in (0, 9, 19, 20, 79, 80, 150)]
         [0.01, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
         """
-        if epoch < self.warmup:
-            return self.base_lr * (epoch + 1) / self.warmup
-        factors = [factor for start, factor in self.decay if epoch >= start]
-        return self.base_lr * (factors[-1] if factors else 1.0)
+        schedule, lr = self.schedule, self.optimizer.lr
+        if epoch < schedule.warmup:
+            return lr * (epoch + 1) / schedule.warmup
+        factors = [factor for start, factor in schedule.decay if epoch >= start]
+        return lr * (factors[-1] if factors else 1.0)
 
 
 RECIPES = {
@@ -88,38 +140,131 @@ RECIPES = {
         Recipe("official"),
         Recipe(
             "paper",
-            epochs=150,
-            pad=0,
-            grayscale=0.0,
-            decay=((20, 0.1), (60, 0.01), (120, 0.001)),
-            nesterov=False,
-            cpm_form="paper",
-            model_form="paper",
-            ort_weight=0.1,
+            data=Data(pad=0, grayscale=0.0),
+            optimizer=Optimizer(nesterov=False),
+            schedule=Schedule(epochs=150, decay=((20, 0.1), (60, 0.01), (120, 0.001))),
+            loss=DEENLoss(cpm_variant="paper", orthogonality=0.1),
+            model=Model(dee_mean=False, mfa_softmax=True),
         ),
         Recipe(  # from random weights, in two minutes: small batches, the whole model at full rate
             "synthetic",
-            epochs=10,
-            identities=8,
-            images=2,
-            pad=5,
-            warmup=2,
-            decay=((7, 0.1),),
-            backbone_lr=1.0,
-            triplet_weight=0.1,
-            cpm_weight=0.1,
-            test_every=5,
+            data=Data(identities_per_batch=8, images_per_modality=2, pad=5),
+            optimizer=Optimizer(backbone_lr=1.0),
+            schedule=Schedule(epochs=10, warmup=2, decay=((7, 0.1),), test_every=5),
+            loss=DEENLoss(triplet=0.1, cpm=0.1),
         ),
     )
 }
 
 
-def get_recipe(name: str) -> Recipe:
-    """A recipe by name.
+def get_recipe(
+    name: str | os.PathLike[str], changes: Sequence[str] = (), loss: type[Section] | None = None
+) -> Recipe:
+    """A recipe by name, or from a TOML file, with changes.
+
+    A file has the sections of :class:`Recipe` as tables, and ``base`` at its top names the recipe
+    that it changes (``official`` without one).
+
+    Args:
+        name: One of :data:`RECIPES`, or a file that ends in ``.toml``.
+        changes: ``"optimizer.lr=0.05"`` and so on, as ``--set`` takes them.
+        loss: The type of ``recipe.loss``, when it is not the recipe's own; starts at its defaults.
 
     Raises:
-        UserError: There is none of that name.
+        UserError: No such recipe, file or setting; or a value that does not fit.
     """
-    if name not in RECIPES:
-        raise UserError(f"recipe {name!r}: choose from {', '.join(RECIPES)}")
-    return RECIPES[name]
+    edits: dict[str, Any] = {}
+    recipe = RECIPES.get(str(name))
+    if recipe is None:
+        if Path(name).suffix != ".toml":
+            raise UserError(f"recipe {str(name)!r}: choose from {', '.join(RECIPES)}, or FILE.toml")
+        edits = _read_toml(Path(name))
+        recipe = replace(get_recipe(edits.pop("base", "official")), name=Path(name).stem)
+    task = edits.pop("task", recipe.task)
+    recipe = replace(recipe, task=task)
+    if loss is not None and type(recipe.loss) is not loss:
+        recipe = replace(recipe, loss=loss())
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise UserError(f"--set {change}: give SECTION.NAME=VALUE, such as optimizer.lr=0.05")
+        edits[key.strip()] = Text(text.strip())
+    return override(recipe, edits)
+
+
+def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with other values, by dotted names.
+
+    >>> override(RECIPES["official"], {"optimizer.lr": 0.05}).lr(10)
+    0.05
+
+    Raises:
+        UserError: No such setting (the message names the nearest), or a value that does not fit.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        if section == "model" and name.startswith("args."):
+            if isinstance(value, Text):
+                value = parse(value)
+            args = sections.setdefault("model", {}).setdefault("args", dict(recipe.model.args))
+            args[name.removeprefix("args.")] = value
+            continue
+        part = getattr(recipe, section, None)
+        kinds = get_type_hints(type(part)) if isinstance(part, Section) else {}
+        if name not in kinds:
+            known = list(flat(recipe))
+            near = difflib.get_close_matches(key, known, 1, 0) or known
+            raise UserError(f"there is no setting {key!r}: did you mean {near[0]}? It is one of "
+                            f"{', '.join(known)}")  # fmt: skip
+        sections.setdefault(section, {})[name] = convert(key, value, kinds[name])
+    try:
+        changed = {name: replace(getattr(recipe, name), **new) for name, new in sections.items()}
+    except UserError as error:
+        raise UserError(f"recipe {recipe.name}: {error}") from error
+    return replace(recipe, **changed)
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Every setting by its dotted name."""
+    return {
+        f"{section.name}.{item.name}": getattr(getattr(recipe, section.name), item.name)
+        for section in fields(recipe)
+        if is_dataclass(getattr(recipe, section.name))
+        for item in fields(getattr(recipe, section.name))
+    }
+
+
+def describe(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
+    """Name, value and description of every setting, for ``--help`` and the documentation."""
+    for key, value in flat(recipe).items():
+        section, name = key.split(".")
+        part = getattr(recipe, section)
+        about = next(item.metadata["help"] for item in fields(part) if item.name == name)
+        shown = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+        yield key, shown, about
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file as dotted names."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        tomllib = require("tomli", extra="train")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"recipe {path}: it cannot be read ({error})") from error
+    out: dict[str, Any] = {}
+    for section, value in table.items():
+        if not isinstance(value, dict):
+            if section not in ("base", "task") or not isinstance(value, str):
+                raise UserError(f"recipe {path}: {section!r} is not base, task or a section")
+            out[section] = value
+            continue
+        for name, item in value.items():
+            if isinstance(item, dict) and (section, name) == ("model", "args"):
+                out |= {f"model.args.{key}": one for key, one in item.items()}
+            else:
+                out[f"{section}.{name}"] = item
+    return out

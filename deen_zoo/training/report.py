@@ -41,7 +41,7 @@ def markdown(results: dict[str, Any], curves: bool = True) -> str:
             f"Recipe `{recipe['name']}`, {results['epochs']} epochs, seed {results['seed']}, on "
             f"{results['device']}. The numbers are those of the last epoch, in per cent."
         )
-    if results["dataset"] == "synthetic":
+    if results["drawn"]:
         lines += ["", "Drawn people: these numbers say nothing about real cameras."]
     lines += ["", report(results["protocols"].values())]
     if all("best" in entry for entry in results["protocols"].values()):
@@ -84,19 +84,22 @@ def _best_beside_last(protocols: dict[str, dict[str, Any]]) -> list[str]:
 
 def _ablation_row(results: dict[str, Any]) -> str:
     """The row of the poster's Table 4 that a run corresponds to, in words; "" if there is none."""
-    recipe = results["recipe"]
+    loss, model = results["recipe"]["loss"], results["recipe"]["model"]
+    if "cpm" not in loss:
+        return ""
+    dee = model["dee"] is not False
     for row in published_ablation():
         switches = {
-            "dee": results["dee"],
-            "cpm": results["dee"] and bool(recipe["cpm_weight"]),
-            "ort": results["dee"] and bool(recipe["ort_weight"]),
-            "mfa": results["mfa"],
+            "dee": dee,
+            "cpm": dee and bool(loss["cpm"]),
+            "ort": dee and bool(loss["orthogonality"]),
+            "mfa": model["mfa"] is not False,
         }
         if all(row[key] == on for key, on in switches.items()):
             numbers = ", ".join(
                 f"{name} {100 * row[name]['r1']:.1f}/{100 * row[name]['mAP']:.1f}"
                 for name in ("llcm-ir2vis", "sysu-all")
-                if name in results["protocols"] and results["dataset"] != "synthetic"
+                if name in results["protocols"] and not results["drawn"]
             )
             on = " + ".join(key.upper() for key, value in switches.items() if value) or "baseline"
             return f"Row of the poster's Table 4: {on}{f', R-1/mAP {numbers}' if numbers else ''}."
@@ -118,15 +121,16 @@ def plot(path: Path, history: Sequence[dict[str, Any]]) -> None:
     """
     figure = require("matplotlib.figure", extra="viz").Figure(figsize=(9, 3.5), layout="tight")
     left, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] + 1 for row in history]
-    for name in ("loss", "identity", "triplet", "cpm", "orthogonality"):
+    epochs = [row["epoch"] for row in history]
+    columns = list(history[0])
+    for name in columns[columns.index("loss") : columns.index("seconds")]:
         left.plot(epochs, [row[name] for row in history], label=name)
     left.set(xlabel="epoch", ylabel="loss")
     left.legend()
     tested = [row for row in history if row["r1"] is not None]
     for name, label in (("r1", "rank-1"), ("mAP", "mAP")):
         values = [100 * row[name] for row in tested]
-        right.plot([row["epoch"] + 1 for row in tested], values, marker=".", label=label)
+        right.plot([row["epoch"] for row in tested], values, marker=".", label=label)
     right.set(xlabel="epoch", ylabel="per cent", ylim=(0, 100))
     right.legend()
     image = io.BytesIO()

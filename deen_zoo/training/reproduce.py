@@ -1,18 +1,20 @@
-"""The whole pipeline: check the data, train, evaluate every protocol, write what came out."""
+"""The whole pipeline: check the data, train, evaluate every protocol, write a report."""
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
 import platform
 import random
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import timm
 import torch
 
@@ -21,16 +23,19 @@ from ..data.check import check_dataset
 from ..data.datasets import PROTOCOLS, ReidDataset, Sample, open_dataset
 from ..data.loader import train_loader
 from ..data.transforms import ERASING_AREA, TrainTransform
-from ..device import choose_device
+from ..device import choose_device, resolve_precision
 from ..distributed import Distributed, join
 from ..errors import UserError
 from ..evaluation import ProtocolResult, evaluate, images_of, merge_trials
 from ..features.extractor import data_config, extract
-from ..models import DEEN, create_model, save_pretrained
+from ..io import exclusive, sha256
+from ..models import create_model, save_pretrained
 from ..synthetic import synthesize
-from .loop import Run, Task, make_optimizer, train
+from .loop import make_optimizer, train
 from .report import write_results
 from .settings import TRY_WITHOUT_DATA, Settings
+from .state import Run
+from .tasks import load_object, task_class
 
 __all__ = ["Settings", "reproduce"]
 
@@ -38,181 +43,183 @@ __all__ = ["Settings", "reproduce"]
 def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str, Any]:
     """Check, train, evaluate, and write results.
 
-    The output folder holds ``results.json``, ``report.md``, ``curves.png``, ``log.csv``, the
-    training state ``last.safetensors``, and two checkpoint folders: ``checkpoint`` (the last
-    epoch) and ``best`` (the best on the test set). RegDB has these, but for the first two, for each
-    split, in ``trial-1`` and so on.
+    The output folder holds ``results.json``, ``report.md``, pictures, ``log.csv``, the saved state
+    in ``states``, and two checkpoint folders: ``checkpoint`` (the last epoch) and ``best`` (the
+    best on the test set). RegDB has the last five for each split, in ``trial-1`` and so on.
 
     Args:
         settings: From :meth:`Settings.create`.
         world: The processes that share the work; by default those of ``torchrun``.
 
     Returns:
-        What ``results.json`` holds.
+        The content of ``results.json``.
 
     Raises:
-        UserError: Settings or data that cannot be used; or the loss became NaN or infinite.
+        UserError: Settings or data that cannot be used, a run that cannot be resumed with these
+            settings, or a loss that became NaN or infinite.
         OSError: Something cannot be written.
     """
     if world is None:
         with join(choose_device(settings.device)) as world:
             return reproduce(settings, world)
-    settings.output.mkdir(parents=True, exist_ok=True)
-    dataset = _open_data(settings, world)
-    fingerprint = dataset.fingerprint()
-    models: list[dict[str, Any]] = []
-    measured: dict[str, dict[str, list[ProtocolResult]]] = {"last": {}, "best": {}}
-    for trial in settings.trials:
-        ends, history = _ends(settings, dataset, trial, fingerprint["sha256"], world)
-        models.append({"trial": trial, "history": history, **ends})
-        found: list[ProtocolResult] = []
-        for which, end in ends.items():
-            if which == "last" or end["epoch"] != ends["last"]["epoch"]:
-                source = settings.output / end["checkpoint"] if history else end["checkpoint"]
-                found = _evaluate(settings, dataset, _load(source, world), trial, world)
-            for result in found:
-                measured[which].setdefault(result.protocol, []).append(result)
-    results = {
-        **_provenance(settings, world),
-        "data": fingerprint,
-        "models": models,
-        "protocols": _protocols(settings, dataset, measured),
-    }
-    if world.main:
-        write_results(settings.output, results)
-    world.barrier()
+    with ExitStack() as stack:
+        world.once(lambda: _enter(stack, settings))
+        _check_early(settings)
+        dataset = check_data(settings, world)
+        fingerprint = world.once(dataset.fingerprint)
+        record = _record(settings, fingerprint, world)
+        run = {"record": record, "epochs": settings.epochs, "protocols": list(settings.protocols)}
+        finished = world.once(lambda: _finished(settings, run))
+        if finished is not None:
+            return finished
+        models, measured = [], _Measured()
+        for trial in settings.trials:
+            if settings.eval_only:
+                model = given_checkpoint(settings, trial)
+            else:
+                model = train_split(settings, dataset, trial, record | {"trial": trial}, world)
+            models.append(model)
+            evaluate_split(settings, dataset, trial, model, measured, world)
+        results = {
+            **_provenance(settings, world),
+            "run": run,
+            "drawn": _drawn(dataset),
+            "data": fingerprint,
+            "models": models,
+            "protocols": measured.protocols(_drawn(dataset)),
+        }
+        world.once(lambda: write_results(settings.output, results))
     return results
 
 
-def _open_data(settings: Settings, world: Distributed) -> ReidDataset:
+def _enter(stack: ExitStack, settings: Settings) -> None:
+    """Lock the output folder."""
+    settings.output.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(exclusive(settings.output / ".lock", f"the run in {settings.output}"))
+
+
+def _finished(settings: Settings, run: dict[str, Any]) -> dict[str, Any] | None:
+    """The results of the very same run, if it is resumed and has nothing left to do."""
+    file = settings.output / "results.json"
+    if not settings.resume or settings.eval_only or not file.is_file():
+        return None
+    results: dict[str, Any] = json.loads(file.read_text())
+    return results if results.get("run") == run else None
+
+
+def _check_early(settings: Settings) -> None:
+    """Refuse what would be found only after hours of work."""
+    resolve_precision(choose_device(settings.device), settings.precision)
+    if settings.task:
+        task_class(settings.task)
+    for trial in settings.trials:
+        if settings.eval_only:
+            _checkpoint(settings, trial)
+        elif not settings.resume and Run(settings.folder(trial)).newest:
+            raise UserError(
+                f"{settings.folder(trial)} holds a run: continue it with --resume, or choose "
+                "another --output"
+            )
+
+
+def check_data(settings: Settings, world: Distributed) -> ReidDataset:
+    """The dataset, drawn first if it is the synthetic one, and checked.
+
+    Raises:
+        UserError: It cannot be used; the message names the first fault.
+    """
     root = settings.data_root
     if settings.dataset == "synthetic" and not root.exists():
-        if world.main:
-            _say(world, f"drawing a synthetic world of {settings.identities} people into {root}")
-            synthesize("llcm", root, identities=settings.identities)
-        world.barrier()
+        _say(world, f"drawing a synthetic world of {settings.people} people into {root}")
+        world.once(lambda: _draw(settings))
     try:
         dataset = open_dataset(settings.layout, root, settings.skip_broken)
     except UserError as error:
         raise UserError(f"{error}; {TRY_WITHOUT_DATA}") from error
+    report = world.once(
+        lambda: check_dataset(settings.layout, root, decode=settings.skip_broken, progress=True)
+    )
     if settings.skip_broken:
-        report = check_dataset(settings.layout, root, progress=world.main)
         dataset.leave_out(fault.where for fault in report.faults if fault.kind == "unreadable")
         if report.faults:
             first = report.faults[0]
             _say(world, f"warning: {len(report.faults)} faults are left out, the first "
                         f"{first.kind}, {first.where}: {first.detail}")  # fmt: skip
-    elif world.main:
-        report = check_dataset(settings.layout, root, decode=False)
-        if not report.usable:
-            fault = report.faults[0]
-            raise UserError(
-                f"{root} cannot be used: {len(report.faults)} faults, the first {fault.kind}, "
-                f"{fault.where}: {fault.detail}; list all by 'deen-zoo check {dataset.name} "
-                f"{root}', or leave them out by --skip-broken"
-            )
-    if world.main:
-        complete = "" if report.complete else " (counts differ from the published ones)"
-        images = (report.fingerprint or {}).get("images")
-        _say(world, f"{root}: {images} images, usable{complete}")
+    elif not report.usable:
+        fault = report.faults[0]
+        raise UserError(
+            f"{root} cannot be used: {len(report.faults)} faults, the first {fault.kind}, "
+            f"{fault.where}: {fault.detail}; list all with 'deen-zoo check {dataset.name} "
+            f"{root}', or leave them out with --skip-broken"
+        )
+    complete = "" if report.complete else " (counts differ from the published ones)"
+    images = (report.fingerprint or {}).get("images")
+    _say(world, f"{root}: {images} images, usable{complete}")
     return dataset
 
 
-def _ends(
-    settings: Settings, dataset: ReidDataset, trial: int, fingerprint: str, world: Distributed
-) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """The checkpoints to evaluate on a split, "last" and "best", and the log of training."""
-    if settings.eval_only:
-        source = _checkpoint(settings, trial)
-        return {"last": {"checkpoint": source, "epoch": None, "sha256": _sha256(source)}}, []
-    run = _train(settings, dataset, trial, fingerprint, world)
-    epochs = {"last": run.epoch - 1} | ({"best": run.best["epoch"]} if run.best else {})
-    folders = {"last": run.folder / "checkpoint", "best": run.folder / "best"}
-    ends = {
-        which: {
-            "checkpoint": os.path.relpath(folders[which], settings.output),
-            "epoch": epoch,
-            "sha256": _sha256(folders[which]),
-        }
-        for which, epoch in epochs.items()
-    }
-    return ends, run.history
+def _draw(settings: Settings) -> None:
+    synthesize(settings.layout, settings.data_root, identities=settings.people)
 
 
-def _train(
-    settings: Settings, dataset: ReidDataset, trial: int, fingerprint: str, world: Distributed
-) -> Run:
-    """Train a split's model and save the last epoch's as a checkpoint folder."""
+def _drawn(dataset: ReidDataset) -> bool:
+    """Whether the people are drawn, so that no published number is comparable."""
+    return Path(dataset.root, "synthetic.json").exists()
+
+
+def train_split(
+    settings: Settings,
+    dataset: ReidDataset,
+    trial: int,
+    record: dict[str, Any],
+    world: Distributed,
+) -> dict[str, Any]:
+    """Train a split's model and write its checkpoint folders: its entry in ``results.json``."""
     recipe, folder = settings.recipe, settings.folder(trial)
-    config = {
-        "data": fingerprint,
-        "model": settings.model,
-        "recipe": recipe.name,
-        "seed": settings.seed,
-        "trial": trial,
-        "dee": settings.dee,
-        "mfa": settings.mfa,
-        "cpm_weight": recipe.cpm_weight,
-        "ort_weight": recipe.ort_weight,
-        "processes": world.size,
-    }
-    run = Run(folder, config)
-    started = run.state_file.exists()
-    if started and not settings.resume:
-        raise UserError(f"{folder} holds a run: go on with --resume, or choose another --output")
-    folder.mkdir(parents=True, exist_ok=True)
+    run = Run(folder, record)
     samples = dataset.train(trial)
-    random.seed(settings.seed)
-    np.random.seed(settings.seed)
-    torch.manual_seed(settings.seed)
-    imagenet = not (settings.scratch or started or settings.model.startswith("test"))
-    try:
-        model = create_model(
-            settings.model,
-            num_classes=len({sample.identity for sample in samples}),
-            dee=settings.dee,
-            mfa=settings.mfa,
-            dee_mean=recipe.model_form != "paper",
-            mfa_softmax=recipe.model_form == "paper",
-            pretrained_backbone=imagenet,
-        )
-    except UserError as error:
-        if not imagenet:
-            raise
-        raise UserError(f"{error}; or start from random weights with --scratch") from error
-    _place(model, world)
-    model.set_grad_checkpointing(settings.grad_checkpointing, stages=2)  # half of the maps
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(settings.seed)
+    model = _build(settings, len({sample.identity for sample in samples}))
+    model.to(world.device).to(memory_format=torch.channels_last)
+    if settings.grad_checkpointing:
+        model.set_grad_checkpointing(True, stages=2)  # half of the maps
     data = data_config(model)
     size = data["input_size"][1:]
     cache = _cache(settings, dataset, size)
-    area = recipe.erasing_area or ERASING_AREA[settings.layout]
     loader = train_loader(
         samples,
         size,
         TrainTransform(
-            recipe.pad, recipe.grayscale, erasing=recipe.erasing, erasing_area=area,
-            mean=data["mean"], std=data["std"],
+            recipe.data.pad,
+            recipe.data.grayscale,
+            recipe.data.flip,
+            recipe.data.erasing,
+            recipe.data.erasing_area or ERASING_AREA[settings.layout],
+            data["mean"],
+            data["std"],
         ),
-        recipe.identities,
-        recipe.images,
+        recipe.data.identities_per_batch,
+        recipe.data.images_per_modality,
         settings.seed,
         settings.threads,
         cache,
         rank=world.rank,
         world_size=world.size,
-    )  # fmt: skip
+    )
     protocol = settings.protocols[0]
-    number = trial if settings.dataset == "regdb" else PROTOCOLS[protocol].trials[0]
+    number = trial if len(settings.trials) > 1 else PROTOCOLS[protocol].trials[0]
+    number = trial if settings.dataset == "regdb" else number
     sides = dataset.query(protocol, number) + dataset.gallery(protocol, number)
 
     def test() -> dict[str, float]:
-        """The reference's choice of the best epoch: one protocol, one gallery."""
+        """As the reference chooses the best epoch: one protocol, one gallery."""
         features = _extract(settings, model, sides, cache, world)
         mean = evaluate(features, sides, protocol, trials=[number]).mean
         return {"r1": mean["r1"], "mAP": mean["mAP"]}
 
     train(
-        Task(model, recipe, settings.precision),
+        task_class(settings.task, model)(model, recipe, settings.precision),
         make_optimizer(model, recipe),
         loader,
         run,
@@ -223,10 +230,32 @@ def _train(
         compile=settings.compile,
         save_every=settings.save_every,
     )
-    if world.main:
-        save_pretrained(model, folder / "checkpoint")
-    world.barrier()
-    return run
+    return world.once(lambda: _write_checkpoints(settings, model, run, trial))
+
+
+def _write_checkpoints(settings: Settings, model: Any, run: Run, trial: int) -> dict[str, Any]:
+    entry: dict[str, Any] = {"trial": trial, "history": run.history}
+    save_pretrained(model, run.folder / "checkpoint")
+    epochs = {"last": (run.epoch, run.folder / "checkpoint")}
+    if run.best:
+        run.publish_best()
+        epochs["best"] = run.best["epoch"], run.folder / "best"
+    for which, (epoch, folder) in epochs.items():
+        entry[which] = {
+            "checkpoint": os.path.relpath(folder, settings.output),
+            "epoch": epoch,
+            "sha256": sha256(folder / "model.safetensors"),
+        }
+    return entry
+
+
+def given_checkpoint(settings: Settings, trial: int) -> dict[str, Any]:
+    """The entry in ``results.json`` of weights that were not trained here."""
+    source = _checkpoint(settings, trial)
+    weights = Path(source) / "model.safetensors"
+    digest = sha256(weights) if weights.is_file() else None
+    last = {"checkpoint": source, "epoch": None, "sha256": digest}
+    return {"trial": trial, "history": [], "last": last}
 
 
 def _checkpoint(settings: Settings, trial: int) -> str:
@@ -243,18 +272,31 @@ def _checkpoint(settings: Settings, trial: int) -> str:
     return source
 
 
-def _load(source: str | Path, world: Distributed) -> DEEN:
+def _build(settings: Settings, num_classes: int) -> Any:
+    """The model, before training or loading."""
+    arguments = settings.recipe.model.arguments
+    if settings.recipe.data.image_size:
+        size = (3, *settings.recipe.data.image_size)
+        arguments |= {"pretrained_cfg_overlay": {"input_size": size}}
+    if ":" in settings.model:
+        return load_object(settings.model, "--model")(num_classes=num_classes, **arguments)
+    imagenet = not (settings.scratch or settings.model.startswith("test"))
+    try:
+        return create_model(
+            settings.model, num_classes=num_classes, pretrained_backbone=imagenet, **arguments
+        )
+    except TypeError as error:
+        raise UserError(f"--model {settings.model}: {error}; see recipe.model") from error
+    except UserError as error:
+        if not imagenet:
+            raise
+        raise UserError(f"{error}; or start from random weights with --scratch") from error
+
+
+def _load(source: str | Path, world: Distributed) -> Any:
     name = f"local-dir:{source}" if Path(source).is_dir() else str(source)
-    return _place(create_model(name, pretrained=True), world)
-
-
-def _place(model: DEEN, world: Distributed) -> DEEN:
+    model = create_model(name, pretrained=True)
     return model.to(world.device).to(memory_format=torch.channels_last)
-
-
-def _sha256(source: str | Path) -> str | None:
-    weights = Path(source) / "model.safetensors"
-    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
 
 
 def _cache(settings: Settings, dataset: ReidDataset, size: tuple[int, int]) -> DecodedCache | None:
@@ -266,7 +308,7 @@ def _cache(settings: Settings, dataset: ReidDataset, size: tuple[int, int]) -> D
 
 def _extract(
     settings: Settings,
-    model: DEEN,
+    model: Any,
     samples: Sequence[Sample],
     cache: DecodedCache | None,
     world: Distributed,
@@ -283,8 +325,52 @@ def _extract(
     )
 
 
+class _Measured:
+    """Results of all splits, by epoch ("last" or "best") and protocol."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, dict[str, list[ProtocolResult]]] = {"last": {}, "best": {}}
+
+    def add(self, which: str, results: Sequence[ProtocolResult]) -> None:
+        for result in results:
+            self.results[which].setdefault(result.protocol, []).append(result)
+
+    def protocols(self, drawn: bool) -> dict[str, dict[str, Any]]:
+        """Of each protocol the last epoch's result and, with it, the best epoch's."""
+        out = {}
+        for name, results in self.results["last"].items():
+            entry = merge_trials(results).to_dict()
+            if drawn:
+                entry |= {"published": [], "expected_counts": {}}
+            if name in self.results["best"]:
+                best = merge_trials(self.results["best"][name])
+                entry["best"] = {"mean": best.mean, "std": best.std}
+            out[name] = entry
+        return out
+
+
+def evaluate_split(
+    settings: Settings,
+    dataset: ReidDataset,
+    trial: int,
+    entry: dict[str, Any],
+    measured: _Measured,
+    world: Distributed,
+) -> None:
+    """Run every protocol with a split's last and best epoch."""
+    found: list[ProtocolResult] = []
+    for which in ("last", "best"):
+        if which not in entry:
+            continue
+        end = entry[which]
+        if which == "last" or end["epoch"] != entry["last"]["epoch"]:
+            source = settings.output / end["checkpoint"] if entry["history"] else end["checkpoint"]
+            found = _evaluate(settings, dataset, _load(source, world), trial, world)
+        measured.add(which, found)
+
+
 def _evaluate(
-    settings: Settings, dataset: ReidDataset, model: DEEN, trial: int, world: Distributed
+    settings: Settings, dataset: ReidDataset, model: Any, trial: int, world: Distributed
 ) -> list[ProtocolResult]:
     """Every protocol of a split; each image that any trial compares goes through the model once."""
     samples = dataset.test("visible", trial) + dataset.test("infrared", trial)
@@ -297,22 +383,18 @@ def _evaluate(
     return [evaluate(features, samples, name, trials=trials) for name in settings.protocols]
 
 
-def _protocols(
-    settings: Settings,
-    dataset: ReidDataset,
-    measured: dict[str, dict[str, list[ProtocolResult]]],
-) -> dict[str, dict[str, Any]]:
-    """Of each protocol the last epoch's result and, beside it, the best epoch's."""
-    out = {}
-    for name, results in measured["last"].items():
-        entry = merge_trials(results).to_dict()
-        if Path(dataset.root, "synthetic.json").exists():  # drawn people are not the papers'
-            entry |= {"published": [], "expected_counts": {}}
-        if name in measured["best"]:
-            best = merge_trials(measured["best"][name])
-            entry["best"] = {"mean": best.mean, "std": best.std}
-        out[name] = entry
-    return out
+def _record(settings: Settings, fingerprint: dict[str, Any], world: Distributed) -> dict[str, Any]:
+    """Everything that changes the numbers of a run, but the number of epochs."""
+    provenance = _provenance(settings, world)
+    recipe = provenance.pop("recipe")
+    recipe.pop("name")
+    recipe["schedule"].pop("epochs")
+    for key in ("epochs", "eval_only"):
+        provenance.pop(key)
+    provenance["versions"].pop("python")
+    data = {key: fingerprint[key] for key in ("images", "sha256", "content") if key in fingerprint}
+    first = settings.protocols[0]
+    return {**provenance, "recipe": recipe, "data": data, "protocol": first}
 
 
 def _provenance(settings: Settings, world: Distributed) -> dict[str, Any]:
@@ -321,22 +403,24 @@ def _provenance(settings: Settings, world: Distributed) -> dict[str, Any]:
     return {
         "dataset": settings.dataset,
         "model": settings.model,
-        "dee": settings.dee,
-        "mfa": settings.mfa,
-        "recipe": asdict(settings.recipe),
+        "task": settings.task,
+        "scratch": settings.scratch,
+        "recipe": json.loads(json.dumps(asdict(settings.recipe))),
         "epochs": settings.epochs,
         "seed": settings.seed,
         "eval_only": settings.eval_only,
         "device": world.device.type,
         "processes": world.size,
         "threads": torch.get_num_threads(),  # on a CPU another number rounds, and ends, differently
-        "precision": settings.precision,
+        "precision": resolve_precision(world.device, settings.precision),
+        "compile": settings.compile,
         "versions": {
             "deen_zoo": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "timm": timm.__version__,
             "numpy": np.__version__,
+            "pillow": PIL.__version__,
         },
     }
 

@@ -1,19 +1,20 @@
-"""The settings of a run, with the defaults that depend on the dataset."""
+"""The settings of a run. Each is declared, described and turned into an option here, once."""
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..data.datasets import DATASETS, PROTOCOLS
 from ..errors import UserError, check_least
-from .recipes import Recipe, get_recipe
+from .recipes import RECIPES, Recipe, describe, get_recipe
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "add_options"]
 
+DATASETS = ("sysu", "regdb", "llcm", "own", "synthetic")
 MODELS = {
     "sysu": "deen_resnet50_sysu",
     "regdb": "deen_resnet50_regdb",
@@ -24,64 +25,59 @@ MODELS = {
 TRY_WITHOUT_DATA = "without data, try 'deen-zoo reproduce synthetic'"
 
 
+def option(help: str, default: Any = MISSING, **argument: Any) -> Any:
+    """A field that is an option of ``deen-zoo reproduce`` as well."""
+    metadata = {"help": help, "argument": argument}
+    if default is MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What to reproduce, and where; :meth:`create` fills in what depends on the dataset.
+    """What to run, and where. :meth:`create` fills in what depends on the dataset.
 
-    Attributes:
-        dataset: ``"sysu"``, ``"regdb"``, ``"llcm"``, ``"own"``, or ``"synthetic"``: a
-            drawn world in LLCM's layout, made when it is not there yet.
-        output: Folder of the run.
-        data_root: Of the dataset.
-        recipe: How to train.
-        model: As :func:`deen_zoo.create_model` takes it.
-        epochs: Stop after so many.
-        trials: The splits to train a model each for; RegDB has ten, the others one.
-        protocols: Of the dataset, to evaluate; the first one chooses the best epoch.
-        cache: Folder for decoded images (see ``deen_zoo.data.cache``); None decodes every time.
-        dee: Of the model: generate the two extra branches.
-        mfa: Of the model: fuse the stages.
-        scratch: Start a ResNet-50 from random weights, not from ImageNet's.
-        identities: People in the synthetic world when it is made.
-        seed: Of the weights, the batches and the augmentation.
-        device: ``"auto"`` or a torch device.
-        precision: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
-        compile: Use ``torch.compile``.
-        grad_checkpointing: Compute the maps of the first two stages again in the backward pass
-            instead of keeping them: less memory, the same numbers, some more time.
-        threads: Threads that decode; None is the number of available cores.
-        batch_size: Images at a time in evaluation.
-        save_every: Steps between saves within an epoch; None is at its end only.
-        skip_broken: Leave out, counted and reported, what ``check`` finds broken or mislabelled;
-            it decodes every image once to know.
-        resume: Go on from where ``output`` stands.
-        eval_only: Train nothing; evaluate this checkpoint folder, model name or ``hf-hub:`` id.
+    The fields are described where they are declared, and by ``deen-zoo reproduce --help``.
     """
 
-    dataset: str
-    output: Path
-    data_root: Path
-    recipe: Recipe
-    model: str
-    epochs: int
-    trials: tuple[int, ...]
-    protocols: tuple[str, ...]
-    cache: Path | None
-    dee: bool = True
-    mfa: bool = True
-    scratch: bool = False
-    identities: int = 96
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "auto"
-    compile: bool = False
-    grad_checkpointing: bool = False
-    threads: int | None = None
-    batch_size: int = 64
-    save_every: int | None = None
-    skip_broken: bool = False
-    resume: bool = False
-    eval_only: str | None = None
+    dataset: str = option("the dataset; synthetic draws its own people", choices=DATASETS)
+    output: Path = option("folder of the run (default: runs/DATASET)", metavar="FOLDER")
+    data_root: Path = option("folder of the dataset", metavar="FOLDER")
+    recipe: Recipe = option(
+        f"{', '.join(RECIPES)}, or a TOML file (default: official; synthetic has its own)",
+        metavar="NAME|FILE.toml",
+    )
+    model: str = option("a model by name, or package.module:function (default: the dataset's)")
+    epochs: int = option("stop after so many epochs (default: the recipe's)", type=int)
+    trials: tuple[int, ...] = option("RegDB's splits, 1 to 10", type=int, nargs="+", metavar="N")
+    protocols: tuple[str, ...] = option(
+        "protocols of the dataset; the first one chooses the best epoch (default: all)",
+        nargs="+",
+        metavar="NAME",
+    )
+    cache: Path | None = option("keep decoded images there", metavar="FOLDER")
+    task: str | None = option(
+        "package.module:Class, the losses (default: what the model's family names)", None
+    )
+    scratch: bool = option("start from random weights, not from ImageNet's", False)
+    people: int = option("people in a synthetic world (default: 96)", 96, type=int)
+    seed: int = option("seed of the weights, the batches and the augmentation", 0)
+    device: str = option("auto, cpu, cuda, cuda:1, ...", "auto")
+    precision: str = option("", "auto", choices=("auto", "float32", "bfloat16"))
+    compile: bool = option("use torch.compile", False)
+    grad_checkpointing: bool = option(
+        "less memory and a little slower: compute the first stages' maps twice", False
+    )
+    threads: int | None = option(
+        "threads that decode (default: one per core)", None, type=int, metavar="N"
+    )
+    batch_size: int = option("images at a time in evaluation (default: 64)", 64, type=int)
+    save_every: int | None = option("save within epochs too", None, type=int, metavar="STEPS")
+    skip_broken: bool = option("leave out broken images, with a counted warning", False)
+    resume: bool = option("continue the run in --output", False)
+    eval_only: str | None = option(
+        "a checkpoint folder, model name or hf-hub: id; no training", None, metavar="CHECKPOINT"
+    )
 
     @classmethod
     def create(
@@ -89,66 +85,89 @@ class Settings:
         dataset: str,
         output: str | os.PathLike[str],
         data_root: str | os.PathLike[str] | None = None,
-        recipe: str | None = None,
+        recipe: str | os.PathLike[str] | Recipe | None = None,
         model: str | None = None,
         epochs: int | None = None,
         trials: Sequence[int] | None = None,
         protocols: Sequence[str] | None = None,
         cache: str | os.PathLike[str] | None = None,
+        changes: Sequence[str] = (),
+        task: str | None = None,
         **others: Any,
     ) -> Settings:
         """Settings with the dataset's own defaults where None is given; ``others`` are the rest.
 
-        Those are the model of the same name and the official recipe; for the synthetic world
-        ``test_deen_resnet``, a recipe of its own, and ``OUTPUT/data`` and ``OUTPUT/cache``.
+        ``recipe`` may be a name, a TOML file or a :class:`~deen_zoo.training.recipes.Recipe`;
+        ``changes`` are applied to it, as ``--set`` has them.
 
         Raises:
-            UserError: No such dataset or recipe, or settings that do not go together.
+            UserError: There is no such dataset, recipe or setting, or settings that do not go
+                together. Nothing was done yet.
         """
+        from ..data.datasets import DATASETS as KINDS
+        from ..data.datasets import PROTOCOLS
+
         if dataset not in MODELS:
             raise UserError(f"dataset {dataset!r}: choose from {', '.join(MODELS)}")
         output, synthetic = Path(output), dataset == "synthetic"
+        layout = _layout(dataset)
+        kind = KINDS[layout]
         if data_root is None and not synthetic:
-            kind = DATASETS[dataset]
             given = f", which is given out on request only: {kind.ask}" if kind.ask else ""
             raise UserError(
                 f"{dataset} needs --data-root, the folder of {kind.title}{given}; "
                 f"{TRY_WITHOUT_DATA}"
             )
-        if trials and dataset != "regdb":
+        for name, folder in (("--output", output), ("--cache", cache)):
+            if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+                raise UserError(f"{name} {folder}: it is a file; give a folder")
+        if trials and len(kind.trials) == 1:
             raise UserError(f"--trials chooses among RegDB's splits; {dataset} has one")
-        for option, number, least in (
+        if trials and (len(set(trials)) < len(trials) or not set(trials) <= set(kind.trials)):
+            raise UserError(
+                f"--trials {' '.join(map(str, trials))}: choose from {kind.trials[0]} to "
+                f"{kind.trials[-1]}, each once"
+            )
+        for name, number, least in (
             ("--epochs", epochs, 1),
             ("--batch-size", others.get("batch_size"), 1),
             ("--threads", others.get("threads"), 1),
             ("--save-every", others.get("save_every"), 1),
+            ("--people", others.get("people"), 4),
         ):
             if number is not None:
-                check_least(option, number, least)
-        layout = _layout(dataset)
+                check_least(name, number, least)
         known = [name for name, terms in PROTOCOLS.items() if terms.dataset == layout]
         for name in protocols or ():
             if name not in known:
                 raise UserError(f"--protocols {name}: choose from {dataset}'s, {', '.join(known)}")
-        chosen = get_recipe(recipe or ("synthetic" if synthetic else "official"))
+        if not isinstance(recipe, Recipe):
+            from .tasks import task_class
+
+            recipe = get_recipe(
+                recipe or ("synthetic" if synthetic else "official"),
+                changes,
+                task_class(task).Loss if task else None,
+            )
         if cache is None and synthetic:
             cache = output / "cache"
         return cls(
             dataset,
             output,
             Path(data_root) if data_root is not None else output / "data",
-            chosen,
+            recipe,
             model or MODELS[dataset],
-            epochs or chosen.epochs,
-            tuple(trials or range(1, 11)) if dataset == "regdb" else (1,),
+            epochs or recipe.schedule.epochs,
+            tuple(trials or kind.trials),
             tuple(protocols or known),
             None if cache is None else Path(cache),
+            task or recipe.task,
             **others,
         )
 
     @property
     def layout(self) -> str:
-        """Of the data on disk: the name of the dataset that it looks like."""
+        """The name of the dataset whose layout the data has."""
         return _layout(self.dataset)
 
     def folder(self, trial: int) -> Path:
@@ -158,3 +177,34 @@ class Settings:
 
 def _layout(dataset: str) -> str:
     return "llcm" if dataset == "synthetic" else dataset
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of all fields of :class:`Settings` but the seed, and ``--set``."""
+    for item in fields(Settings):
+        about, argument = item.metadata["help"], dict(item.metadata["argument"])
+        if item.name == "seed":
+            continue
+        if item.name == "dataset":
+            parser.add_argument(item.name, help=about, **argument)
+            continue
+        default = None if item.default is MISSING else item.default
+        if default is False:
+            argument["action"] = "store_true"
+        parser.add_argument(
+            f"--{item.name.replace('_', '-')}", default=default, help=about, **argument
+        )
+        if item.name == "recipe":
+            parser.add_argument(
+                "--set",
+                dest="changes",
+                action="append",
+                default=[],
+                metavar="KEY=VALUE",
+                help="change a setting of the recipe (see below); may be given again",
+            )
+    rows = [
+        f"  {key}={value}\n      {about}" for key, value, about in describe(RECIPES["official"])
+    ]
+    parser.epilog = f"{parser.epilog or ''}\nsettings for --set, as the official recipe has them:\n"
+    parser.epilog += "\n".join(rows).replace("%", "%%")

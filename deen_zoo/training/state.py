@@ -1,14 +1,21 @@
-"""Training states in one file: tensors as safetensors, all else as JSON in its header.
+"""A run on disk: its saved states, its log, and what must be the same when it is resumed.
 
-A state is written under a temporary name and renamed, so a file of the final name is always whole,
-whatever happens to the process or the disk.
+A saved state is one folder, written under a temporary name and renamed: everything that the next
+step depends on, the log so far, and the weights of the best epoch. The previous state is removed
+only after that, so whenever the process dies, the newest state is whole and of one piece.
 """
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import io
 import json
 import os
 import random
+import re
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +23,164 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
 
+from ..distributed import Distributed
 from ..errors import UserError
-from ..io import write_atomically
+from ..io import whole_folder, write_atomically
+from ..models import save_pretrained
 
-__all__ = ["load_state", "random_state", "save_state", "set_random_state"]
+__all__ = ["Run", "load_state", "random_state", "save_state", "set_random_state"]
 
 _TENSOR = "__tensor__"
+
+
+@dataclass
+class Run:
+    """A run on disk, and how far it is. All processes hold the same one; rank 0 writes.
+
+    Attributes:
+        folder: ``states/`` and ``log.csv`` are kept in it, and ``tensorboard/`` where that is
+            installed.
+        record: Everything that changes the numbers; it must be the same when the run is resumed.
+        epoch: Number of finished epochs.
+        step: Number of finished steps of the next epoch.
+        history: One row of the log for each finished epoch; a row's ``epoch`` counts from 1.
+    """
+
+    folder: Path
+    record: dict[str, Any] = field(default_factory=dict)
+    epoch: int = 0
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    _board: Any = None
+
+    @property
+    def newest(self) -> Path | None:
+        """The folder of the newest saved state."""
+        return max(self._saved(), default=None)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The log's row with the best rank-1 on the test set, the first of equals."""
+        tested = [row for row in self.history if row.get("r1") is not None]
+        return max(tested, key=lambda row: row["r1"], default=None)
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        sums: dict[str, float],
+        world: Distributed,
+    ) -> None:
+        """Save all that the next step depends on; all processes call it together."""
+        random_states = world.gather(random_state())
+
+        def write() -> None:
+            previous, states = self.newest, self.folder / "states"
+            with whole_folder(states / f"epoch-{self.epoch:05d}-step-{self.step:07d}") as folder:
+                state = {
+                    "record": self.record,
+                    "epoch": self.epoch,
+                    "step": self.step,
+                    "history": self.history,
+                    "sums": sums,
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "random": random_states,
+                }
+                save_state(folder / "state.safetensors", state)
+                if self.step == 0 and self.history and self.best is self.history[-1]:
+                    save_pretrained(model, folder / "best")
+                elif previous is not None and (previous / "best").is_dir():
+                    shutil.copytree(previous / "best", folder / "best", copy_function=_link)
+            for old in self._saved():
+                if old != self.newest:
+                    shutil.rmtree(old, ignore_errors=True)
+            self.write_log()
+
+        world.once(write)
+
+    def resume(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, world: Distributed
+    ) -> dict[str, float]:
+        """Continue from the newest state, as rank 0 reads it; the sums of the epoch's losses.
+
+        Raises:
+            UserError: The run was made with other settings; the message names them.
+        """
+        state = world.share(world.once(self._read))
+        self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        set_random_state(state["random"][world.rank])
+        sums: dict[str, float] = state["sums"]
+        return sums
+
+    def write_log(self) -> None:
+        """Write ``log.csv``, and the last row to TensorBoard where that is installed."""
+        if not self.history:
+            return
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(k for row in self.history for k in row)))
+        writer.writeheader()
+        writer.writerows(self.history)
+        write_atomically(self.folder / "log.csv", text.getvalue())
+        row = self.history[-1]
+        if self._board is None:
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(self.folder / "tensorboard", purge_step=row["epoch"])
+        if self._board is not None and self.step == 0:
+            for name, value in row.items():
+                if name != "epoch" and value is not None:
+                    self._board.add_scalar(name, value, row["epoch"])
+            self._board.flush()
+
+    def publish_best(self) -> None:
+        """Make ``best/`` the best epoch's checkpoint, as the newest state has it."""
+        assert self.newest is not None
+        with whole_folder(self.folder / "best") as folder:
+            shutil.copytree(self.newest / "best", folder, copy_function=_link, dirs_exist_ok=True)
+
+    def _saved(self) -> list[Path]:
+        names = self.folder.glob("states/epoch-*")
+        return sorted(path for path in names if re.fullmatch(r"epoch-\d+-step-\d+", path.name))
+
+    def _read(self) -> dict[str, Any]:
+        folder = self.newest
+        if folder is None:
+            raise UserError(f"{self.folder} holds no saved state: run without --resume")
+        state = load_state(folder / "state.safetensors")
+        before, now = _flat(state["record"]), _flat(self.record)
+        differ = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+        if differ:
+            shown = [f"{k} {before.get(k)!r}, now {now.get(k)!r}" for k in differ]
+            raise UserError(
+                f"{self.folder} holds a run with other settings ({'; '.join(shown)}): "
+                "resume with the same ones, or choose another --output"
+            )
+        return state
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names, as they are after a round trip through JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = json.loads(json.dumps(value))
+    return flat
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
@@ -52,10 +210,10 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What :func:`save_state` saved, on the CPU; tuples have become lists.
 
     Raises:
-        UserError: There is no such file, or it is not one of these or is damaged.
+        UserError: The file is missing or damaged, or is no training state.
     """
     if not Path(path).is_file():
-        raise UserError(f"{path}: there is no such file; a run writes it when an epoch is done")
+        raise UserError(f"{path}: there is no such file; a run writes one after each epoch")
     try:
         with safe_open(str(path), framework="pt") as file:
             structure = json.loads((file.metadata() or {})["state"])
@@ -79,21 +237,21 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of all global random generators: Python, NumPy, torch, every CUDA device."""
+    """The states of this process's random generators: Python, NumPy, torch, its CUDA device."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
         "numpy": [kind, [int(key) for key in keys], *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Go on from a :func:`random_state`, before or after it went through a file."""
+    """Continue from a :func:`random_state`, before or after it went through a file."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

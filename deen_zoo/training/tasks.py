@@ -1,0 +1,113 @@
+"""Tasks: a model and the losses that train it. The loop only loops."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..data.loader import TrainBatch
+from ..device import autocast
+from ..errors import UserError
+from .losses import batch_hard_triplet_loss, cpm_loss, identity_loss, orthogonality_loss
+from .recipes import DEENLoss, Recipe
+from .sections import Section
+
+__all__ = ["DEENTask", "Task", "load_object", "task_class"]
+
+
+class Task(nn.Module):
+    """A model and its losses; a subclass gives :meth:`losses`.
+
+    Args:
+        model: On the model contract, with a classifier of as many identities as the labels have.
+        recipe: ``recipe.loss`` is an instance of the class's ``Loss``.
+        precision: As for :func:`deen_zoo.device.autocast`; the losses are never below float32.
+    """
+
+    Loss: ClassVar[type[Section]] = Section
+
+    def __init__(self, model: Any, recipe: Recipe, precision: str = "float32") -> None:
+        super().__init__()
+        if not isinstance(recipe.loss, self.Loss):
+            raise UserError(
+                f"recipe {recipe.name} has the loss settings of another task "
+                f"({type(recipe.loss).__name__}); {type(self).__name__} takes {self.Loss.__name__}"
+            )
+        self.model: Any = model
+        self.recipe, self.precision = recipe, precision
+        self.loss: Any = recipe.loss
+
+    def features(self, batch: TrainBatch) -> dict[str, Tensor]:
+        """What the model gives for a batch (``forward_train``), in float32 or above."""
+        with autocast(batch.images.device, self.precision):
+            out: dict[str, Tensor] = self.model.forward_train(batch.images, batch.infrared)
+        return {k: t if t.dtype == torch.float64 else t.float() for k, t in out.items()}
+
+    def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
+        """Weighted terms by name, each a scalar; their sum is the loss.
+
+        ``batch.labels`` (N,) and ``batch.infrared`` (N,) may be on the CPU while the images are on
+        a device, which saves the device a wait. Every step must give the same names.
+        """
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, labels: Tensor, infrared: Tensor) -> dict[str, Tensor]:
+        """:meth:`losses`, as a call that can be compiled and shared by processes."""
+        return self.losses(TrainBatch(images, labels, infrared))
+
+
+class DEENTask(Task):
+    """DEEN's loss: identity, batch-hard triplet, center-guided pair mining, orthogonality.
+
+    Without generated branches (``dee=False``) the last two have nothing to act on and are left out.
+    """
+
+    Loss = DEENLoss
+    loss: DEENLoss
+
+    def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
+        loss, out = self.loss, self.features(batch)
+        pool, n = out["pool"], len(batch.labels)  # (B*N, C), branch-major
+        branches = len(pool) // n
+        terms = {"identity": identity_loss(out["logits"], batch.labels)}
+        if loss.triplet:
+            labels = batch.labels.repeat(branches)
+            triplet = batch_hard_triplet_loss(pool, labels, loss.triplet_margin)
+            terms["triplet"] = loss.triplet * triplet
+        if branches > 1 and loss.cpm:
+            cpm = cpm_loss(
+                pool[:n], pool[n:], batch.labels, batch.infrared, loss.cpm_margin, loss.cpm_variant
+            )
+            terms["cpm"] = loss.cpm * cpm
+        if branches > 1 and loss.orthogonality:
+            terms["orthogonality"] = loss.orthogonality * orthogonality_loss(pool, branches)
+        return terms
+
+
+def load_object(name: str, option: str) -> Any:
+    """What ``package.module:name`` names.
+
+    Raises:
+        UserError: It cannot be imported; the message names the option that gave it.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise UserError(f"{option} {name}: give package.module:name")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{option} {name}: it cannot be imported ({error})") from error
+
+
+def task_class(name: str | None, model: Any = DEENTask) -> type[Task]:
+    """The task that is named, or else the one that the model's family names as ``model.task``."""
+    name = name or getattr(model, "task", None)
+    if name is None:
+        return DEENTask
+    found = load_object(name, "--task")
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise UserError(f"--task {name}: it is not a subclass of deen_zoo.training.tasks.Task")
+    return found
