@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 
+from .data.datasets import get_dataset
 from .errors import UserError
 from .evaluation.results import METRICS
 from .io import sha256, whole_folder
@@ -221,10 +222,11 @@ def measured(results: Mapping[str, Any], digest: str) -> Measured:
         entries.append(own)
     if not entries:
         raise UserError("the results are of no protocol: evaluate again")
-    split = model["trial"] if results["dataset"] == "regdb" else None
+    dataset = get_dataset(results["dataset"])
+    split = model["trial"] if len(dataset.splits) > 1 else None
     # A drawn world has no published counts, also where it stands in for a real dataset.
-    counted = results["dataset"] == "own" or any(entry["expected_counts"] for entry in entries)
-    drawn = results["dataset"] == "synthetic" or not counted
+    counted = not dataset.expected or any(entry["expected_counts"] for entry in entries)
+    drawn = dataset.synthetic or not counted
     return Measured(which, model[which]["epoch"], split, entries, drawn)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 
-from .data.datasets import DATASETS
+from .data.datasets import get_dataset
 from .evaluation import report
 from .evaluation.results import METRICS
 from .models import DEEN
@@ -51,7 +51,7 @@ def card(
     """The model card: metadata that the Hub reads, then ``card.md`` filled in."""
     dataset = results["dataset"]
     cfg: Any = model.pretrained_cfg
-    title = "a synthetic world" if found.drawn else DATASETS[dataset].title
+    title = "a synthetic world" if found.drawn else get_dataset(dataset).title
     licence, name, link, in_words = licence_of(results, found, repo)
     data = ModelCardData(
         license=licence,
@@ -140,9 +140,9 @@ def _data(results: Mapping[str, Any], found: Measured, title: str) -> str:
     names = f"{facts['images']:,} images; SHA-256 of their names `{facts['sha256']}`."
     if found.drawn:
         return f"Pictures drawn by `deen-zoo synthesize`, which show no real person: {names}"
-    if results["dataset"] == "own":
+    if not get_dataset(results["dataset"]).home:
         return f"The publisher's own images: {names} They are not redistributed here."
-    home = DATASETS[results["dataset"]].home
+    home = get_dataset(results["dataset"]).home
     return (
         f"{title}: {names} It is given out on a signed request only ({home}), "
         f"for research, and is not redistributed here. It shows real people: keep to the terms "
@@ -161,10 +161,10 @@ def licence_of(
     if found.drawn:
         words = "So are these weights, which come from drawn pictures alone."
         return "apache-2.0", None, None, f"{code} {words}"
-    if results["dataset"] == "own":
+    if not get_dataset(results["dataset"]).home:
         words = "That does not extend to the weights, whose terms are for their publisher to say."
         return "other", "see-card", f"{constants.ENDPOINT}/{repo}#licence", f"{code} {words}"
-    link = DATASETS[results["dataset"]].home
+    link = get_dataset(results["dataset"]).home
     words = (
         f"That does not extend to the weights: they are for research only, within the terms of "
         f"the dataset that they were trained on ({link})."

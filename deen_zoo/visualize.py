@@ -18,8 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .data.images import open_image
-from .data.transforms import resize
+from .data.images import open_image, resize
 from .errors import UserError
 from .features.files import FeatureTable
 from .features.sources import gather

@@ -17,10 +17,10 @@ from PIL import Image
 
 from deen_zoo.data import cache as cache_module
 from deen_zoo.data.cache import open_cache
-from deen_zoo.data.datasets import Sample
-from deen_zoo.data.images import open_image
-from deen_zoo.data.loader import eval_loader, read_image, train_loader
-from deen_zoo.data.transforms import EvalTransform, Pixels, train_transform
+from deen_zoo.data.images import Pixels, open_image, read_image
+from deen_zoo.data.loader import eval_loader, train_loader
+from deen_zoo.data.protocols import Sample
+from deen_zoo.data.transforms import EvalTransform, train_transform
 from deen_zoo.errors import UserError
 
 SIZE = (48, 18)

@@ -201,7 +201,7 @@ def test_files_of_two_models_do_not_join(tmp_path):
     [
         (["--protocol", "llcm-ir2vis", "--split", "2"], "--split is for RegDB"),
         (["--protocol", "regdb-ir2vis", "--trials", "10"], "--trials is for drawn galleries"),
-        (["--protocol", "regdb-ir2vis", "--split", "11"], r"regdb-ir2vis has 1 to 10"),
+        (["--protocol", "regdb-ir2vis", "--split", "11"], "regdb-ir2vis has trials 1 to 10"),
         (["--protocol", "llcm-ir2vis", "--trials", "0"], "trials"),
         (["--protocol", "llcm-ir2vis", "--data-root", "nowhere"], "there is no such folder"),
     ],

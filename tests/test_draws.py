@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deen_zoo.data import PROTOCOLS, Sample, draw_gallery, open_dataset
-from deen_zoo.data.datasets import read_permutations
+from deen_zoo.data.protocols import read_permutations
 from deen_zoo.errors import MissingExtraError, UserError
 
 from . import trees
@@ -225,16 +225,16 @@ def test_draw_arguments_are_checked(tmp_path):
     regdb = open_dataset("regdb", trees.regdb(tmp_path / "regdb"))
     with pytest.raises(UserError, match="has no official draw"):
         llcm.gallery("llcm-ir2vis", draw="official")
-    with pytest.raises(UserError, match="draw 'random'; it is 'seeded' or 'official'"):
+    with pytest.raises(UserError, match="unknown draw 'random'"):
         llcm.gallery("llcm-ir2vis", draw="random")
     for arguments in ({"shots": 10}, {"draw": "official"}):
         with pytest.raises(UserError, match="takes the whole gallery"):
             regdb.gallery("regdb-vis2ir", **arguments)
     with pytest.raises(UserError, match="takes the whole gallery"):
         llcm.gallery("llcm-vis2ir-official", shots=10)
-    with pytest.raises(UserError, match="trials 0 to 9, not 10"):
+    with pytest.raises(UserError, match="trials 0 to 9, not"):
         llcm.gallery("llcm-ir2vis", 10)
-    with pytest.raises(UserError, match="trials 1 to 10, not 0"):
+    with pytest.raises(UserError, match="trials 1 to 10, not"):
         regdb.query("regdb-vis2ir", 0)
     with pytest.raises(UserError, match=r"protocol 'sysu-all' for LLCM; it has llcm-ir2vis"):
         llcm.query("sysu-all")

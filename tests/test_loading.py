@@ -11,15 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from deen_zoo.data.datasets import Sample
-from deen_zoo.data.loader import (
-    TrainLoader,
-    TrainSet,
-    eval_loader,
-    map_batches,
-    read_image,
-    train_loader,
-)
+from deen_zoo.data.images import read_image
+from deen_zoo.data.loader import TrainLoader, TrainSet, eval_loader, map_batches, train_loader
+from deen_zoo.data.protocols import Sample
 from deen_zoo.data.transforms import EvalTransform, train_transform
 from deen_zoo.errors import UserError
 

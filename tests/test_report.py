@@ -18,10 +18,10 @@ from deen_zoo.evaluation import (
 )
 from deen_zoo.evaluation.published import published_by
 
-from .test_protocols import FEATURES, WORLD
+from .test_protocols import FEATURES, WORLD, world_of
 
 RESULTS = {
-    name: evaluate(FEATURES, WORLD, name, trials=2 if PROTOCOLS[name].sampled else None)
+    name: evaluate(FEATURES, world_of(name), name, trials=2 if PROTOCOLS[name].sampled else None)
     for name in PROTOCOLS
 }
 

@@ -12,8 +12,8 @@ import pytest
 
 import deen_zoo
 from deen_zoo.cli import main
-from deen_zoo.data import open_dataset
-from deen_zoo.evaluation import protocols, published_ablation
+from deen_zoo.data import open_dataset, protocols
+from deen_zoo.evaluation import published_ablation
 from deen_zoo.features.extractor import weights_sha256
 from deen_zoo.synthetic import synthesize
 from deen_zoo.training import ablation, reproduce

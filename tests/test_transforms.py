@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from deen_zoo.data.datasets import DATASETS
+from deen_zoo.data.images import resize
 from deen_zoo.data.transforms import (
-    ERASING_AREA,
     EvalTransform,
     TrainTransform,
     eval_transform,
     random_erasing,
-    resize,
     to_tensor,
     train_transform,
 )
@@ -26,6 +26,7 @@ from deen_zoo.errors import UserError
 
 from .reference import needs_official, official
 
+AREAS = sorted({kind.erasing_area for kind in DATASETS.values()})
 CONFIG = {
     "input_size": (3, 96, 36),
     "mean": (0.485, 0.456, 0.406),
@@ -144,7 +145,7 @@ class PythonRandom:
 
 
 @needs_official
-@pytest.mark.parametrize("area", sorted(set(ERASING_AREA.values())))
+@pytest.mark.parametrize("area", AREAS)
 def test_random_erasing_is_the_references(area):
     erase = official("random_erasing").RandomErasing(0.5, *area, 0.3, [0.485, 0.456, 0.406])
     state = random.getstate()
@@ -182,7 +183,7 @@ def test_random_erasing_covers_the_references_rectangles(area):
 @given(
     st.integers(2, 60),
     st.integers(2, 40),
-    st.sampled_from(sorted(set(ERASING_AREA.values()))),
+    st.sampled_from(AREAS),
     st.integers(0, 2**32),
 )
 def test_erased_is_one_rectangle_of_the_mean_within_its_bounds(height, width, area, seed):

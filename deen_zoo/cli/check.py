@@ -17,7 +17,9 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", choices=("sysu", "regdb", "llcm", "own"))
+    from ..data.datasets import DATASETS
+
+    parser.add_argument("dataset", choices=tuple(DATASETS))
     parser.add_argument("root", metavar="ROOT", help="the folder as its authors give it")
     parser.add_argument(
         "--fast", action="store_true", help="do not decode images: truncated ones are not found"

@@ -22,7 +22,8 @@ EXAMPLES = """\
       --model runs/llcm/checkpoint --modality auto
 
 A CSV file has a header line path,identity,camera,modality; all but the path may be left out.
-The layout "own" is ROOT/visible/IDENTITY/*.jpg and ROOT/infrared/IDENTITY/*.jpg."""
+The layout "own" is ROOT/visible/IDENTITY/*.jpg and ROOT/infrared/IDENTITY/*.jpg, or these two
+below ROOT/test."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -58,6 +59,7 @@ def name_unreadable(unreadable: dict[str, str]) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..data.datasets import DATASETS
     from ..features.extractor import BRANCHES, DESCRIPTORS, DTYPES
 
     add = parser.add_argument
@@ -66,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--modality", choices=("visible", "infrared", "auto"), help="auto: grey is infrared")
     add(
         "--layout",
-        choices=("sysu", "regdb", "llcm", "own"),
-        help="SOURCE is the root of such a tree: its test images, or all of 'own', with labels",
+        choices=tuple(DATASETS),
+        help="SOURCE is the root of such a tree: its test images, with labels",
     )
     add("--split", type=int, default=1, metavar="N", help="RegDB's, 1 to 10 (default: 1)")
     add_model_arguments(parser, required=True)
@@ -119,13 +121,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _samples(args: argparse.Namespace) -> Any:
     from ..data import open_dataset
-    from ..data.folder import open_folder
     from ..errors import UserError
 
     if len(args.source) != 1:
         raise UserError(f"--layout {args.layout} takes one root, not {len(args.source)} sources")
-    if args.layout == "own":
-        return open_folder(args.source[0])
     dataset = open_dataset(args.layout, args.source[0])
     return dataset.test("visible", args.split) + dataset.test("infrared", args.split)
 

@@ -16,7 +16,9 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("layout", choices=("sysu", "regdb", "llcm"), help="whose layout")
+    from ..synthetic.layouts import LAYOUTS
+
+    parser.add_argument("layout", choices=tuple(LAYOUTS), help="whose layout")
     parser.add_argument("root", metavar="ROOT", help="folder to write: new, or empty")
     parser.add_argument("--identities", type=int, default=32, metavar="N", help="people (32)")
     parser.add_argument("--seed", type=seed, default=0, help="of the world (0)")

@@ -1,4 +1,4 @@
-"""Datasets on disk as lists of samples; their images as batches; a synthetic world; checks.
+"""Datasets on disk as lists of samples, their images as batches, and checks.
 
 Every name is imported from its module when first used.
 """
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 _MODULES = {
     "cache": ("DecodedCache", "open_cache"),
     "check": ("CheckReport", "check_dataset"),
-    "datasets": ("open_dataset",),
+    "datasets": ("get_dataset", "open_dataset", "register_dataset", "register_protocol"),
     "protocols": ("PROTOCOLS", "Protocol", "Sample", "draw_gallery", "read_permutations"),
-    "images": ("is_image_name", "open_image"),
+    "images": ("is_image_name", "open_image", "read_image"),
     "loader": ("eval_loader", "train_loader"),
     "reader": ("Fault", "ReidDataset"),
     "sampler": ("IdentitySampler",),
@@ -26,9 +26,13 @@ if TYPE_CHECKING:
     from .cache import open_cache as open_cache
     from .check import CheckReport as CheckReport
     from .check import check_dataset as check_dataset
+    from .datasets import get_dataset as get_dataset
     from .datasets import open_dataset as open_dataset
+    from .datasets import register_dataset as register_dataset
+    from .datasets import register_protocol as register_protocol
     from .images import is_image_name as is_image_name
     from .images import open_image as open_image
+    from .images import read_image as read_image
     from .loader import eval_loader as eval_loader
     from .loader import train_loader as train_loader
     from .protocols import PROTOCOLS as PROTOCOLS

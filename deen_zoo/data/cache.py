@@ -22,8 +22,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from ..errors import UserError
-from .images import open_image
-from .transforms import Pixels, resize
+from .images import Pixels, open_image, resize
 
 __all__ = ["DecodedCache", "open_cache"]
 

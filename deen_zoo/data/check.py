@@ -6,18 +6,16 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
-from PIL import Image
-
 from ..errors import UserError
-from .datasets import DATASETS, PROTOCOLS, Fault, ReidDataset, Sample, open_dataset
-from .images import is_image_name, open_image
-from .protocols import draw_gallery, read_permutations
-from .reader import count, one_modality
+from .datasets import get_dataset, open_dataset
+from .images import is_image_name, one_channel, open_image
+from .protocols import PROTOCOLS, Sample, draw_gallery, read_permutations
+from .reader import Fault, ReidDataset, count, one_modality
 
 __all__ = ["CheckReport", "check_dataset"]
 
@@ -41,7 +39,7 @@ class CheckReport:
 
     dataset: str
     root: str
-    expected: Counts
+    expected: Mapping[str, Mapping[str, int]]
     counts: Counts = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     notes: list[Fault] = field(default_factory=list)
@@ -75,7 +73,7 @@ class CheckReport:
         }
 
     def __str__(self) -> str:
-        kind = DATASETS[self.dataset]
+        kind = get_dataset(self.dataset)
         lines = [f"{kind.title} at {self.root}", ""]
         lines.append(f"{'split':<22} {'what':<20} {'found':>8} {'expected':>8}")
         for split, what, found, want in self._merged():
@@ -159,7 +157,7 @@ def check_dataset(
     report = CheckReport(dataset.name, dataset.root, dataset.expected)
     samples = _check_splits(dataset, report)
     _check_protocols(dataset, report)
-    if dataset.name == "sysu":
+    if any(PROTOCOLS[name].official_draw for name in dataset.protocols()):
         _check_permutations(dataset, report)
     _check_strays(dataset, samples, report)
     _check_images(dataset, samples, report, decode, progress)
@@ -172,11 +170,15 @@ def _check_splits(dataset: ReidDataset, report: CheckReport) -> dict[str, Sample
     faults: dict[Fault, None] = {}  # one file may be in several splits
     notes: dict[Fault, None] = {}
     whole = True
-    for trial in dataset.trials:
+    for number in dataset.splits:
         for split, read in (("train", dataset.read_train), ("test", dataset.read_test)):
-            label = f"{split} {trial}" if len(dataset.trials) > 1 else split
+            if split == "train" and not dataset.trainable:
+                detail = "can be evaluated, extracted and searched, not trained on"
+                notes[Fault("no training set", f"{split}/", detail)] = None
+                continue
+            label = f"{split} {number}" if len(dataset.splits) > 1 else split
             try:
-                found, bad = read(trial)
+                found, bad = read(number)
             except UserError as error:
                 faults[Fault("index", "index files", str(error))] = None
                 whole = False
@@ -196,15 +198,14 @@ def _check_splits(dataset: ReidDataset, report: CheckReport) -> dict[str, Sample
 
 
 def _check_protocols(dataset: ReidDataset, report: CheckReport) -> None:
-    for protocol, terms in PROTOCOLS.items():
-        if terms.dataset == dataset.name:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # its faults are in the report
-                try:
-                    query, gallery = dataset.query(protocol), dataset.gallery(protocol)
-                except UserError:
-                    continue
-            report.counts[protocol] = {"query": len(query), "gallery": len(gallery)}
+    for protocol in dataset.protocols():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its faults are in the report
+            try:
+                query, gallery = dataset.query(protocol), dataset.gallery(protocol)
+            except UserError:
+                continue
+        report.counts[protocol] = {"query": len(query), "gallery": len(gallery)}
 
 
 def _check_permutations(dataset: ReidDataset, report: CheckReport) -> None:
@@ -287,8 +288,7 @@ def _decode(path: str) -> tuple[str, bool]:
         open_image(path)
     except UserError as error:
         return str(error).removeprefix(f"{path}: "), False
-    with Image.open(path) as image:
-        return "", len(image.getbands()) == 1 and image.mode != "P"
+    return "", one_channel(path)
 
 
 def _size(path: str) -> tuple[str, bool]:

@@ -1,27 +1,87 @@
-"""SYSU-MM01, RegDB and LLCM from the folders their authors hand out, as lists of samples.
+"""SYSU-MM01, RegDB and LLCM from the folders their authors hand out, and all their facts.
 
 Only names are read. Identities and cameras come from the path below the root, so the root may be
 called anything. What the readers cannot trust (a file in another identity's folder, a listed file
 that is absent, an identity of one modality in training) is a :class:`Fault`: one line of error, or
 with ``skip_broken`` left out with a counted warning. ``deen_zoo.data.check`` lists all of them.
+
+A dataset or protocol of your own: subclass :class:`ReidDataset`, decorate it with
+:func:`register_dataset`, and name who queries whom by :func:`register_protocol`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar, TypeVar
 
 from ..errors import UserError
 from .folder import OwnData
-from .protocols import INFRARED, PROTOCOLS, SPLITS, VISIBLE, Protocol, Sample, draw_gallery
-from .protocols import read_permutations as read_permutations
+from .protocols import INFRARED, PROTOCOLS, RULES, VISIBLE, Label, Protocol, Sample
 from .reader import Fault, ReidDataset
 
-__all__ = ["DATASETS", "LLCM", "PROTOCOLS", "Fault", "Protocol", "RegDB", "ReidDataset", "Sample"]
-__all__ += ["SysuMM01", "draw_gallery", "open_dataset", "read_permutations"]
+__all__ = ["DATASETS", "LLCM", "RegDB", "SyntheticLLCM", "SysuMM01", "get_dataset", "open_dataset"]
+__all__ += ["register_dataset", "register_protocol"]
+
+DATASETS: dict[str, type[ReidDataset]] = {}
+_Kind = TypeVar("_Kind", bound=type[ReidDataset])
 
 
+def register_dataset(kind: _Kind) -> _Kind:
+    """Make a dataset known by its ``name``; a class decorator.
+
+    Raises:
+        UserError: The name or the title is missing, or another class has that name.
+    """
+    name = getattr(kind, "name", "")
+    if not name or not getattr(kind, "title", ""):
+        raise UserError(f"dataset class {kind.__name__}: give it a name and a title")
+    if DATASETS.get(name, kind).__qualname__ != kind.__qualname__:
+        raise UserError(f"dataset {name!r} is registered already: choose another name")
+    DATASETS[name] = kind
+    return kind
+
+
+def register_protocol(name: str, protocol: Protocol) -> Protocol:
+    """Make a protocol known by its name; its dataset has been registered before.
+
+    Raises:
+        UserError: Another protocol has that name, or the row names no known dataset, modality,
+            rule or side.
+    """
+    if PROTOCOLS.get(name, protocol) != protocol:
+        raise UserError(f"protocol {name!r} is registered already: choose another name")
+    for what, value, valid in (
+        ("dataset", protocol.dataset, tuple(DATASETS)),
+        ("query", protocol.query, (VISIBLE, INFRARED)),
+        ("gallery", protocol.gallery, (VISIBLE, INFRARED)),
+        ("rule", protocol.rule, RULES),
+        ("sampled", protocol.sampled, ("gallery", "query", "")),
+    ):
+        if value not in valid:
+            raise UserError(f"protocol {name}: {what} {value!r}; choose from {', '.join(valid)}")
+    if not protocol.trials:
+        raise UserError(f"protocol {name}: no trials; give at least one number")
+    PROTOCOLS[name] = protocol
+    return protocol
+
+
+def get_dataset(name: str) -> type[ReidDataset]:
+    """The class of a dataset, which holds all its facts.
+
+    Raises:
+        UserError: There is none; the message lists the known ones.
+    """
+    if name not in DATASETS:
+        raise UserError(f"dataset {name!r}; known are {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+@register_dataset
 class SysuMM01(ReidDataset):
     """``cam1..cam6/0001/0001.jpg``, cameras 3 and 6 infrared; identities of splits in ``exp``."""
 
@@ -29,6 +89,8 @@ class SysuMM01(ReidDataset):
     home = "https://github.com/wuancong/SYSU-MM01"
     ask = f"the signed agreement in {home}"
     folders = (*(f"cam{camera}" for camera in range(1, 7)), "exp")
+    default_model = "deen_resnet50_sysu"
+    erasing_area = (0.2, 0.8)
     # train, query and gallery: facts of the protocol as the field reports them; cameras of the test
     # set and the indoor gallery: from the lengths in the authors' own test_id and rand_perm_cam
     expected = {
@@ -43,14 +105,14 @@ class SysuMM01(ReidDataset):
         "sysu-indoor": {"query": 3803, "gallery": 112},
     }  # fmt: skip
 
-    def _read_train(self, trial: int) -> tuple[list[Sample], list[Fault]]:
+    def list_train(self, split: int) -> tuple[list[Sample], list[Fault]]:
         ids = {*self._identities("exp/train_id.txt"), *self._identities("exp/val_id.txt")}
         return self._read_folders(sorted(ids))
 
-    def read_test(self, trial: int = 1) -> tuple[list[Sample], list[Fault]]:
+    def list_test(self, split: int) -> tuple[list[Sample], list[Fault]]:
         return self._read_folders(self._identities("exp/test_id.txt"))
 
-    def _test_identities(self, trial: int) -> set[int]:
+    def _test_identities(self, split: int) -> set[Label]:
         return set(self._identities("exp/test_id.txt"))
 
     def _read_folders(self, identities: list[int]) -> tuple[list[Sample], list[Fault]]:
@@ -66,9 +128,10 @@ class SysuMM01(ReidDataset):
         return samples, self._absent(identities, samples)
 
     def belongs(self, relative: str) -> bool:
-        return re.fullmatch(r"cam[1-6]/\d{4}/\d+\.\w+", relative) is not None
+        return re.fullmatch(r"cam[1-6]/\d{4}/\d+\.\w+", relative, re.IGNORECASE) is not None
 
 
+@register_dataset
 class RegDB(ReidDataset):
     """``Visible/285/x_v_05528_285.bmp``, ``Thermal/...``; ten splits into halves in ``idx``.
 
@@ -79,62 +142,56 @@ class RegDB(ReidDataset):
     home = "http://dm.dongguk.edu/link.html"
     ask = f"DBPerson-Recog-DB1 on {home}"
     folders = ("Visible", "Thermal", "idx")
-    trials = SPLITS
+    default_model = "deen_resnet50_regdb"
+    splits = range(1, 11)
     expected = {
         **{
-            f"{split} {trial}": {"identities": 206, "visible": 2060, "infrared": 2060}
-            for trial in SPLITS
-            for split in ("train", "test")
+            f"{part} {split}": {"identities": 206, "visible": 2060, "infrared": 2060}
+            for split in splits
+            for part in ("train", "test")
         },
         "regdb-vis2ir": {"query": 2060, "gallery": 2060},
         "regdb-ir2vis": {"query": 2060, "gallery": 2060},
     }
 
-    def _lists(self, split: str, trial: int) -> list[str]:
-        return [f"idx/{split}_{side}_{self._trial(trial)}.txt" for side in ("visible", "thermal")]
+    def _lists(self, part: str, split: int) -> list[str]:
+        return [f"idx/{part}_{side}_{split}.txt" for side in ("visible", "thermal")]
 
-    def _read_train(self, trial: int) -> tuple[list[Sample], list[Fault]]:
-        return self._read_lists(self._lists("train", trial))
+    def list_train(self, split: int) -> tuple[list[Sample], list[Fault]]:
+        return self._read_lists(self._lists("train", split))
 
-    def read_test(self, trial: int = 1) -> tuple[list[Sample], list[Fault]]:
-        return self._read_lists(self._lists("test", trial))
-
-    def _test_identities(self, trial: int) -> set[int]:
-        return {sample.identity for sample in self.read_test(trial)[0]}
-
-    def _trial(self, trial: int) -> int:
-        if trial not in SPLITS:
-            raise UserError(f"RegDB has trials 1 to 10, not {trial}")
-        return trial
+    def list_test(self, split: int) -> tuple[list[Sample], list[Fault]]:
+        return self._read_lists(self._lists("test", split))
 
     def belongs(self, relative: str) -> bool:
         return self._parse(relative)[0] is not None
 
     def _parse(self, relative: str) -> tuple[tuple[int, int, str] | None, str]:
-        match = re.fullmatch(r"(Visible|Thermal)/(\d+)/([^/]+)\.\w+", relative)
+        match = re.fullmatch(r"(Visible|Thermal)/(\d+)/([^/]+)\.\w+", relative, re.IGNORECASE)
         if match is None:
             return None, "not Visible/IDENTITY/name or Thermal/IDENTITY/name"
-        side, identity = match[1], int(match[2])
+        side, identity = match[1].lower(), int(match[2])
         named = re.search(r"_([vt])_\d+_(\d+)$", match[3])
         complaint = ""
-        if named and (int(named[2]) != identity or named[1] != side[0].lower()):
+        if named and (int(named[2]) != identity or named[1] != side[0]):
             complaint = f"the name says {named[1]} and identity {int(named[2])}"
-        return (identity, *((1, VISIBLE) if side == "Visible" else (2, INFRARED))), complaint
+        return (identity, *((1, VISIBLE) if side == "visible" else (2, INFRARED))), complaint
 
 
+@register_dataset
 class LLCM(ReidDataset):
     """``vis/0001/0001_c01_x_vis.jpg``, ``nir``, listed in ``idx``; ``test_vis/cam1/0003/...``."""
 
     name, title = "llcm", "LLCM"
     home = "https://github.com/ZYK100/LLCM"
     ask = f"the signed agreement in {home}"
-    cameras = {VISIBLE: (1, 2, 3, 4, 5, 6, 7, 8, 9), INFRARED: (1, 2, 4, 5, 6, 7, 8, 9)}
+    test_cameras = {VISIBLE: (1, 2, 3, 4, 5, 6, 7, 8, 9), INFRARED: (1, 2, 4, 5, 6, 7, 8, 9)}
     folders = (
         "vis", "nir", "idx",
-        *(f"test_vis/cam{camera}" for camera in cameras[VISIBLE]),
-        *(f"test_nir/cam{camera}" for camera in cameras[INFRARED]),
+        *(f"test_vis/cam{camera}" for camera in test_cameras[VISIBLE]),
+        *(f"test_nir/cam{camera}" for camera in test_cameras[INFRARED]),
     )  # fmt: skip
-    expected = {  # as published; the dataset was adjusted since
+    expected: ClassVar[Mapping[str, Mapping[str, int]]] = {  # as published; adjusted since
         "train": {"identities": 713, "visible": 16946, "infrared": 13975},
         "test": {"identities": 351, "visible": 8680, "infrared": 7166},
         "llcm-ir2vis": {"query": 7166},
@@ -142,15 +199,15 @@ class LLCM(ReidDataset):
         "llcm-vis2ir-official": {"gallery": 8680},
     }
 
-    def _read_train(self, trial: int) -> tuple[list[Sample], list[Fault]]:
+    def list_train(self, split: int) -> tuple[list[Sample], list[Fault]]:
         return self._read_lists(["idx/train_vis.txt", "idx/train_nir.txt"])
 
-    def read_test(self, trial: int = 1) -> tuple[list[Sample], list[Fault]]:
+    def list_test(self, split: int) -> tuple[list[Sample], list[Fault]]:
         samples, faults = [], []
         identities = self._identities("idx/test_id.txt")
         for side, modality in (("vis", VISIBLE), ("nir", INFRARED)):
             for identity in identities:
-                for camera in self.cameras[modality]:
+                for camera in self.test_cameras[modality]:
                     folder = f"test_{side}/cam{camera}/{identity:04d}"
                     for relative in (f"{folder}/{name}" for name in self._images(folder)):
                         parsed, complaint = self._parse(relative)
@@ -160,7 +217,7 @@ class LLCM(ReidDataset):
                             samples.append(Sample(self._path(relative), *parsed))
         return samples, faults + self._absent(identities, samples)
 
-    def _test_identities(self, trial: int) -> set[int]:
+    def _test_identities(self, split: int) -> set[Label]:
         return set(self._identities("idx/test_id.txt"))
 
     def belongs(self, relative: str) -> bool:
@@ -168,11 +225,14 @@ class LLCM(ReidDataset):
 
     def _parse(self, relative: str) -> tuple[tuple[int, int, str] | None, str]:
         match = re.fullmatch(
-            r"(?:test_)?(vis|nir)/(?:cam(\d)/)?(\d+)/(\d+)_c(\d+)_([^/]*)\.\w+", relative
+            r"(?:test_)?(vis|nir)/(?:cam(\d)/)?(\d+)/(\d+)_c(\d+)_([^/]*)\.\w+",
+            relative,
+            re.IGNORECASE,
         )
         if match is None:
             return None, "not vis/IDENTITY/IDENTITY_cCAMERA_name or nir/..."
         side, folder_camera, folder_identity, identity, camera, rest = match.groups()
+        side = side.lower()
         complaint = ""
         if int(identity) != int(folder_identity):
             complaint = f"the name says identity {int(identity)}"
@@ -183,34 +243,69 @@ class LLCM(ReidDataset):
         modality = VISIBLE if side == "vis" else INFRARED
         return (int(folder_identity), int(camera), modality), complaint
 
+    def version(self, counts: Mapping[str, Mapping[str, int]]) -> str:
+        wanted = {
+            (split, side): self.expected[split][side]
+            for split in ("train", "test")
+            for side in ("identities", VISIBLE, INFRARED)
+        }
+        found = {key: counts.get(key[0], {}).get(key[1], 0) for key in wanted}
+        differing = [
+            f"{found[key]:,} {key[1]} in {key[0]} where {want:,} were published"
+            for key, want in wanted.items()
+            if found[key] != want
+        ]
+        if not differing:
+            return (
+                "the version of the paper, as every count is the published one: compare results "
+                "with the paper's table (DEEN: llcm-ir2vis 54.9 / 62.9)"
+            )
+        why = "; ".join(differing)
+        if all(abs(found[key] - want) <= 0.1 * want for key, want in wanted.items()):
+            return (
+                "most likely the version adjusted after publication (issue 28 of its repository, "
+                f"July 2024), on which results are higher: {why}; compare results with the "
+                "repository's table (DEEN: llcm-ir2vis 55.52 / 62.07), not with the paper's"
+            )
+        return f"neither the published version nor the adjusted one, or a part of them: {why}"
 
-DATASETS: dict[str, type[ReidDataset]] = {
-    kind.name: kind for kind in (SysuMM01, RegDB, LLCM, OwnData)
-}
+
+register_dataset(OwnData)
+
+
+@register_dataset
+class SyntheticLLCM(LLCM):
+    """Drawn people in LLCM's layout, see :mod:`deen_zoo.synthetic`."""
+
+    name, title, home, ask = "synthetic", "the synthetic world", "", ""
+    layout = LLCM.name
+    expected: ClassVar[Mapping[str, Mapping[str, int]]] = {}
+    default_model, default_recipe = "test_deen_resnet", "synthetic"
+    synthetic = True
+
+    def version(self, counts: Mapping[str, Mapping[str, int]]) -> str:
+        return ""
 
 
 def open_dataset(name: str, root: str | os.PathLike[str], skip_broken: bool = False) -> ReidDataset:
     """A dataset by name, from the folder that holds it as its authors hand it out.
 
     Args:
-        name: ``"sysu"``, ``"regdb"``, ``"llcm"``, or ``"own"`` for one's own images, see
-            :class:`~deen_zoo.data.folder.OwnData`.
-        root: The folder with ``cam1``, ``Visible``, ``test_vis`` or ``test`` in it.
+        name: ``"sysu"``, ``"regdb"``, ``"llcm"``, ``"own"`` for the user's own images (see
+            :class:`~deen_zoo.data.folder.OwnData`), ``"synthetic"``, or a registered one.
+        root: The folder with ``cam1``, ``Visible``, ``test_vis`` or ``visible`` in it.
         skip_broken: Leave out what can't be trusted, with one counted warning, instead of raising.
 
     Raises:
         UserError: Unknown name; no such folder; or a folder that is not of this layout, with the
             folder or the name to give instead where that can be told.
     """
-    if name not in DATASETS:
-        raise UserError(f"dataset {name!r}; known are {', '.join(DATASETS)}")
-    kind, folder = DATASETS[name], Path(root).expanduser()
+    kind, folder = get_dataset(name), Path(root).expanduser()
     if not folder.is_dir():
+        holding = f"the one that holds {kind.folders[0]}" if kind.folders else "its root"
         given = f" {kind.title} is given out on request only: {kind.ask}" if kind.ask else ""
-        raise UserError(
-            f"{folder}: there is no such folder; give the one that holds {kind.folders[0]}.{given}"
-        )
-    absent = [sub for sub in kind.folders if not (folder / sub).is_dir()]
+        raise UserError(f"{folder}: there is no such folder; give {holding}.{given}")
+    absent = kind.absent(folder)
     if not absent:
         return kind(folder, skip_broken)
     raise UserError(
@@ -222,15 +317,13 @@ def open_dataset(name: str, root: str | os.PathLike[str], skip_broken: bool = Fa
 def _advice(kind: type[ReidDataset], folder: Path) -> str:
     """What to give instead of a folder that is not of the layout ``kind``."""
 
-    def holds(other: type[ReidDataset], place: Path) -> bool:
-        return all((place / sub.split("/")[0]).is_dir() for sub in other.folders)
-
     for other in DATASETS.values():
-        if other is not kind and holds(other, folder):
+        if other is not kind and not other.layout and other.looks_like(folder):
             return f"it looks like {other.title}: name it '{other.name}'"
     whole = folder.resolve()
-    near = [*whole.parents[:2], *sorted(p for p in whole.iterdir() if p.is_dir())]
-    for place in near:
-        if holds(kind, place):
-            return f"did you mean {place}?"
+    below = (path for depth in ("*/", "*/*/") for path in whole.glob(depth))
+    for place in (*whole.parents[:2], *sorted(itertools.islice(below, 1000))):
+        with contextlib.suppress(OSError):  # a folder that may not be read
+            if place.is_dir() and kind.looks_like(place):
+                return f"did you mean {place}?"
     return f"copy it again from the source ({kind.ask})" if kind.ask else "see docs/features.md"

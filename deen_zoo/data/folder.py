@@ -1,4 +1,4 @@
-"""One's own images: folders, and tables of path, identity, camera, modality."""
+"""The user's own images: folders, and tables of path, identity, camera, modality."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
 
 from ..errors import UserError
 from .images import is_image_name
-from .protocols import INFRARED, VISIBLE, Sample
+from .protocols import INFRARED, VISIBLE, Label, Sample, as_label
 from .reader import Fault, ReidDataset
 
 __all__ = ["UNKNOWN", "OwnData", "list_images", "open_folder", "read_csv"]
 
-UNKNOWN = -1  # an identity or camera that nobody said
+UNKNOWN = -1  # an identity or a camera that is not known
 COLUMNS = ("path", "identity", "camera", "modality")
 
 
@@ -50,12 +49,13 @@ def list_images(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
 
 
 def read_csv(file: str | os.PathLike[str], modality: str | None = None) -> list[Sample]:
-    """Samples of a table: a CSV file with a header line and one image a row.
+    """Samples of a table: a CSV file with a header line and one image per row.
 
     Args:
         file: Columns ``path`` (absolute, or relative to the file's folder), ``modality``
             (``visible`` or ``infrared``), and, where they are known, ``identity`` and ``camera``:
-            whole numbers from 0 on; left empty they are :data:`UNKNOWN`. Other columns are ignored.
+            whole numbers from 0, or words; left empty they are :data:`UNKNOWN`. Other columns are
+            ignored.
         modality: Of the images whose cell is empty or missing; ``"auto"`` is passed on.
 
     Raises:
@@ -102,25 +102,37 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise UserError(f"{file}: not a CSV file in UTF-8 ({error})") from None
 
 
-def _label(text: str, name: str, where: str) -> int:
-    if text and not re.fullmatch(r"[0-9]{1,18}", text):
-        raise UserError(f"{where}: {name} {text!r}; write a whole number")
-    return int(text) if text else UNKNOWN
+def _label(text: str, name: str, where: str) -> Label:
+    if re.fullmatch(r"-[0-9]+", text):
+        raise UserError(f"{where}: {name} {text!r}; write a whole number from 0, a word or nothing")
+    return as_label(text, f"{where}: {name}") if text else UNKNOWN
 
 
 def open_folder(root: str | os.PathLike[str]) -> list[Sample]:
     """Labelled samples of one folder, visible ones first.
 
     Either ``ROOT/visible`` and ``ROOT/infrared``, each with a folder for every identity, named by
-    its number (``0007`` and ``7`` are the same), and the images in it, or in ``0007/cam3`` where
-    cameras are known; or ``ROOT/images.csv``, as :func:`read_csv` takes it. Where no camera is
-    known, the visible images are of camera 1 and the infrared ones of camera 2.
+    a number (``0007`` and ``7`` are the same) or a word (``person_001``), and the images in it, or
+    in ``0007/cam3`` where cameras are known; or ``ROOT/images.csv``, as :func:`read_csv` takes it.
+    Where no camera is known, the visible images are of camera 1 and the infrared ones of camera 2.
 
     Raises:
-        UserError: Another layout; the message names the first thing that does not fit.
+        UserError: Another layout, or an identity without images; the message names the first thing
+            that does not fit.
     """
-    root = Path(root).expanduser()
-    number = {VISIBLE: 1, INFRARED: 2}
+    samples, faults, _ = _read_folder(Path(root).expanduser())
+    if faults:
+        raise UserError(f"{root}: {faults[0].where}: {faults[0].detail}")
+    return samples
+
+
+_NUMBER = {VISIBLE: 1, INFRARED: 2}  # the camera where none is known
+
+
+def _read_folder(root: Path) -> tuple[list[Sample], list[Fault], list[str]]:
+    """Samples, visible ones first; identities without images; files that are no images."""
+    faults: list[Fault] = []
+    others: list[str] = []
     table = root / "images.csv"
     if table.is_file():
         samples = read_csv(table)
@@ -128,50 +140,88 @@ def open_folder(root: str | os.PathLike[str]) -> list[Sample]:
         if unknown:
             raise UserError(f"{table}: {len(unknown)} rows have no identity, as {unknown[0]}")
         samples = [
-            s._replace(camera=number[s.modality]) if s.camera == UNKNOWN else s for s in samples
+            s._replace(camera=_NUMBER[s.modality]) if s.camera == UNKNOWN else s for s in samples
         ]
-        samples.sort(key=lambda sample: number[sample.modality])
+        samples.sort(key=lambda sample: _NUMBER[sample.modality])
     else:
-        samples = [sample for kind in number for sample in _of_folder(root, kind, number[kind])]
-    for modality in number:
+        samples = []
+        for modality in _NUMBER:
+            if not (root / modality).is_dir():
+                raise UserError(
+                    f"{root}: no folder {modality} in it; lay images out as visible/IDENTITY/*.jpg "
+                    "and infrared/IDENTITY/*.jpg, or list them in images.csv"
+                )
+            images, foreign = list_images(root / modality)
+            others += foreign
+            samples += [_sample(path, root / modality) for path in images]
+            seen = {as_label(sample.identity) for sample in samples if sample.modality == modality}
+            for folder in sorted(path for path in (root / modality).iterdir() if path.is_dir()):
+                if not folder.name.startswith(".") and as_label(folder.name) not in seen:
+                    detail = "no image in it that can be read"
+                    faults.append(Fault("missing", f"{modality}/{folder.name}", detail))
+    for modality in _NUMBER:
         if not any(sample.modality == modality for sample in samples):
             raise UserError(f"{root}: no {modality} image")
-    return samples
+    return samples, faults, others
 
 
-def _of_folder(root: Path, modality: str, camera: int) -> Iterator[Sample]:
-    if not (root / modality).is_dir():
+def _sample(path: str, folder: Path) -> Sample:
+    """The sample at IDENTITY/name or IDENTITY/camN/name below a modality's folder."""
+    match = re.fullmatch(
+        r"([^/]+)(?:/[^/\d]*(\d{1,9}))?/[^/]+", Path(path).relative_to(folder).as_posix()
+    )
+    if match is None:
         raise UserError(
-            f"{root}: no folder {modality} in it; lay images out as visible/IDENTITY/*.jpg and "
-            "infrared/IDENTITY/*.jpg, or list them in images.csv"
+            f"{path}: not {folder.name}/IDENTITY/name or {folder.name}/IDENTITY/camN/name; move "
+            "it, or list the images in images.csv"
         )
-    for path in list_images(root / modality)[0]:
-        relative = Path(path).relative_to(root / modality).as_posix()
-        match = re.fullmatch(r"(\d{1,18})(?:/[^/\d]*(\d{1,9}))?/[^/]+", relative)
-        if match is None:
-            raise UserError(
-                f"{path}: not {modality}/IDENTITY/name or {modality}/IDENTITY/camN/name, where "
-                "IDENTITY is a number; move it, or list the images in images.csv"
-            )
-        yield Sample(path, int(match[1]), int(match[2] or camera), modality)
+    camera = int(match[2] or _NUMBER[folder.name])
+    return Sample(path, as_label(match[1], "identity"), camera, folder.name)
 
 
 class OwnData(ReidDataset):
-    """One's own images to train and test on: ``ROOT/train`` and ``ROOT/test``, of different
-    people, each as :func:`open_folder` takes it."""
+    """The user's own images.
 
-    name, title, home, ask = "own", "one's own images", "", ""
-    folders = ("train", "test")
-    expected: ClassVar[dict[str, dict[str, int]]] = {}
+    ``ROOT/visible`` and ``ROOT/infrared``, or ``ROOT/images.csv``, as :func:`open_folder` takes
+    them, can be evaluated, extracted and searched. To train, lay out ``ROOT/train`` and
+    ``ROOT/test`` of different people, each of that form.
+    """
 
-    def _read_train(self, trial: int) -> tuple[list[Sample], list[Fault]]:
-        return open_folder(Path(self.root, "train")), []
+    name, title = "own", "the user's own images"
+    folders = ("visible", "infrared", "train", "test")
 
-    def read_test(self, trial: int = 1) -> tuple[list[Sample], list[Fault]]:
-        return open_folder(Path(self.root, "test")), []
+    @classmethod
+    def absent(cls, folder: Path) -> list[str]:
+        if (folder / "test").is_dir() or (folder / "images.csv").is_file():
+            return []
+        missing = [kind for kind in _NUMBER if not (folder / kind).is_dir()]
+        return [f"{' and '.join(missing)} (or, to train, train and test)"] if missing else []
 
-    def _test_identities(self, trial: int) -> set[int]:
-        return {sample.identity for sample in self.read_test()[0]}
+    @classmethod
+    def looks_like(cls, folder: Path) -> bool:
+        return not cls.absent(folder)
+
+    @property
+    def trainable(self) -> bool:
+        return Path(self.root, "train").is_dir()
+
+    def list_train(self, split: int) -> tuple[list[Sample], list[Fault]]:
+        if not self.trainable:
+            raise UserError(
+                f"{self.root}: no folder train in it; training needs ROOT/train and ROOT/test of "
+                "different people, each with visible/IDENTITY/*.jpg and infrared/IDENTITY/*.jpg or "
+                "images.csv"
+            )
+        return self._list("train")
+
+    def list_test(self, split: int) -> tuple[list[Sample], list[Fault]]:
+        return self._list("test" if Path(self.root, "test").is_dir() else "")
+
+    def _list(self, part: str) -> tuple[list[Sample], list[Fault]]:
+        samples, faults, others = _read_folder(Path(self.root, part))
+        self.ignored.update(map(self.relative, others))
+        prefix = f"{part}/" if part else ""
+        return samples, [fault._replace(where=prefix + fault.where) for fault in faults]
 
     def belongs(self, relative: str) -> bool:
-        return relative.startswith(("train/", "test/"))
+        return relative.startswith(tuple(f"{folder}/" for folder in self.folders))

@@ -1,19 +1,42 @@
-"""Image files: which names are images, and how one is read."""
+"""From image files to uint8 arrays of the network's size: the one way every image takes."""
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+import numpy.typing as npt
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ..errors import UserError
 
-__all__ = ["IMAGE_EXTENSIONS", "is_image_name", "open_image", "to_rgb"]
+if TYPE_CHECKING:
+    from .cache import DecodedCache
 
-IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+__all__ = ["IMAGE_EXTENSIONS", "Intensity", "Pixels", "check_intensity", "is_foreign_name"]
+__all__ += ["is_image_name"]
+__all__ += ["one_channel", "open_image", "parse_intensity", "read_image", "resize", "to_rgb"]
+
+Pixels = npt.NDArray[np.uint8]
+Intensity = str | tuple[float, float]
+
+# The formats that image names promise. Pillow is asked for no other: it would start Ghostscript
+# for a PostScript file that calls itself .jpg.
+_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "AVIF", "GIF", "JPEG2000", "PPM")
+IMAGE_EXTENSIONS = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm",
+    ".ppm", ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 _ORIENTATION = 0x0112  # the EXIF tag
+_INTENSITIES = ("full", "minmax", "percentile")
+_PERCENTILES = (1, 99)
+_DEEP_COLOUR = ("RGB;16", "RGBA;16", "RGBX;16", "LA;16")  # Pillow's raw modes
 
 
 def is_image_name(name: str) -> bool:
@@ -27,26 +50,127 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)
 
 
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
+def is_foreign_name(name: str) -> bool:
+    """Whether a file of this name may be an image of a kind that is not read.
+
+    Hidden files and those that systems leave in every folder are not.
+
+    >>> [is_foreign_name(name) for name in ("0001.heic", "0001.jpg", "Thumbs.db", ".DS_Store")]
+    [True, False, False, False]
+    """
+    if name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini"):
+        return False
+    return not is_image_name(name)
+
+
+def check_intensity(intensity: Intensity) -> Intensity:
+    """Raise UserError unless this is a way to scale 16-bit pixels, as :func:`open_image` takes it.
+
+    >>> check_intensity([7000, 9000])
+    (7000.0, 9000.0)
+    """
+    if isinstance(intensity, str):
+        if intensity in _INTENSITIES:
+            return intensity
+    elif isinstance(intensity, (tuple, list)) and len(intensity) == 2:
+        try:
+            low, high = map(float, intensity)
+        except (TypeError, ValueError):
+            low = high = 0.0
+        if 0 <= low < high <= 65535:
+            return low, high
+    raise UserError(
+        f"intensity {intensity!r}: choose full, minmax or percentile, or give two counts LOW,HIGH "
+        "from 0 to 65535"
+    )
+
+
+def parse_intensity(text: str) -> Intensity:
+    """The type of ``--intensity``: a name, or ``LOW,HIGH``.
+
+    >>> parse_intensity("7000,9000")
+    (7000.0, 9000.0)
+    """
+    low, comma, high = text.partition(",")
+    try:
+        return check_intensity((float(low), float(high)) if comma else text)
+    except ValueError:  # a UserError as well
+        raise UserError(
+            f"intensity {text!r}: choose full, minmax or percentile, or give two counts LOW,HIGH "
+            "from 0 to 65535"
+        ) from None
+
+
+def read_image(
+    path: str | os.PathLike[str],
+    size: tuple[int, int],
+    cache: DecodedCache | None = None,
+    intensity: Intensity = "full",
+) -> Pixels:
+    """Read an image at size = (height, width): uint8 (H, W, 3), RGB.
+
+    Args:
+        path: An image file.
+        size: (height, width) to squash to by LANCZOS, as all published weights were tested.
+        cache: Decoded images of that size and intensity; those it lacks are read from their files.
+        intensity: How 16-bit pixels become 8-bit, see :func:`open_image`.
+
+    Raises:
+        UserError: The file is missing or broken; the message names it.
+    """
+    cached = cache.read(os.fspath(path)) if cache is not None else None
+    return resize(open_image(path, intensity), size) if cached is None else cached
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> Pixels:
+    """Squash an RGB image to size = (height, width) by LANCZOS: uint8 (H, W, 3)."""
+    return np.asarray(image.resize(size[::-1], Image.Resampling.LANCZOS))
+
+
+def open_image(path: str | os.PathLike[str], intensity: Intensity = "full") -> Image.Image:
     """Decode an image file fully, to 8-bit RGB.
 
-    The EXIF orientation is applied; one channel becomes three equal ones; 16 bits are scaled to 8
-    by the full range (65535 becomes 255); transparent pixels are laid over black; of an animation
-    the first frame counts.
+    The EXIF orientation is applied; one channel becomes three equal ones; transparent pixels are
+    laid over black; of an animation the first frame counts.
+
+    Args:
+        path: A file in one of the formats of :data:`IMAGE_EXTENSIONS`.
+        intensity: How one channel of 16 bits is scaled to 8, nothing else is changed by it:
+            ``"full"`` maps 0..65535 to 0..255, ``"minmax"`` the image's own extremes,
+            ``"percentile"`` its 1st to 99th percentile, and ``(low, high)`` these two counts. With
+            ``"full"`` one warning in a run says when an image uses less than a quarter of the
+            range, as raw thermal cameras do.
 
     Raises:
         UserError: The file is missing, empty, truncated, not an image, or of float pixels, which
             have no range that all programs agree on.
     """
+    with _opened(path) as image:
+        # Pillow keeps the high byte alone of colour with 16 bits per channel.
+        reduced = any(mode in str(tile[-1]) for tile in image.tile for mode in _DEEP_COLOUR)
+        image.load()
+        if reduced:
+            _check_reduced(image, path, intensity)
+        return to_rgb(image, intensity, os.fspath(path))
+
+
+def one_channel(path: str | os.PathLike[str]) -> bool:
+    """Whether an image file has a single channel; reads its header alone."""
+    with _opened(path) as image:
+        return len(image.getbands()) == 1 and image.mode != "P"
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[ImageFile.ImageFile]:
+    """An opened image file, with every failure as a UserError that names it."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise UserError("not a file")
         if status.st_size == 0:
             raise UserError("an empty file; copy it again from the source")
-        with Image.open(path) as image:
-            image.load()
-            return to_rgb(image)
+        with Image.open(path, formats=_formats(os.fspath(path).lower().endswith(".tga"))) as image:
+            yield image
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except UserError as error:
@@ -62,18 +186,70 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
         raise UserError(f"{path}: {what}; copy it again from the source") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image of any mode as RGB, upright."""
+@functools.cache
+def _formats(tga: bool) -> tuple[str, ...]:
+    """The formats to try, of those that this Pillow has."""
+    Image.init()
+    # A TGA file has no signature: anything might be one, so the name decides.
+    return tuple(kind for kind in (*_FORMATS, *(("TGA",) if tga else ())) if kind in Image.OPEN)
+
+
+def to_rgb(image: Image.Image, intensity: Intensity = "full", name: str = "") -> Image.Image:
+    """A decoded image of any mode as RGB, upright; ``name`` is for the warning."""
     if image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise UserError("pixels are floats; save it with 8 or 16 bits a channel")
     if image.mode.startswith("I"):  # I;16, I;16B, and I, as older Pillow reads 16-bit PNG
-        pixels = np.asarray(image).astype(np.int64)
-        if pixels.min() < 0 or pixels.max() > 65535:
-            raise UserError("pixels exceed 16 bits; save it with 8 or 16 bits a channel")
-        image = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+        image = Image.fromarray(_eight_bits(np.asarray(image).astype(np.int64), intensity, name))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(pixels: npt.NDArray[np.int64], intensity: Intensity, name: str) -> Pixels:
+    """Counts of 0..65535 to 0..255."""
+    least, most = int(pixels.min()), int(pixels.max())
+    if least < 0 or most > 65535:
+        raise UserError("pixels exceed 16 bits; save it with 8 or 16 bits a channel")
+    intensity = check_intensity(intensity)
+    if intensity == "full":
+        if most - least < 65536 // 4:
+            _warn_of_narrow_range(name, least, most)
+        return ((pixels + 128) // 257).astype(np.uint8)
+    if isinstance(intensity, tuple):
+        low, high = intensity
+    elif intensity == "minmax":
+        low, high = least, most
+    else:
+        low, high = np.percentile(pixels, _PERCENTILES).tolist()
+    scaled = (pixels - low) * (255 / ((high - low) or 1))
+    rounded: Pixels = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    return rounded
+
+
+def _check_reduced(image: Image.Image, path: object, intensity: Intensity) -> None:
+    """Colour with 16 bits per channel: only the full range can be had of it."""
+    if intensity != "full":
+        raise UserError("16 bits of several channels; save it with one channel to scale it")
+    pixels = np.asarray(image.convert("RGB"))
+    least, most = int(pixels.min()), int(pixels.max())
+    if most - least < 256 // 4:
+        _warn_of_narrow_range(str(path), 256 * least, 256 * most)
+
+
+_warned = False
+
+
+def _warn_of_narrow_range(name: str, least: int, most: int) -> None:
+    """Once in a process, however many images and threads there are."""
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"{name or 'an image'} holds 16-bit counts from {least} to {most}, less than a quarter "
+            "of the range, and is nearly flat when scaled by the full range: choose "
+            "intensity='minmax', 'percentile' or (low, high); further images are not named",
+            stacklevel=2,
+        )

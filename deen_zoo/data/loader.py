@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ..errors import UserError, check_least
 from .cache import DecodedCache
-from .datasets import Sample
-from .images import open_image
-from .sampler import Draw, IdentitySampler, generator
-from .transforms import EvalTransform, Pixels, TrainTransform, resize
+from .images import read_image
+from .protocols import Sample, label_order
+from .sampler import BatchSlot, IdentitySampler, generator
+from .transforms import EvalTransform, TrainTransform
 
 __all__ = ["EvalBatch", "Loader", "TrainBatch", "TrainLoader", "TrainSet"]
-__all__ += ["cores", "eval_loader", "map_batches", "read_image", "train_loader"]
+__all__ += ["cores", "eval_loader", "map_batches", "train_loader"]
 
 Batch = TypeVar("Batch")
 T = TypeVar("T")
@@ -92,16 +92,6 @@ def map_batches(
         pool.shutdown(cancel_futures=True)
 
 
-def read_image(path: str, size: Size, cache: DecodedCache | None = None) -> Pixels:
-    """Read an image at size = (height, width), from the cache if it has it: uint8 (H, W, 3).
-
-    Raises:
-        UserError: The file is missing or broken; the message names it.
-    """
-    cached = cache.read(path) if cache is not None else None
-    return resize(open_image(path), size) if cached is None else cached
-
-
 def _check_size(size: Size, cache: DecodedCache | None) -> None:
     if cache is not None and cache.size != size:
         raise UserError(
@@ -111,7 +101,7 @@ def _check_size(size: Size, cache: DecodedCache | None) -> None:
 
 
 class TrainSet:
-    """Training images, visible ones first, each augmented by the random state of its draw.
+    """Training images, visible ones first, each augmented by the random state of its slot.
 
     With ``skip_broken`` a broken file is replaced by the next image of its identity and modality.
 
@@ -135,7 +125,7 @@ class TrainSet:
         infrared = [s for s in samples if s.modality == "infrared"]
         self.visible_ids = [s.identity for s in visible]
         self.infrared_ids = [s.identity for s in infrared]
-        self.identities = sorted({*self.visible_ids, *self.infrared_ids})
+        self.identities = sorted({*self.visible_ids, *self.infrared_ids}, key=label_order)
         label = {identity: i for i, identity in enumerate(self.identities)}
         self.paths = [s.path for s in visible + infrared]
         self.labels = [label[s.identity] for s in visible + infrared]
@@ -154,8 +144,8 @@ class TrainSet:
             if self.labels[other] == self.labels[index]:
                 yield other
 
-    def __getitem__(self, draw: Draw) -> Item:
-        index, epoch, position = draw
+    def __getitem__(self, slot: BatchSlot) -> Item:
+        index, epoch, position = slot
         label, infrared = self.labels[index], index >= len(self.visible_ids)
         broken: list[tuple[str, str]] = []
         for i in self._substitutes(index):

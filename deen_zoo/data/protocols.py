@@ -1,62 +1,257 @@
-"""Samples, the protocols that pair them, and the draw of a trial's gallery."""
+"""Samples and their labels, the protocols that pair them, and the draw of a trial's gallery."""
 
 from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import UserError, require
 
-__all__ = ["INFRARED", "PROTOCOLS", "VISIBLE", "Permutations", "Protocol", "Sample"]
-__all__ += ["draw_gallery", "read_permutations"]
+__all__ = [
+    "INFRARED",
+    "PROTOCOLS",
+    "RULES",
+    "VISIBLE",
+    "Label",
+    "Permutations",
+    "Protocol",
+    "Sample",
+]
+__all__ += ["as_label", "draw_gallery", "get_protocol", "label_order", "read_permutations"]
+__all__ += ["trial_numbers", "trial_sides"]
 
 VISIBLE, INFRARED = "visible", "infrared"
+RULES = ("sysu", "llcm", "regdb")  # of evaluate_ranking
+Label = int | str
 
 
 class Sample(NamedTuple):
-    """One image: an openable path, the dataset's own identity and camera numbers, the modality."""
+    """One image.
+
+    Attributes:
+        path: Where it can be opened.
+        identity: The dataset's own number of the person, or a word such as ``"person_001"``.
+        camera: The dataset's own number of the camera, or a word.
+        modality: ``"visible"`` or ``"infrared"``.
+    """
 
     path: str
-    identity: int
-    camera: int
+    identity: Label
+    camera: Label
     modality: str
 
 
+def as_label(value: Any, what: str = "label") -> Label:
+    """The one spelling of an identity or a camera: a number where it can be one, else the word.
+
+    Integers of any type and strings of digits are the same number, so that ``"0007"``, ``"7"`` and
+    ``np.uint8(7)`` are one identity wherever they come from.
+
+    Raises:
+        UserError: Neither an integer of 64 bits nor a word.
+
+    >>> as_label("0007"), as_label(" person_001 ")
+    (7, 'person_001')
+    """
+    if isinstance(value, str):
+        text = str(value.strip())
+        if text and not re.fullmatch(r"-?[0-9]+", text):
+            return text
+        value = int(text) if text and len(text) < 20 else None
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        number = int(value)
+        if -(2**63) <= number < 2**63:
+            return number
+    raise UserError(f"{what} {value!r}: give a whole number of 64 bits, or a word")
+
+
+def label_order(label: Label) -> tuple[bool, Label]:
+    """A key that sorts numbers before words.
+
+    >>> sorted(["b", 10, "a", 9], key=label_order)
+    [9, 10, 'a', 'b']
+    """
+    return isinstance(label, str), label
+
+
 class Protocol(NamedTuple):
-    """Who queries whom. ``sampled`` is the side that is drawn anew in each trial, if one is."""
+    """Who queries whom, and by which rule a ranking is scored.
+
+    Attributes:
+        dataset: The dataset's name; its test images are compared.
+        query: Modality of the queries.
+        gallery: Modality of the gallery.
+        rule: Rule of :func:`~deen_zoo.evaluation.evaluate_ranking`.
+        trials: Numbers of the trials: seeds of gallery draws or, where nothing is drawn, the
+            dataset's splits into training and test.
+        sampled: The side that each trial draws: ``"gallery"``, ``"query"``, or ``""`` for none.
+        query_cameras: The only cameras that queries come from; empty allows any.
+        gallery_cameras: Cameras whose images are searched; empty takes all.
+        official_draw: Whether the dataset's authors hand out draws of their own
+            (:func:`read_permutations`).
+    """
 
     dataset: str
     query: str
     gallery: str
-    trials: range
+    rule: str
+    trials: Sequence[int]
     sampled: str = "gallery"
-    gallery_cameras: tuple[int, ...] = ()  # empty: all
-
-    @property
-    def rule(self) -> str:
-        """Of ``evaluate_ranking``: as for RegDB, nothing is ignored among one's own images."""
-        return "regdb" if self.dataset == "own" else self.dataset
+    query_cameras: tuple[Label, ...] = ()
+    gallery_cameras: tuple[Label, ...] = ()
+    official_draw: bool = False
 
 
-SEEDS, SPLITS = range(10), range(1, 11)  # of galleries; of RegDB into training and test
+_SEEDS, _SPLITS = range(10), range(1, 11)
+_SYSU = Protocol(
+    "sysu", INFRARED, VISIBLE, "sysu", _SEEDS, query_cameras=(3, 6), official_draw=True
+)
 PROTOCOLS = {
-    "sysu-all": Protocol("sysu", INFRARED, VISIBLE, SEEDS),
-    "sysu-indoor": Protocol("sysu", INFRARED, VISIBLE, SEEDS, gallery_cameras=(1, 2)),
-    "regdb-vis2ir": Protocol("regdb", VISIBLE, INFRARED, SPLITS, sampled=""),
-    "regdb-ir2vis": Protocol("regdb", INFRARED, VISIBLE, SPLITS, sampled=""),
-    "llcm-ir2vis": Protocol("llcm", INFRARED, VISIBLE, SEEDS),
-    "llcm-vis2ir": Protocol("llcm", VISIBLE, INFRARED, SEEDS),
-    # what the official script calls "VIS to IR" since June 2023: sampled NIR queries all VIS
-    "llcm-vis2ir-official": Protocol("llcm", INFRARED, VISIBLE, SEEDS, sampled="query"),
-    # one's own images, all against all
-    "own-ir2vis": Protocol("own", INFRARED, VISIBLE, range(1, 2), sampled=""),
-    "own-vis2ir": Protocol("own", VISIBLE, INFRARED, range(1, 2), sampled=""),
+    "sysu-all": _SYSU._replace(gallery_cameras=(1, 2, 4, 5)),
+    "sysu-indoor": _SYSU._replace(gallery_cameras=(1, 2)),
+    "regdb-vis2ir": Protocol("regdb", VISIBLE, INFRARED, "regdb", _SPLITS, sampled=""),
+    "regdb-ir2vis": Protocol("regdb", INFRARED, VISIBLE, "regdb", _SPLITS, sampled=""),
+    "llcm-ir2vis": Protocol("llcm", INFRARED, VISIBLE, "llcm", _SEEDS),
+    "llcm-vis2ir": Protocol("llcm", VISIBLE, INFRARED, "llcm", _SEEDS),
+    # What the official script prints as "VIS to IR" since June 2023: sampled NIR queries all VIS.
+    "llcm-vis2ir-official": Protocol("llcm", INFRARED, VISIBLE, "llcm", _SEEDS, sampled="query"),
+    # The user's own images, all against all; as on RegDB, no match is ignored.
+    "own-ir2vis": Protocol("own", INFRARED, VISIBLE, "regdb", (1,), sampled=""),
+    "own-vis2ir": Protocol("own", VISIBLE, INFRARED, "regdb", (1,), sampled=""),
 }
 
 Permutations = dict[tuple[int, int], list[list[int]]]
+Sides = tuple[list[int], list[int]]
+
+
+def get_protocol(name: str) -> Protocol:
+    """The protocol of this name.
+
+    Raises:
+        UserError: There is none; the message lists the known ones.
+    """
+    if name not in PROTOCOLS:
+        raise UserError(f"unknown protocol {name!r}; choose from {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
+
+
+def trial_numbers(name: str, trials: int | Sequence[int] | None = None) -> list[int]:
+    """Numbers of the trials to run.
+
+    Args:
+        name: A protocol.
+        trials: How many (the first ones) or which ones; None is all of them or, where each is
+            another split with its own model, the first.
+
+    Raises:
+        UserError: The protocol does not have these trials, or not in one run.
+    """
+    protocol = get_protocol(name)
+    known = protocol.trials
+    if trials is None:
+        return list(known) if protocol.sampled else [known[0]]
+    if isinstance(trials, int):
+        if not 1 <= trials <= len(known):
+            raise UserError(f"trials is {trials}; {name} has 1 to {len(known)}")
+        numbers = list(known[:trials])
+    else:
+        numbers = list(trials)
+    if not numbers or len(set(numbers)) < len(numbers) or not set(numbers) <= set(known):
+        raise UserError(f"{name} has trials {known[0]} to {known[-1]}, not {numbers}")
+    if not protocol.sampled and len(numbers) > 1:
+        raise UserError(
+            f"{name} was asked for {len(numbers)} trials; each is another split with its own "
+            "model: evaluate one at a time, then merge_trials"
+        )
+    return numbers
+
+
+def trial_sides(
+    samples: Sequence[Sample],
+    name: str,
+    numbers: Sequence[int],
+    draw: str = "seeded",
+    shots: int = 1,
+    permutations: Permutations | None = None,
+) -> list[Sides]:
+    """Who is compared with whom in each trial: indices of the queries and of the gallery.
+
+    Args:
+        samples: At least the test images of both sides; training images of other modalities'
+            cameras and the like are left alone. Paths order the seeded draw.
+        name: A protocol.
+        numbers: Trials, as :func:`trial_numbers` gives them.
+        draw: ``"seeded"`` or ``"official"``.
+        shots: Images of each identity and camera that are drawn.
+        permutations: For the official draw.
+
+    Raises:
+        UserError: A draw that the protocol does not have, a sample that it cannot hold, or a side
+            without images.
+    """
+    protocol = get_protocol(name)
+    if draw not in ("seeded", "official"):
+        raise UserError(f"unknown draw {draw!r}; choose 'seeded' or 'official'")
+    if not protocol.sampled and (shots != 1 or draw != "seeded"):
+        raise UserError(f"{name} takes the whole gallery: it has no draw and no shots")
+    if draw == "official" and not protocol.official_draw:
+        having = ", ".join(key for key, row in PROTOCOLS.items() if row.official_draw)
+        raise UserError(f"{name} has no official draw; these have one: {having}")
+    if (draw == "official") != (permutations is not None):
+        raise UserError(
+            "the official draw needs permutations=read_permutations(root), the seeded takes none"
+        )
+    queries, gallery = _pools(samples, name, protocol)
+    sides = []
+    for number in numbers:
+        drawn = {"query": queries, "gallery": gallery}
+        if protocol.sampled:
+            pool = drawn[protocol.sampled]
+            chosen = draw_gallery([samples[i] for i in pool], number, shots, permutations)
+            drawn[protocol.sampled] = [pool[i] for i in chosen]
+        sides.append((drawn["query"], drawn["gallery"]))
+    return sides
+
+
+def _pools(samples: Sequence[Sample], name: str, protocol: Protocol) -> Sides:
+    """Indices of all images that may be queries, and of all that may be in the gallery."""
+    seen: set[str] = set()
+    found: dict[str, list[int]] = {VISIBLE: [], INFRARED: []}
+    for i, sample in enumerate(samples):
+        if sample.modality not in found:
+            raise UserError(
+                f"{sample.path}: modality {sample.modality!r}; it is 'visible' or 'infrared'"
+            )
+        if sample.path in seen:
+            raise UserError(f"{sample.path} comes twice among the samples; give each image once")
+        seen.add(sample.path)
+        found[sample.modality].append(i)
+    queries, gallery = found[protocol.query], found[protocol.gallery]
+    if protocol.query_cameras:
+        for sample in (samples[i] for i in queries):
+            if as_label(sample.camera, "camera") not in protocol.query_cameras:
+                raise UserError(
+                    f"{sample.path}: {name} has no {protocol.query} camera {sample.camera}, only "
+                    f"{_listed(protocol.query_cameras)}; correct the camera, or use own-ir2vis"
+                )
+    if protocol.gallery_cameras:
+        cameras = protocol.gallery_cameras
+        gallery = [i for i in gallery if as_label(samples[i].camera, "camera") in cameras]
+    if not queries:
+        raise UserError(f"{name} has no query: no {protocol.query} image among the samples")
+    if not gallery:
+        of = f" of cameras {_listed(protocol.gallery_cameras)}" if protocol.gallery_cameras else ""
+        raise UserError(f"{name} has no gallery: no {protocol.gallery} image{of} among the samples")
+    return queries, gallery
+
+
+def _listed(labels: Sequence[Label]) -> str:
+    return ", ".join(map(str, labels))
 
 
 def draw_gallery(
@@ -77,6 +272,7 @@ def draw_gallery(
         samples: All images of the gallery's side, in any order.
         trial: 0..9; seeded draws take any integer.
         shots: 1 (single-shot) or, for SYSU-MM01's multi-shot setting, 10.
+        permutations: For the official draw.
 
     Returns:
         Indices into ``samples``, identity by identity, then camera by camera.
@@ -87,12 +283,14 @@ def draw_gallery(
     """
     if shots < 1:
         raise UserError(f"shots is {shots}; give how many images of an identity and camera, >= 1")
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups: dict[tuple[Label, Label], list[int]] = {}
     for i in sorted(range(len(samples)), key=lambda i: samples[i].path):
-        groups.setdefault((samples[i].identity, samples[i].camera), []).append(i)
-    rng = random.Random(int(trial))  # NumPy's integers are no seeds
+        key = as_label(samples[i].identity, "identity"), as_label(samples[i].camera, "camera")
+        groups.setdefault(key, []).append(i)
+    rng = random.Random(int(trial))  # NumPy's integers are not accepted as seeds
     drawn: list[int] = []
-    for key, group in sorted(groups.items()):
+    for key in sorted(groups, key=lambda key: (label_order(key[0]), label_order(key[1]))):
+        group = groups[key]
         if permutations is not None:
             drawn += _draw_permuted(samples, key, group, permutations, trial, shots)
         elif shots == 1:
@@ -104,7 +302,7 @@ def draw_gallery(
 
 def _draw_permuted(
     samples: Sequence[Sample],
-    key: tuple[int, int],
+    key: tuple[Any, Any],
     group: Sequence[int],
     permutations: Permutations,
     trial: int,
@@ -116,7 +314,7 @@ def _draw_permuted(
             f"rand_perm_cam.mat has no trial {trial} for identity {key[0]}, camera {key[1]}; "
             "check the dataset, or use the seeded draw"
         )
-    numbered = {int(Path(samples[i].path).stem): i for i in group}
+    numbered = {as_label(Path(samples[i].path).stem): i for i in group}
     absent = [number for number in rows[trial][:shots] if number not in numbered]
     if absent:
         raise UserError(
@@ -130,7 +328,7 @@ def read_permutations(root: str | os.PathLike[str]) -> Permutations:
     """The SYSU authors' draws: ``exp/rand_perm_cam.mat`` below a SYSU-MM01 root.
 
     Returns:
-        (identity, camera) to ten permutations, one a trial, of the numbers of its files (the
+        (identity, camera) to ten permutations, one per trial, of the numbers of its files (the
         authors index the images of that folder from 1; file 0001.jpg is image 1).
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the three datasets on disk have in common: names become samples, and faults are found."""
+"""What all datasets on disk have in common: names become samples, and faults are found."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from ..errors import UserError
-from .images import is_image_name
+from .images import is_foreign_name, is_image_name
 from .protocols import (
     INFRARED,
     PROTOCOLS,
     VISIBLE,
-    Protocol,
+    Label,
     Sample,
-    draw_gallery,
+    as_label,
+    get_protocol,
+    label_order,
     read_permutations,
+    trial_numbers,
+    trial_sides,
 )
 
-__all__ = ["Fault", "ReidDataset", "count", "one_modality"]
+__all__ = ["Fault", "ReidDataset", "count", "file_states", "one_modality"]
 
 
 class Fault(NamedTuple):
@@ -33,12 +38,13 @@ class Fault(NamedTuple):
     detail: str
 
 
-def one_modality(samples: Iterable[Sample]) -> list[tuple[int, str]]:
+def one_modality(samples: Iterable[Sample]) -> list[tuple[Label, str]]:
     """Sorted (identity, modality) of the identities that have images of one modality only."""
-    seen: dict[int, set[str]] = {}
+    seen: dict[Label, set[str]] = {}
     for sample in samples:
         seen.setdefault(sample.identity, set()).add(sample.modality)
-    return sorted((i, min(kinds)) for i, kinds in seen.items() if len(kinds) == 1)
+    lonely = [(identity, min(kinds)) for identity, kinds in seen.items() if len(kinds) == 1]
+    return sorted(lonely, key=lambda item: label_order(item[0]))
 
 
 def count(samples: Sequence[Sample]) -> dict[str, int]:
@@ -47,153 +53,264 @@ def count(samples: Sequence[Sample]) -> dict[str, int]:
     >>> count([Sample("cam3/0006/0001.jpg", 6, 3, "infrared")])
     {'identities': 1, 'visible': 0, 'infrared': 1, 'infrared camera 3': 1}
     """
-    counts = {"identities": len({sample.identity for sample in samples}), VISIBLE: 0, INFRARED: 0}
-    cameras: dict[tuple[str, int], int] = {}
-    for sample in samples:
-        counts[sample.modality] += 1
-        key = sample.modality, sample.camera
-        cameras[key] = cameras.get(key, 0) + 1
-    order = sorted(cameras.items(), key=lambda item: (item[0][0] != VISIBLE, item[0][1]))
-    return counts | {f"{modality} camera {camera}": n for (modality, camera), n in order}
+    found = Counter((sample.modality, sample.camera) for sample in samples)
+    counts = {"identities": len({sample.identity for sample in samples})}
+    for modality in (VISIBLE, INFRARED):
+        counts[modality] = sum(n for (kind, _), n in found.items() if kind == modality)
+    order = sorted(found, key=lambda key: (key[0] != VISIBLE, label_order(key[1])))
+    return counts | {f"{modality} camera {camera}": found[modality, camera]
+                     for modality, camera in order}  # fmt: skip
+
+
+def file_states(files: Mapping[str, str]) -> str:
+    """SHA-256 of names, and of the sizes and modification times of the files at their paths."""
+    digest = hashlib.sha256()
+    for name, path in files.items():
+        try:
+            status = os.stat(path)
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        except OSError:
+            state = "missing"
+        digest.update(f"{name}\0{state}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 class ReidDataset:
     """A dataset on disk; :func:`~deen_zoo.data.open_dataset` makes one.
 
+    A subclass states the facts of its dataset, which nothing else in the package knows, and lists
+    its images in :meth:`list_train` and :meth:`list_test`.
+
     Attributes:
-        name: ``"sysu"``, ``"regdb"`` or ``"llcm"``.
+        name: What the commands call it.
+        title: What people call it.
+        home: Where it is given out; empty for the user's own images.
+        ask: How to ask for it.
+        folders: Folders of a root that is of this layout; case does not matter in the first part.
+        splits: Numbers of its splits into training and test.
+        expected: Counts to find in a complete copy, by split or protocol, and kind.
+        layout: Name of the dataset whose layout and protocols it shares; itself when empty.
+        default_model: What is trained on it unless another model is named.
+        default_recipe: How it is trained unless another recipe is named.
+        erasing_area: Share of the image that random erasing covers, in the reference's train.py.
+        synthetic: Whether it is drawn when it is not there.
         root: The folder, as given.
-        expected: Counts to find in a complete copy, by split and kind.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
-    home: ClassVar[str]  # where the dataset is given out, and how to ask for it
-    ask: ClassVar[str]
-    folders: ClassVar[tuple[str, ...]]
-    trials: ClassVar[Sequence[int]] = (1,)  # the splits into training and test
-    expected: ClassVar[dict[str, dict[str, int]]]
+    home: ClassVar[str] = ""
+    ask: ClassVar[str] = ""
+    folders: ClassVar[tuple[str, ...]] = ()
+    splits: ClassVar[Sequence[int]] = (1,)
+    expected: ClassVar[Mapping[str, Mapping[str, int]]] = {}
+    layout: ClassVar[str] = ""
+    default_model: ClassVar[str] = "deen_resnet50_llcm"
+    default_recipe: ClassVar[str] = "official"
+    erasing_area: ClassVar[tuple[float, float]] = (0.02, 0.4)
+    synthetic: ClassVar[bool] = False
 
     def __init__(self, root: str | os.PathLike[str], skip_broken: bool = False) -> None:
         self.root, self.skip_broken = os.fspath(root), skip_broken
         self.left_out: frozenset[str] = frozenset()  # names below the root, see leave_out
+        self.ignored: set[str] = set()  # files among the images that are none by their names
+        self._warned_of_ignored = False
         self._listed: dict[str, list[str]] = {}
+        names = sorted(os.listdir(self.root))
+        self._on_disk = {**{name.lower(): name for name in names}, **{name: name for name in names}}
 
-    def train(self, trial: int = 1) -> list[Sample]:
-        """Training images, visible ones first; ``trial`` (1..10) is RegDB's split."""
-        return self._settle(*self.read_train(trial), "training")
+    # To be given by a subclass.
 
-    def test(self, modality: str, trial: int = 1) -> list[Sample]:
+    def list_train(self, split: int) -> tuple[list[Sample], list[Fault]]:
+        """Training images, visible ones first, and the faults that were found in listing them."""
+        raise NotImplementedError
+
+    def list_test(self, split: int) -> tuple[list[Sample], list[Fault]]:
+        """Test images, visible ones first, and the faults that were found in listing them."""
+        raise NotImplementedError
+
+    def belongs(self, relative: str) -> bool:
+        """Whether a path below the root is where and how an image of this layout is called."""
+        return True
+
+    def version(self, counts: Mapping[str, Mapping[str, int]]) -> str:
+        """Which version of the dataset these counts speak for, and why; empty if there is one."""
+        return ""
+
+    @classmethod
+    def absent(cls, folder: Path) -> list[str]:
+        """Which of ``folders`` a root lacks."""
+        on_disk = {path.name.lower(): path for path in folder.iterdir()}
+
+        def there(sub: str) -> bool:
+            first, _, rest = sub.partition("/")
+            place = on_disk.get(first.lower())
+            return place is not None and (place / rest).is_dir()
+
+        return [sub for sub in cls.folders if not there(sub)]
+
+    @classmethod
+    def looks_like(cls, folder: Path) -> bool:
+        """Whether a folder may be a root of this layout, complete or not."""
+        tops = {sub.split("/")[0].lower() for sub in cls.folders}
+        return bool(tops) and tops <= {path.name.lower() for path in folder.iterdir()}
+
+    # For everybody.
+
+    @classmethod
+    def protocols(cls) -> list[str]:
+        """Names of its protocols."""
+        mine = cls.layout or cls.name
+        return [name for name, protocol in PROTOCOLS.items() if protocol.dataset == mine]
+
+    @property
+    def trainable(self) -> bool:
+        """Whether there is a training set."""
+        return True
+
+    @property
+    def drawn(self) -> bool:
+        """Whether these are drawn people, to whom no published number applies."""
+        return Path(self.root, "synthetic.json").exists()
+
+    def train(self, split: int = 1) -> list[Sample]:
+        """Training images, visible ones first."""
+        return self._usable(*self.read_train(split), "training")
+
+    def test(self, modality: str, split: int = 1) -> list[Sample]:
         """All test images of a modality, in the reference's order."""
         if modality not in (VISIBLE, INFRARED):
             raise UserError(f"modality {modality!r}; it is 'visible' or 'infrared'")
-        samples = self._settle(*self.read_test(trial), "test")
+        samples = self._usable(*self.read_test(split), "test")
         return [sample for sample in samples if sample.modality == modality]
 
     def query(self, protocol: str, trial: int | None = None) -> list[Sample]:
-        """The images that search, in a trial of a protocol (the first one when None)."""
-        terms, trial = self._terms(protocol, trial)
-        pool = self.test(terms.query, trial)
-        lonely = one_modality(pool + self.test(terms.gallery, trial))
-        if lonely:
+        """The images that search, in a trial of a protocol (the first one when None).
+
+        Where nothing is drawn, trials are the dataset's splits.
+        """
+        samples, (queries, _) = self._sides(protocol, trial, "seeded", 1)
+        if lonely := one_modality(samples):
             warnings.warn(
-                f"{self.title}: {len(lonely)} test identities have one modality only and can't be "
+                f"{self.title}: {len(lonely)} test identities have one modality only and cannot be "
                 f"matched, such as {lonely[0][0]} ({lonely[0][1]})",
                 stacklevel=2,
             )
-        return [pool[i] for i in draw_gallery(pool, trial)] if terms.sampled == "query" else pool
+        return [samples[i] for i in queries]
 
     def gallery(
         self, protocol: str, trial: int | None = None, draw: str = "seeded", shots: int = 1
     ) -> list[Sample]:
-        """The images that are searched.
+        """The images that are searched, in a trial of a protocol (the first one when None).
 
         Args:
-            protocol: One of :data:`PROTOCOLS` of this dataset.
-            trial: Its number; None is the first one.
+            protocol: One of :meth:`protocols`.
+            trial: Its number.
             draw: ``"seeded"`` as the reference, or for SYSU-MM01 ``"official"``, as its authors.
             shots: Images of each identity and camera, where the protocol draws the gallery.
 
-        See :func:`draw_gallery`.
+        See :func:`~deen_zoo.data.draw_gallery`.
         """
-        terms, trial = self._terms(protocol, trial)
-        if draw not in ("seeded", "official"):
-            raise UserError(f"draw {draw!r}; it is 'seeded' or 'official'")
-        pool = self.test(terms.gallery, trial)
-        if terms.gallery_cameras:
-            pool = [sample for sample in pool if sample.camera in terms.gallery_cameras]
-        if terms.sampled != "gallery":
-            if shots != 1 or draw != "seeded":
-                raise UserError(f"{protocol} takes the whole gallery: it has no draw and no shots")
-            return pool
-        if draw == "official" and self.name != "sysu":
-            raise UserError(f"{protocol} has no official draw; sysu-all and sysu-indoor have one")
-        permutations = read_permutations(self.root) if draw == "official" else None
-        return [pool[i] for i in draw_gallery(pool, trial, shots, permutations)]
+        if get_protocol(protocol).sampled == "query" and shots != 1:
+            raise UserError(f"{protocol} takes the whole gallery: it has no shots")
+        samples, (_, gallery) = self._sides(protocol, trial, draw, shots)
+        return [samples[i] for i in gallery]
+
+    def _sides(
+        self, name: str, trial: int | None, draw: str, shots: int
+    ) -> tuple[list[Sample], tuple[list[int], list[int]]]:
+        mine = self.protocols()
+        if name not in mine:
+            raise UserError(f"protocol {name!r} for {self.title}; it has {', '.join(mine)}")
+        protocol = get_protocol(name)
+        [number] = trial_numbers(name, [protocol.trials[0] if trial is None else trial])
+        split = self.splits[0] if protocol.sampled else number
+        samples = self.test(protocol.query, split) + self.test(protocol.gallery, split)
+        official = draw == "official" and protocol.official_draw
+        permutations = read_permutations(self.root) if official else None
+        [sides] = trial_sides(samples, name, [number], draw, shots, permutations)
+        return samples, sides
 
     def fingerprint(self) -> dict[str, Any]:
-        """Counts of each split and the SHA-256 of the sorted names of all images."""
+        """What the data is: counts of each split, and digests over all images that are used.
+
+        ``sha256`` is of the sorted names; ``content`` of names, sizes and modification times, which
+        costs no reading and differs in a copy with other times.
+        """
         counts: dict[str, dict[str, int]] = {}
-        names: set[str] = set()
+        paths: dict[str, str] = {}
         for split, samples, _ in self.read_splits():
             counts[split] = count(samples)
-            names.update(self.relative(sample.path) for sample in samples)
-        digest = hashlib.sha256(os.fsencode("\n".join(sorted(names)))).hexdigest()
-        return {"dataset": self.name, "images": len(names), "counts": counts, "sha256": digest}
+            paths.update((self.relative(sample.path), sample.path) for sample in samples)
+        names = sorted(paths)
+        return {
+            "dataset": self.name,
+            "images": len(names),
+            "counts": counts,
+            "sha256": hashlib.sha256(os.fsencode("\n".join(names))).hexdigest(),
+            "content": file_states({name: paths[name] for name in names}),
+        }
 
-    def read_train(self, trial: int = 1) -> tuple[list[Sample], list[Fault]]:
-        """As :meth:`train`, but the faults are returned beside the samples that are left."""
-        samples, faults = self._read_train(self._trial(trial))
-        bad = {
+    def read_train(self, split: int = 1) -> tuple[list[Sample], list[Fault]]:
+        """As :meth:`train`, with the faults next to the samples that are left without them."""
+        self._check_split(split)
+        samples, faults = self.list_train(split)
+        samples = self._kept(samples)
+        bad: dict[Label, Fault] = {
             identity: Fault("one-modality", f"identity {identity}", f"only {modality} in training")
             for identity, modality in one_modality(samples)
         }
-        for identity in {sample.identity for sample in samples} & self._test_identities(trial):
+        for identity in {sample.identity for sample in samples} & self._test_identities(split):
             bad[identity] = Fault("leak", f"identity {identity}", "in both training and test")
-        faults += [bad[identity] for identity in sorted(bad)]
+        faults = faults + [bad[identity] for identity in sorted(bad, key=label_order)]
         return [sample for sample in samples if sample.identity not in bad], faults
 
-    def read_test(self, trial: int = 1) -> tuple[list[Sample], list[Fault]]:
+    def read_test(self, split: int = 1) -> tuple[list[Sample], list[Fault]]:
         """All test images, visible ones first, and the faults that were found in listing them."""
-        raise NotImplementedError
+        self._check_split(split)
+        samples, faults = self.list_test(split)
+        return self._kept(samples), faults
 
     def read_splits(self) -> Iterator[tuple[str, list[Sample], list[Fault]]]:
         """Every split by name: ``"train"``, ``"test"``, or RegDB's ``"train 1"`` and so on."""
-        for trial in self.trials:
-            number = f" {trial}" if len(self.trials) > 1 else ""
-            yield f"train{number}", *self.read_train(trial)
-            yield f"test{number}", *self.read_test(trial)
+        for split in self.splits:
+            number = f" {split}" if len(self.splits) > 1 else ""
+            if self.trainable:
+                yield f"train{number}", *self.read_train(split)
+            yield f"test{number}", *self.read_test(split)
 
-    def belongs(self, relative: str) -> bool:
-        """Whether a path below the root is where and how an image of this layout is called."""
-        raise NotImplementedError
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Exclude these images (names below the root) from all splits.
+
+        Training identities that lose a modality by it become faults, and are left out as well.
+        """
+        self.left_out = frozenset(names)
 
     def relative(self, path: str) -> str:
         """A sample's path below the root, with slashes."""
         return os.path.relpath(path, self.root).replace(os.sep, "/")
 
-    def _read_train(self, trial: int) -> tuple[list[Sample], list[Fault]]:
-        raise NotImplementedError
+    # For subclasses.
 
-    def _test_identities(self, trial: int) -> set[int]:
-        raise NotImplementedError
+    def _test_identities(self, split: int) -> set[Label]:
+        return {sample.identity for sample in self.list_test(split)[0]}
 
-    def _trial(self, trial: int) -> int:
-        return trial
-
-    def _terms(self, protocol: str, trial: int | None) -> tuple[Protocol, int]:
-        mine = [name for name, terms in PROTOCOLS.items() if terms.dataset == self.name]
-        if protocol not in mine:
-            raise UserError(f"protocol {protocol!r} for {self.title}; it has {', '.join(mine)}")
-        terms = PROTOCOLS[protocol]
-        trial = terms.trials[0] if trial is None else trial
-        if trial not in terms.trials:
-            raise UserError(
-                f"{protocol} has trials {terms.trials[0]} to {terms.trials[-1]}, not {trial}"
+    def _check_split(self, split: int) -> None:
+        if split not in self.splits:
+            known = (
+                f"splits {self.splits[0]} to {self.splits[-1]}"
+                if len(self.splits) > 1
+                else "one split"
             )
-        return terms, trial
+            raise UserError(f"{self.title} has {known}: there is no split {split}")
 
-    def _settle(self, samples: list[Sample], faults: list[Fault], split: str) -> list[Sample]:
+    def _kept(self, samples: list[Sample]) -> list[Sample]:
+        if not self.left_out:
+            return samples
+        return [s for s in samples if self.relative(s.path) not in self.left_out]
+
+    def _usable(self, samples: list[Sample], faults: list[Fault], split: str) -> list[Sample]:
+        """The samples; their faults are an error or, with ``skip_broken``, a warning."""
         if faults:
             found = (
                 f"{self.title} at {self.root}: {len(faults)} faults in the {split} set, "
@@ -205,26 +322,33 @@ class ReidDataset:
                     "skip_broken leaves them out"
                 )
             warnings.warn(f"{found}; they are left out", stacklevel=3)
-        samples = [s for s in samples if self.relative(s.path) not in self.left_out]
+        if self.ignored and not self._warned_of_ignored:
+            self._warned_of_ignored = True
+            warnings.warn(
+                f"{self.title} at {self.root}: {len(self.ignored)} files next to the images are "
+                f"left out, since their names are not those of images, such as {min(self.ignored)}",
+                stacklevel=3,
+            )
         if not samples:
             raise UserError(f"{self.title} at {self.root}: no {split} images were found")
         return samples
 
-    def leave_out(self, names: Iterable[str]) -> None:
-        """From now on, do as if these images (names below the root) were not there."""
-        self.left_out = frozenset(names)
-
     def _path(self, relative: str) -> str:
-        return os.path.join(self.root, *relative.split("/"))
+        """Where something below the root lies, whatever the case of the first folder there."""
+        first, *rest = relative.split("/")
+        first = self._on_disk.get(first) or self._on_disk.get(first.lower(), first)
+        return os.path.join(self.root, first, *rest)
 
     def _images(self, folder: str) -> list[str]:
         """Sorted names of the images in a folder below the root; none when it is not there."""
         if folder not in self._listed:
             try:
                 with os.scandir(self._path(folder)) as entries:
-                    names = [e.name for e in entries if is_image_name(e.name) and not e.is_dir()]
+                    files = [entry.name for entry in entries if not entry.is_dir()]
             except (FileNotFoundError, NotADirectoryError):
-                names = []
+                files = []
+            names = [name for name in files if is_image_name(name)]
+            self.ignored.update(f"{folder}/{n}" for n in files if is_foreign_name(n))
             self._listed[folder] = sorted(names)
         return self._listed[folder]
 
@@ -258,23 +382,32 @@ class ReidDataset:
 
     def _absent(self, identities: Iterable[int], samples: Iterable[Sample]) -> list[Fault]:
         """The identities of an index file that have no image at all."""
-        absent = set(identities) - {sample.identity for sample in samples}
+        absent = set(identities) - {as_label(sample.identity) for sample in samples}
         detail = "listed in an index file, has no images"
         return [Fault("missing", f"identity {identity}", detail) for identity in sorted(absent)]
 
     def _pairs(self, relative: str) -> list[tuple[str, int]]:
-        """Lines of an index file: a path below the root, a blank, a label."""
+        """Lines of an index file: a path, a blank, a label; what follows is ignored.
+
+        Paths count from the root; ``./``, ``/`` and the root's own name before them, double
+        slashes, backslashes and the case of the first folder make no difference.
+        """
+        tops = {folder.split("/")[0].lower(): folder.split("/")[0] for folder in self.folders}
         pairs = []
         for number, line in enumerate(self._index(relative).splitlines(), start=1):
-            words = line.rsplit(None, 1)
-            if not words:
+            if not line.strip():
                 continue
-            if len(words) != 2 or not re.fullmatch(r"[0-9]{1,18}", words[1]):
+            match = re.fullmatch(r"\s*(\S.*?\.\w+)\s+([0-9]{1,18})(?:\s.*)?", line)
+            if match is None:
                 raise UserError(
                     f"{self._path(relative)}, line {number}: {line.strip()!r} is not "
                     "'folder/identity/name label'"
                 )
-            pairs.append((words[0].strip().replace("\\", "/"), int(words[1])))
+            path = match[1].replace("\\", "/")
+            parts = [part for part in path.split("/") if part not in ("", ".")]
+            first = next((n for n, part in enumerate(parts[:-1]) if part.lower() in tops), 0)
+            parts = [tops.get(parts[first].lower(), parts[first]), *parts[first + 1 :]]
+            pairs.append(("/".join(parts), int(match[2])))
         return pairs
 
     def _read_lists(self, lists: Sequence[str]) -> tuple[list[Sample], list[Fault]]:

@@ -1,20 +1,22 @@
-"""P x K identity sampling: every batch is P identities, with K images of each modality of each."""
+"""P x K identity sampling: a batch holds P identities, and K images of each in each modality."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from ..errors import UserError
+from .protocols import Label, label_order
 
-__all__ = ["Draw", "IdentitySampler", "generator"]
+__all__ = ["BatchSlot", "IdentitySampler", "generator"]
 
 
-class Draw(NamedTuple):
-    """One slot of a batch: which image, and the place in the epoch its random state comes from."""
+class BatchSlot(NamedTuple):
+    """One slot of a batch: which image, and the place in the epoch that seeds its augmentation."""
 
     image: int
     epoch: int
@@ -31,11 +33,12 @@ def generator(seed: int, *key: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)))
 
 
-def _ids(ids: Sequence[int], most: int = 10) -> str:
-    return ", ".join(map(str, ids[:most])) + (", ..." if len(ids) > most else "")
+def _listed(ids: Iterable[Label], most: int = 10) -> str:
+    names = sorted(ids, key=label_order)
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
 
-class IdentitySampler(Sampler[list[Draw]]):
+class IdentitySampler(Sampler[list[BatchSlot]]):
     """Batch sampler over visible images (indices 0..V-1) followed by infrared ones (V..V+I-1).
 
     A batch holds P distinct identities, drawn without replacement, and for each of them K visible
@@ -66,8 +69,8 @@ class IdentitySampler(Sampler[list[Draw]]):
 
     def __init__(
         self,
-        visible_ids: Sequence[int],
-        infrared_ids: Sequence[int],
+        visible_ids: Sequence[Label],
+        infrared_ids: Sequence[Label],
         identities_per_batch: int = 6,
         images_per_modality: int = 4,
         seed: int = 0,
@@ -85,7 +88,7 @@ class IdentitySampler(Sampler[list[Draw]]):
         visible, infrared = set(visible_ids), set(infrared_ids)
         if visible != infrared:
             sides = (("visible", visible - infrared), ("infrared", infrared - visible))
-            told = "; ".join(f"{name} only: {_ids(sorted(ids))}" for name, ids in sides if ids)
+            told = "; ".join(f"{name} only: {_listed(ids)}" for name, ids in sides if ids)
             raise UserError(
                 f"{len(visible ^ infrared)} identities have images of one modality only ({told}); "
                 "training needs both: add the missing images or leave these identities out"
@@ -97,10 +100,12 @@ class IdentitySampler(Sampler[list[Draw]]):
                 "use fewer identities per batch, or more data"
             )
         # images[modality][i]: the indices of the i-th identity's images
-        self.images = [
-            [offset + np.flatnonzero(np.asarray(ids) == identity) for identity in sorted(visible)]
-            for ids, offset in ((visible_ids, 0), (infrared_ids, len(visible_ids)))
-        ]
+        self.images: list[list[NDArray[np.int64]]] = []
+        for ids, offset in ((visible_ids, 0), (infrared_ids, len(visible_ids))):
+            groups: dict[Label, list[int]] = {i: [] for i in sorted(visible, key=label_order)}
+            for n, identity in enumerate(ids, start=offset):
+                groups[identity].append(n)
+            self.images.append([np.array(group) for group in groups.values()])
         most = max(len(visible_ids), len(infrared_ids))
         self.steps = most // (world_size * self.p * self.k) + 1
         self.set_epoch(0)
@@ -118,12 +123,12 @@ class IdentitySampler(Sampler[list[Draw]]):
         """Steps of a whole epoch, wherever the iteration starts."""
         return self.steps
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[BatchSlot]]:
         for step in range(self.start_step, self.steps):
             yield self.batch(self.epoch, step)
 
-    def batch(self, epoch: int, step: int) -> list[Draw]:
-        """This rank's 2*P*K draws of one step."""
+    def batch(self, epoch: int, step: int) -> list[BatchSlot]:
+        """This rank's 2*P*K slots of one step."""
         rng = generator(self.seed, 0, epoch, step)
         everyone = self.world_size * self.p  # the identities of all ranks
         chosen = rng.choice(len(self.images[0]), everyone, replace=False)
@@ -133,6 +138,6 @@ class IdentitySampler(Sampler[list[Draw]]):
         position = step * index.size + np.arange(index.size).reshape(index.shape)
         mine = slice(self.rank * self.p, (self.rank + 1) * self.p)
         return [
-            Draw(int(i), epoch, int(at))
+            BatchSlot(int(i), epoch, int(at))
             for i, at in zip(index[:, mine].flat, position[:, mine].flat, strict=True)
         ]

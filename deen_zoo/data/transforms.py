@@ -12,37 +12,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
+from .datasets import get_dataset
+from .images import Pixels, resize
 
 __all__ = [
-    "ERASING_AREA",
     "EvalTransform",
     "TrainTransform",
     "eval_transform",
     "random_erasing",
-    "resize",
     "to_tensor",
     "train_transform",
 ]
 
-Pixels = npt.NDArray[np.uint8]
 RGB = tuple[float, float, float]
 
 IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
-# Share of the image that random erasing covers, in the reference's train.py; the paper gives none.
-ERASING_AREA = {"sysu": (0.2, 0.8), "regdb": (0.02, 0.4), "llcm": (0.02, 0.4)}
-ERASING_AREA["own"] = ERASING_AREA["llcm"]
-
-
-def resize(image: Image.Image, size: tuple[int, int]) -> Pixels:
-    """Squash an RGB image to size = (height, width) by LANCZOS: uint8 (H, W, 3)."""
-    return np.asarray(image.resize(size[::-1], Image.Resampling.LANCZOS))
 
 
 def to_tensor(image: Pixels, mean: RGB = IMAGENET_MEAN, std: RGB = IMAGENET_STD) -> Tensor:
@@ -136,12 +126,10 @@ def train_transform(
     >>> train_transform("llcm", "paper").grayscale, train_transform("llcm").pad
     (0.0, 10)
     """
-    if dataset not in ERASING_AREA:
-        raise UserError(f"dataset {dataset!r}: choose from {', '.join(ERASING_AREA)}")
     if recipe not in ("official", "paper"):
         raise UserError(f"recipe {recipe!r}: choose from official, paper")
     pad, grayscale = (10, 0.5) if recipe == "official" else (0, 0.0)
-    area = ERASING_AREA[dataset]
+    area = get_dataset(dataset).erasing_area
     return TrainTransform(pad, grayscale, erasing_area=area, mean=mean, std=std)
 
 

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..data.protocols import RULES, as_label
 from ..errors import UserError
-
-RULES = ("sysu", "llcm", "regdb")
 
 _BLOCK = 1 << 18  # scores handled at once: bounds the memory, and a block stays in the cache
 
@@ -84,10 +83,11 @@ def evaluate_ranking(
     Args:
         similarity: (Q, G) numpy array or torch tensor on any device; greater is more alike. It is
             compared as it is: float16 and bfloat16 exactly in float32, integers in float64.
-        query_ids: (Q,) integers or strings.
+        query_ids: (Q,) integers of any type or strings; digits in a string are that number, so
+            ``"0007"``, ``"7"`` and ``7`` are one identity.
         gallery_ids: (G,) the same.
-        query_cameras: (Q,) integers; not needed by ``"regdb"``.
-        gallery_cameras: (G,) integers; not needed by ``"regdb"``.
+        query_cameras: (Q,) the same, numbers for ``"sysu"``; not needed by ``"regdb"``.
+        gallery_cameras: (G,) the same.
         rule: ``"sysu"``, ``"llcm"`` or ``"regdb"``.
         max_rank: Length of the CMC.
 
@@ -111,15 +111,20 @@ def evaluate_ranking(
             f"similarity has shape {tuple(similarity.shape)}; give (queries, gallery), both from 1"
         )
     num_queries, num_gallery = similarity.shape
-    q_ids = _labels(query_ids, num_queries, "query_ids")
-    g_ids = _labels(gallery_ids, num_gallery, "gallery_ids")
-    if (q_ids.dtype.kind == "U") != (g_ids.dtype.kind == "U"):
-        raise UserError("query_ids and gallery_ids must both be integers or both be strings")
+    q_ids = _checked(query_ids, num_queries, "query_ids")
+    g_ids = _checked(gallery_ids, num_gallery, "gallery_ids")
     if rule == "regdb":
         q_cams, g_cams = np.zeros(num_queries), np.zeros(num_gallery)
     else:
-        q_cams = _labels(query_cameras, num_queries, "query_cameras")
-        g_cams = _labels(gallery_cameras, num_gallery, "gallery_cameras")
+        q_cams = _checked(query_cameras, num_queries, "query_cameras")
+        g_cams = _checked(gallery_cameras, num_gallery, "gallery_cameras")
+    if rule == "sysu" and not q_cams.dtype == g_cams.dtype == np.int64:
+        raise UserError("the 'sysu' rule is about cameras 2 and 3: give their numbers, not words")
+    kinds = [{type(label) for label in side.tolist()} for side in (q_ids, g_ids)]
+    if kinds[0].isdisjoint(kinds[1]):
+        raise UserError("query_ids and gallery_ids must both be numbers or both be words")
+    q_ids, g_ids = _as_codes(q_ids, g_ids)
+    q_cams, g_cams = _as_codes(q_cams, g_cams)
 
     identities, start, count = np.unique(np.sort(g_ids), return_index=True, return_counts=True)
     gallery = _Gallery(np.argsort(g_ids, kind="stable"), start, count, g_cams)
@@ -152,17 +157,46 @@ def evaluate_ranking(
     )
 
 
-def _labels(values: Any, length: int, name: str) -> NDArray[Any]:
-    if values is None:
-        raise UserError(f"{name} is missing; this rule needs it, one number for each image")
+def label_array(values: Any, name: str = "labels") -> NDArray[Any]:
+    """Identities or cameras as int64, or, where some are words, as objects (int or str).
+
+    Integers of any type and digits in strings are the same numbers, see
+    :func:`~deen_zoo.data.protocols.as_label`.
+
+    Raises:
+        UserError: Anything else, such as floats.
+    """
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().numpy()
-    labels = np.asarray(values)
+    labels = values if isinstance(values, np.ndarray) else np.array(values, dtype=object)
+    if labels.dtype.kind == "i":
+        return labels.astype(np.int64)
+    if labels.dtype.kind not in "uUO":
+        raise UserError(f"{name} has type {labels.dtype}; give integers or strings")
+    flat = [as_label(label, name) for label in labels.ravel()]
+    numbers = all(isinstance(label, int) for label in flat)
+    found = np.empty(len(flat), np.int64 if numbers else object)
+    found[:] = flat
+    return found.reshape(labels.shape)
+
+
+def _checked(values: Any, length: int, name: str) -> NDArray[Any]:
+    if values is None:
+        raise UserError(f"{name} is missing; this rule needs it, one label for each image")
+    labels = label_array(values, name)
     if labels.shape != (length,):
         raise UserError(f"{name} has shape {labels.shape}; the similarity matrix needs ({length},)")
-    if labels.dtype.kind not in "iuU":
-        raise UserError(f"{name} has type {labels.dtype}; give integers, or strings for ids")
-    return labels if labels.dtype.kind == "U" else labels.astype(np.int64)
+    return labels
+
+
+def _as_codes(*sides: NDArray[Any]) -> list[NDArray[Any]]:
+    """The same integers for the same labels on all sides."""
+    if all(side.dtype != object for side in sides):
+        return list(sides)
+    codes: dict[Any, int] = {}
+    return [
+        np.array([codes.setdefault(label, len(codes)) for label in side.tolist()]) for side in sides
+    ]
 
 
 def _scores(block: Any) -> NDArray[Any]:

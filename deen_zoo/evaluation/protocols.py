@@ -10,9 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data.protocols import PROTOCOLS, Permutations, Protocol, Sample, draw_gallery
+from ..data.protocols import (
+    Permutations,
+    Sample,
+    get_protocol,
+    label_order,
+    trial_numbers,
+    trial_sides,
+)
 from ..errors import UserError
-from .metrics import evaluate_ranking
+from .metrics import evaluate_ranking, label_array
 from .rerank import KReciprocal, k_reciprocal_distance
 from .results import CameraPair, ProtocolResult, Trial
 
@@ -40,7 +47,8 @@ def evaluate(
     Args:
         features: (N, D) floats, numpy array or torch tensor on any device.
         samples: N samples, row for row: at least both sides of the protocol; what it does not use
-            (training images, other cameras) is left alone. Paths order the seeded draw.
+            (training images, other cameras) is left alone. Paths order the seeded draw. Identities
+            and cameras are whole numbers or words.
         protocol: One of ``deen_zoo.data.PROTOCOLS``.
         trials: How many (the first ones) or which ones; None for all ten. RegDB takes the features
             of one split, the one that the model was trained for: ``[3]`` says that it is split 3;
@@ -55,25 +63,24 @@ def evaluate(
         UserError: Unknown protocol or draw, features and samples that do not fit, a side without
             images, or features that are not finite.
     """
-    terms = _terms(protocol)
-    _check_draw(protocol, terms, draw, shots, permutations)
-    numbers = _trial_numbers(protocol, terms, trials)
+    row = get_protocol(protocol)
+    numbers = trial_numbers(protocol, trials)
     rows = _as_tensor(features, samples)
-    sides = _trial_sides(samples, protocol, numbers, shots, permutations)
+    sides = trial_sides(samples, protocol, numbers, draw, shots, permutations)
     compare = _Comparison(rows, sides, rerank)
     done, pairs = [], []
     for number, (queries, gallery) in zip(numbers, sides, strict=True):
         similarity = compare(queries, gallery)
         sampled = [samples[i] for i in queries], [samples[i] for i in gallery]
         labels = _labels(*sampled)
-        done.append(Trial(number, *sampled, evaluate_ranking(similarity, *labels, terms.rule)))
+        done.append(Trial(number, *sampled, evaluate_ranking(similarity, *labels, row.rule)))
         if camera_pairs:
-            pairs.append(_score_pairs(similarity, labels, terms.rule))
+            pairs.append(_score_pairs(similarity, labels, row.rule))
     return ProtocolResult(
         protocol,
         done,
-        draw=draw if terms.sampled else None,
-        shots=shots if terms.sampled else None,
+        draw=draw if row.sampled else None,
+        shots=shots if row.sampled else None,
         rerank=rerank,
         camera_pairs=_mean_pairs(pairs),
     )
@@ -86,69 +93,8 @@ def images_of(
 
     The features of the others need not be computed; their rows may hold anything finite.
     """
-    numbers = _trial_numbers(protocol, _terms(protocol), trials)
-    sides = _trial_sides(samples, protocol, numbers, 1, None)
+    sides = trial_sides(samples, protocol, trial_numbers(protocol, trials))
     return sorted({i for trial in sides for side in trial for i in side})
-
-
-def _terms(protocol: str) -> Protocol:
-    if protocol not in PROTOCOLS:
-        raise UserError(f"unknown protocol {protocol!r}; choose from {', '.join(PROTOCOLS)}")
-    return PROTOCOLS[protocol]
-
-
-def _trial_sides(
-    samples: Sequence[Sample],
-    protocol: str,
-    numbers: Sequence[int],
-    shots: int,
-    permutations: Permutations | None,
-) -> list[tuple[Indices, Indices]]:
-    """Queries and gallery of each trial."""
-    terms, sides = PROTOCOLS[protocol], []
-    query_side, gallery_side = _sides(samples, protocol, terms)
-    for number in numbers:
-        queries, gallery = query_side, gallery_side
-        if terms.sampled == "query":
-            queries = _draw(samples, query_side, number, shots, None)
-        elif terms.sampled:
-            gallery = _draw(samples, gallery_side, number, shots, permutations)
-        sides.append((queries, gallery))
-    return sides
-
-
-def _check_draw(
-    protocol: str, terms: Protocol, draw: str, shots: int, permutations: Permutations | None
-) -> None:
-    if draw not in ("seeded", "official"):
-        raise UserError(f"unknown draw {draw!r}; choose 'seeded' or 'official'")
-    if draw == "official" and terms.dataset != "sysu":
-        raise UserError(f"{protocol} has no official draw; sysu-all and sysu-indoor have one")
-    if (draw == "official") != (permutations is not None):
-        raise UserError(
-            "the official draw needs permutations=read_permutations(root), the seeded takes none"
-        )
-    if not terms.sampled and shots != 1:
-        raise UserError(f"{protocol} takes the whole gallery: leave shots at 1, not {shots}")
-
-
-def _trial_numbers(protocol: str, terms: Protocol, trials: int | Sequence[int] | None) -> list[int]:
-    known = terms.trials
-    if trials is None:
-        return list(known) if terms.sampled else [known[0]]
-    numbers = list(known[: max(trials, 0)]) if isinstance(trials, int) else list(trials)
-    if isinstance(trials, int) and len(numbers) != trials:
-        raise UserError(f"trials is {trials}; {protocol} has 1 to {len(known)}")
-    if not numbers or len(set(numbers)) < len(numbers) or not set(numbers) <= set(known):
-        raise UserError(
-            f"trials are {numbers}; {protocol} has {known[0]} to {known[-1]}, each once"
-        )
-    if not terms.sampled and len(numbers) > 1:
-        raise UserError(
-            f"{protocol} was asked for {len(numbers)} trials; each is another split with its own "
-            "model: evaluate one at a time, then merge_trials"
-        )
-    return numbers
 
 
 def _as_tensor(features: Any, samples: Sequence[Sample]) -> Tensor:
@@ -172,48 +118,11 @@ def _as_tensor(features: Any, samples: Sequence[Sample]) -> Tensor:
     return rows
 
 
-def _sides(samples: Sequence[Sample], protocol: str, terms: Protocol) -> tuple[Indices, Indices]:
-    seen: set[str] = set()
-    sides: dict[str, Indices] = {"visible": [], "infrared": []}
-    for i, sample in enumerate(samples):
-        if sample.modality not in sides:
-            raise UserError(
-                f"{sample.path}: modality {sample.modality!r}; it is 'visible' or 'infrared'"
-            )
-        if sample.path in seen:
-            raise UserError(f"{sample.path} comes twice among the samples; give each image once")
-        seen.add(sample.path)
-        sides[sample.modality].append(i)
-    cameras = terms.gallery_cameras
-    gallery = [i for i in sides[terms.gallery] if not cameras or samples[i].camera in cameras]
-    for side, kind, found in (("query", terms.query, sides[terms.query]),
-                              ("gallery", terms.gallery, gallery)):  # fmt: skip
-        if not found:
-            where = (
-                f" of cameras {', '.join(map(str, cameras))}"
-                if side == "gallery" and cameras
-                else ""
-            )
-            raise UserError(f"{protocol} has no {side}: no {kind} image{where} among the samples")
-    return sides[terms.query], gallery
-
-
 def _labels(queries: Sequence[Sample], gallery: Sequence[Sample]) -> Labels:
     """Identities of both sides, then cameras of both."""
-    (q_ids, q_cameras), (g_ids, g_cameras) = (
-        np.array([(s.identity, s.camera) for s in side]).T for side in (queries, gallery)
-    )
+    q_ids, g_ids = (label_array([s.identity for s in side]) for side in (queries, gallery))
+    q_cameras, g_cameras = (label_array([s.camera for s in side]) for side in (queries, gallery))
     return q_ids, g_ids, q_cameras, g_cameras
-
-
-def _draw(
-    samples: Sequence[Sample],
-    side: Indices,
-    trial: int,
-    shots: int,
-    permutations: Permutations | None,
-) -> Indices:
-    return [side[i] for i in draw_gallery([samples[i] for i in side], trial, shots, permutations)]
 
 
 class _Comparison:
@@ -256,8 +165,8 @@ def _pick(rows: Tensor, indices: Indices) -> Tensor:
 def _score_pairs(similarity: Any, labels: Labels, rule: str) -> list[CameraPair]:
     q_ids, g_ids, q_cams, g_cams = labels
     pairs = []
-    for a in np.unique(q_cams).tolist():
-        for b in np.unique(g_cams).tolist():
+    for a in sorted(set(q_cams.tolist()), key=label_order):
+        for b in sorted(set(g_cams.tolist()), key=label_order):
             q, g = np.flatnonzero(q_cams == a), np.flatnonzero(g_cams == b)
             part = similarity[q][:, g]
             try:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..data.datasets import DATASETS
-from ..data.protocols import PROTOCOLS, Sample
+from ..data.datasets import get_dataset
+from ..data.protocols import Sample, get_protocol
 from ..errors import UserError
 from .metrics import Ranking
 from .published import published
@@ -103,12 +103,11 @@ class ProtocolResult:
     @property
     def expected_counts(self) -> dict[str, int]:
         """Images that a complete dataset has in a single-shot trial, as far as published."""
-        dataset = DATASETS[PROTOCOLS[self.protocol].dataset]
-        if not dataset.expected:
-            return {}
-        test = dataset.expected["test" if "test" in dataset.expected else "test 1"]
-        counts = {"identities": test["identities"]}
-        for side, count in dataset.expected[self.protocol].items():
+        dataset = get_dataset(get_protocol(self.protocol).dataset)
+        split = f" {dataset.splits[0]}" if len(dataset.splits) > 1 else ""
+        test = dataset.expected.get(f"test{split}", {})
+        counts = {"identities": test["identities"]} if "identities" in test else {}
+        for side, count in dataset.expected.get(self.protocol, {}).items():
             if side == "query":
                 counts["queries"] = count
             elif self.shots in (None, 1):

@@ -15,16 +15,15 @@ from torch import Tensor
 
 from ..data.cache import DecodedCache
 from ..data.folder import UNKNOWN, list_images, read_csv
-from ..data.images import to_rgb
-from ..data.loader import read_image
-from ..data.protocols import Sample
-from ..data.transforms import EvalTransform, Pixels, resize
+from ..data.images import Pixels, read_image, resize, to_rgb
+from ..data.protocols import Label, Sample
+from ..data.transforms import EvalTransform
 from ..errors import UserError
 
 __all__ = ["Batch", "Images", "Source", "collate", "gather", "infrared_of", "three_equal_channels"]
 
 Item = Image.Image | np.ndarray[Any, Any] | str
-Labels = tuple[int, int]  # identity, camera
+Labels = tuple[Label, Label]  # identity, camera
 UNLABELLED = UNKNOWN, UNKNOWN
 
 

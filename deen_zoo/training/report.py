@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.datasets import get_dataset
 from ..errors import MissingExtraError, require
 from ..evaluation import published_ablation, report
 from ..io import write_atomically
@@ -62,7 +63,8 @@ def markdown(results: dict[str, Any], curves: bool = True) -> str:
 
 def _curves(results: dict[str, Any]) -> str:
     trial = results["models"][0]["trial"]
-    return f"trial-{trial}/curves.png" if results["dataset"] == "regdb" else "curves.png"
+    several = len(get_dataset(results["dataset"]).splits) > 1
+    return f"trial-{trial}/curves.png" if several else "curves.png"
 
 
 def _best_beside_last(protocols: dict[str, dict[str, Any]]) -> list[str]:

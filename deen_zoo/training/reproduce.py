@@ -20,9 +20,11 @@ import torch
 
 from ..data.cache import DecodedCache, open_cache
 from ..data.check import check_dataset
-from ..data.datasets import PROTOCOLS, ReidDataset, Sample, open_dataset
+from ..data.datasets import open_dataset
 from ..data.loader import train_loader
-from ..data.transforms import ERASING_AREA, TrainTransform
+from ..data.protocols import Sample, get_protocol
+from ..data.reader import ReidDataset
+from ..data.transforms import TrainTransform
 from ..device import choose_device, resolve_precision
 from ..distributed import Distributed, join
 from ..errors import UserError
@@ -83,10 +85,10 @@ def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str,
         results = {
             **_provenance(settings, world),
             "run": run,
-            "drawn": _drawn(dataset),
+            "drawn": dataset.drawn,
             "data": fingerprint,
             "models": models,
-            "protocols": measured.protocols(_drawn(dataset)),
+            "protocols": measured.protocols(dataset.drawn),
         }
         world.once(lambda: write_results(settings.output, results))
     return results
@@ -129,15 +131,15 @@ def check_data(settings: Settings, world: Distributed) -> ReidDataset:
         UserError: It cannot be used; the message names the first fault.
     """
     root = settings.data_root
-    if settings.dataset == "synthetic" and not root.exists():
+    if settings.kind.synthetic and not root.exists():
         _say(world, f"drawing a synthetic world of {settings.people} people into {root}")
         world.once(lambda: _draw(settings))
     try:
-        dataset = open_dataset(settings.layout, root, settings.skip_broken)
+        dataset = open_dataset(settings.dataset, root, settings.skip_broken)
     except UserError as error:
         raise UserError(f"{error}; {TRY_WITHOUT_DATA}") from error
     report = world.once(
-        lambda: check_dataset(settings.layout, root, decode=settings.skip_broken, progress=True)
+        lambda: check_dataset(settings.dataset, root, decode=settings.skip_broken, progress=True)
     )
     if settings.skip_broken:
         dataset.leave_out(fault.where for fault in report.faults if fault.kind == "unreadable")
@@ -159,12 +161,7 @@ def check_data(settings: Settings, world: Distributed) -> ReidDataset:
 
 
 def _draw(settings: Settings) -> None:
-    synthesize(settings.layout, settings.data_root, identities=settings.people)
-
-
-def _drawn(dataset: ReidDataset) -> bool:
-    """Whether the people are drawn, so that no published number is comparable."""
-    return Path(dataset.root, "synthetic.json").exists()
+    synthesize(settings.kind.layout, settings.data_root, identities=settings.people)
 
 
 def train_split(
@@ -195,7 +192,7 @@ def train_split(
             recipe.data.grayscale,
             recipe.data.flip,
             recipe.data.erasing,
-            recipe.data.erasing_area or ERASING_AREA[settings.layout],
+            recipe.data.erasing_area or settings.kind.erasing_area,
             data["mean"],
             data["std"],
         ),
@@ -208,8 +205,8 @@ def train_split(
         world_size=world.size,
     )
     protocol = settings.protocols[0]
-    number = trial if len(settings.trials) > 1 else PROTOCOLS[protocol].trials[0]
-    number = trial if settings.dataset == "regdb" else number
+    row = get_protocol(protocol)
+    number = row.trials[0] if row.sampled else trial  # a gallery's draw, or the split
     sides = dataset.query(protocol, number) + dataset.gallery(protocol, number)
 
     def test() -> dict[str, float]:
@@ -374,13 +371,13 @@ def _evaluate(
 ) -> list[ProtocolResult]:
     """Every protocol of a split; each image that any trial compares goes through the model once."""
     samples = dataset.test("visible", trial) + dataset.test("infrared", trial)
-    trials = [trial] if settings.dataset == "regdb" else None
-    drawn = sorted({i for name in settings.protocols for i in images_of(samples, name, trials)})
+    trials = {name: None if get_protocol(name).sampled else [trial] for name in settings.protocols}
+    drawn = sorted({i for name in trials for i in images_of(samples, name, trials[name])})
     cache = _cache(settings, dataset, data_config(model)["input_size"][1:])
     rows = _extract(settings, model, [samples[i] for i in drawn], cache, world)
     features = rows.new_zeros(len(samples), rows.shape[1])  # the others are never looked at
     features[drawn] = rows
-    return [evaluate(features, samples, name, trials=trials) for name in settings.protocols]
+    return [evaluate(features, samples, name, trials=trials[name]) for name in trials]
 
 
 def _record(settings: Settings, fingerprint: dict[str, Any], world: Distributed) -> dict[str, Any]:

@@ -9,19 +9,13 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..data.datasets import DATASETS, get_dataset
+from ..data.reader import ReidDataset
 from ..errors import UserError, check_least
 from .recipes import RECIPES, Recipe, describe, get_recipe
 
 __all__ = ["Settings", "add_options"]
 
-DATASETS = ("sysu", "regdb", "llcm", "own", "synthetic")
-MODELS = {
-    "sysu": "deen_resnet50_sysu",
-    "regdb": "deen_resnet50_regdb",
-    "llcm": "deen_resnet50_llcm",
-    "own": "deen_resnet50_llcm",
-    "synthetic": "test_deen_resnet",
-}
 TRY_WITHOUT_DATA = "without data, try 'deen-zoo reproduce synthetic'"
 
 
@@ -40,7 +34,7 @@ class Settings:
     The fields are described where they are declared, and by ``deen-zoo reproduce --help``.
     """
 
-    dataset: str = option("the dataset; synthetic draws its own people", choices=DATASETS)
+    dataset: str = option("the dataset; synthetic draws its own people", choices=tuple(DATASETS))
     output: Path = option("folder of the run (default: runs/DATASET)", metavar="FOLDER")
     data_root: Path = option("folder of the dataset", metavar="FOLDER")
     recipe: Recipe = option(
@@ -104,15 +98,8 @@ class Settings:
             UserError: There is no such dataset, recipe or setting, or settings that do not go
                 together. Nothing was done yet.
         """
-        from ..data.datasets import DATASETS as KINDS
-        from ..data.datasets import PROTOCOLS
-
-        if dataset not in MODELS:
-            raise UserError(f"dataset {dataset!r}: choose from {', '.join(MODELS)}")
-        output, synthetic = Path(output), dataset == "synthetic"
-        layout = _layout(dataset)
-        kind = KINDS[layout]
-        if data_root is None and not synthetic:
+        kind, output = get_dataset(dataset), Path(output)
+        if data_root is None and not kind.synthetic:
             given = f", which is given out on request only: {kind.ask}" if kind.ask else ""
             raise UserError(
                 f"{dataset} needs --data-root, the folder of {kind.title}{given}; "
@@ -121,12 +108,12 @@ class Settings:
         for name, folder in (("--output", output), ("--cache", cache)):
             if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
                 raise UserError(f"{name} {folder}: it is a file; give a folder")
-        if trials and len(kind.trials) == 1:
+        if trials and len(kind.splits) == 1:
             raise UserError(f"--trials chooses among RegDB's splits; {dataset} has one")
-        if trials and (len(set(trials)) < len(trials) or not set(trials) <= set(kind.trials)):
+        if trials and (len(set(trials)) < len(trials) or not set(trials) <= set(kind.splits)):
             raise UserError(
-                f"--trials {' '.join(map(str, trials))}: choose from {kind.trials[0]} to "
-                f"{kind.trials[-1]}, each once"
+                f"--trials {' '.join(map(str, trials))}: choose from {kind.splits[0]} to "
+                f"{kind.splits[-1]}, each once"
             )
         for name, number, least in (
             ("--epochs", epochs, 1),
@@ -137,7 +124,7 @@ class Settings:
         ):
             if number is not None:
                 check_least(name, number, least)
-        known = [name for name, terms in PROTOCOLS.items() if terms.dataset == layout]
+        known = kind.protocols()
         for name in protocols or ():
             if name not in known:
                 raise UserError(f"--protocols {name}: choose from {dataset}'s, {', '.join(known)}")
@@ -145,20 +132,20 @@ class Settings:
             from .tasks import task_class
 
             recipe = get_recipe(
-                recipe or ("synthetic" if synthetic else "official"),
+                recipe or kind.default_recipe,
                 changes,
                 task_class(task).Loss if task else None,
             )
-        if cache is None and synthetic:
+        if cache is None and kind.synthetic:
             cache = output / "cache"
         return cls(
             dataset,
             output,
             Path(data_root) if data_root is not None else output / "data",
             recipe,
-            model or MODELS[dataset],
+            model or kind.default_model,
             epochs or recipe.schedule.epochs,
-            tuple(trials or kind.trials),
+            tuple(trials or kind.splits),
             tuple(protocols or known),
             None if cache is None else Path(cache),
             task or recipe.task,
@@ -166,17 +153,13 @@ class Settings:
         )
 
     @property
-    def layout(self) -> str:
-        """The name of the dataset whose layout the data has."""
-        return _layout(self.dataset)
+    def kind(self) -> type[ReidDataset]:
+        """The dataset's class, which holds all its facts."""
+        return get_dataset(self.dataset)
 
     def folder(self, trial: int) -> Path:
         """Where a split's model is kept."""
-        return self.output / f"trial-{trial}" if self.dataset == "regdb" else self.output
-
-
-def _layout(dataset: str) -> str:
-    return "llcm" if dataset == "synthetic" else dataset
+        return self.output / f"trial-{trial}" if len(self.kind.splits) > 1 else self.output
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
