@@ -20,7 +20,7 @@ import torch
 from deen_zoo import create_model, save_pretrained
 from deen_zoo.errors import UserError, check_least
 from deen_zoo.features.embed import data_config
-from deen_zoo.models.convert import convert_official
+from deen_zoo.models.convert import convert
 from deen_zoo.synthetic import synthesize
 
 from . import official, workloads
@@ -158,7 +158,7 @@ def _sysu_test(plan: Plan) -> list[Row]:
     if spec.official:
         weights = spec.folder / "sysu.t"
         official.save_weights(spec.official, 395, "sysu", weights)
-        convert_official(weights, folder, "deen_resnet50_sysu")
+        convert(weights, folder, "deen_resnet50_sysu")
     else:
         save_pretrained(create_model(spec.model), folder)
     config = json.loads((folder / "config.json").read_text())

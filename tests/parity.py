@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import deen_zoo
-from deen_zoo.models.checkpoint import from_official
+from deen_zoo.models.convert import SOURCES
 from tests import seeded
 
 GOLDEN = Path(__file__).with_name("golden") / "model.npz"
@@ -77,11 +77,7 @@ def theirs(dataset: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, str]]
     from tests.reference import official_net
 
     net = official_net(IDENTITIES, dataset)
-    stages = 3 if dataset == "regdb" else 4
-    rename = {}
-    for key in net.state_dict():
-        for name in from_official({key: torch.empty(0)}, stages):
-            rename[key] = name
+    rename = SOURCES["llcm-official"].names(net.state_dict())
     seeded.fill(net, rename=rename)
     return net.to(dtype), rename
 

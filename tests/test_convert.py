@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 import deen_zoo
 from deen_zoo.cli import main
 from deen_zoo.errors import UserError
-from deen_zoo.models.checkpoint import checkpoint_filter_fn, from_official
-from deen_zoo.models.convert import read_official
+from deen_zoo.models.convert import SOURCES, convert, read_checkpoint, recognise
 from tests import parity
 from tests.reference import needs_official
 
@@ -90,7 +89,7 @@ def checkpoint(regdb, tmp_path):
 
 def test_every_key_is_translated(regdb):
     model, official = regdb
-    ours = from_official(official, num_stages=3)
+    ours = SOURCES["llcm-official"].translate(official)
     assert set(ours) == set(model.state_dict())
     assert all(torch.equal(ours[key], value) for key, value in model.state_dict().items())
     names = official_names(model.state_dict())
@@ -141,7 +140,7 @@ def test_a_misfit_is_named(regdb, tmp_path, spoil, message, capsys):
     official = dict(regdb[1])
     spoil(official)
     with pytest.raises(UserError, match=message):
-        checkpoint_filter_fn({"net": official}, regdb[0])
+        recognise(official, model="deen_resnet50_regdb", source="llcm-official")
     path = tmp_path / "spoilt.t"
     torch.save({"net": official}, path)
     assert main(["convert", str(path), str(tmp_path / "w"), "--model", "deen_resnet50_regdb"]) == 2
@@ -180,7 +179,7 @@ def test_other_bad_files(tmp_path, checkpoint):
     torch.save([1, 2], tmp_path / "list.t")
     for name in ("absent.t", "empty.t", "text.t", "cut.t", "list.t"):
         with pytest.raises(UserError, match=name.replace(".", r"\.")):
-            read_official(tmp_path / name)
+            read_checkpoint(tmp_path / name)
 
 
 def test_class_count(regdb, tmp_path):
@@ -215,7 +214,7 @@ def test_a_real_official_network_converts(dataset, tmp_path):
     net, _ = parity.theirs(dataset, torch.float32)
     path = tmp_path / "best.t"
     torch.save({"net": net.state_dict(), "cmc": np.ones(20), "mAP": 0.5, "epoch": 1}, path)
-    deen_zoo.models.convert.convert_official(path, tmp_path / "w", parity.MODELS[dataset])
+    convert(path, tmp_path / "w", parity.MODELS[dataset])
     loaded = timm.create_model(f"local-dir:{tmp_path / 'w'}", pretrained=True)
     wanted = parity.run_theirs(net, {}, (128, 64), "visible", train=False)
     got = parity.run_ours(loaded, (128, 64), "visible", train=False)

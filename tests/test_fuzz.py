@@ -26,7 +26,7 @@ from deen_zoo.data.folder import open_folder, read_csv
 from deen_zoo.errors import UserError
 from deen_zoo.features.files import read_feature_table
 from deen_zoo.hub import publish
-from deen_zoo.models.convert import read_official
+from deen_zoo.models.convert import read_checkpoint
 from deen_zoo.models.pretrained import local_config, sha256
 from deen_zoo.training.state import load_state, save_state
 
@@ -259,7 +259,7 @@ def test_any_feature_file(tmp_path: Path, data: st.DataObject) -> None:
     [
         ("state.safetensors", load_state),
         ("rows.safetensors", read_feature_table),
-        ("best.t", read_official),
+        ("best.t", read_checkpoint),
         ("exp/rand_perm_cam.mat", lambda path: read_permutations(path.parents[1])),
         ("image.png", open_image),
         ("image.jpg", open_image),

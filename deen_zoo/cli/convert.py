@@ -1,33 +1,46 @@
-"""Convert an official .t checkpoint to a folder with config.json and model.safetensors.
-
-The folder loads with timm.create_model("local-dir:DIR", pretrained=True) after import deen_zoo.
-"""
+"""Turn a checkpoint of the reference, YYDS, AGW, CAJ or TVI-LFM into a folder that timm loads."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
-EXAMPLES = """\
-  deen-zoo convert llcm_deen_p4_n6_lr_0.1_seed_0_best.t weights/llcm --model deen_resnet50_llcm
-  deen-zoo convert sysu_best.t weights/sysu --model deen_resnet50_sysu --json
-"""
+EXAMPLES = """  deen-zoo convert sysu_deen_p4_n4_lr_0.1_seed_0_best.t --install
+  deen-zoo convert sysu_deen_best.t weights/sysu
+  deen-zoo convert regdb_deen_trial_3_best.t weights/regdb-3 --json"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..models import list_models
-
-    parser.add_argument("source", metavar="OFFICIAL.t", help="what the official train.py saved")
-    parser.add_argument("folder", metavar="DIR", help="folder to write")
+    """Declare the verb's options."""
+    parser.add_argument("file", help="the checkpoint, such as best.t; it is never executed")
+    parser.add_argument("folder", nargs="?", help="where to write; it must be empty or absent")
     parser.add_argument(
-        "--model", required=True, choices=list_models("deen_*"), help="which model it is"
+        "--install",
+        action="store_true",
+        help="put it where create_model(MODEL, pretrained=True) finds it, instead of a folder",
+    )
+    parser.add_argument("--model", default="", help="which model it is (default: found out)")
+    parser.add_argument(
+        "--source",
+        default="",
+        help="whose file it is, such as agw or caj, whose files have the same names "
+        "(default: found out)",
+    )
+    parser.add_argument(
+        "--split",
+        type=int,
+        help="RegDB: the split it was trained on, 1 to 10 (default: read off the file's name)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..models.convert import convert_official
+    """Convert, verify, report."""
+    from ..errors import UserError
+    from ..models.convert import convert
 
-    report = convert_official(args.source, args.folder, args.model)
-    print(json.dumps(report.to_dict()) if args.json else report)
+    if args.install == (args.folder is not None):
+        raise UserError("give either a folder to write to, or --install")
+    report = convert(args.file, args.folder, args.model, args.source, args.split)
+    print(json.dumps(report.to_dict(), indent=2) if args.json else report)
     return 0

@@ -9,6 +9,7 @@ import timm
 
 from ..errors import UserError
 from . import pretrained as weights
+from .agw import AGW as AGW
 from .base import NAMES
 from .base import ReidModel as ReidModel
 from .base import register_reid_model as register_reid_model

@@ -1,4 +1,4 @@
-"""Checkpoints: from the official key names to ours, strict both ways, and to a folder for timm."""
+"""Checkpoints: strict both ways when they are loaded, and to a folder for timm."""
 
 from __future__ import annotations
 
@@ -18,57 +18,9 @@ from .pretrained import CONFIG, FORMAT, WEIGHTS
 
 StateDict = dict[str, torch.Tensor]
 
-# Official name -> ours. Stage and branch numbers start at 1 there, at 0 here: "{n-1}" subtracts.
-_OFFICIAL = [
-    (r"thermal_module\.thermal\.((?:conv1|bn1)\..+)", "infrared_stem.{0}"),
-    (r"visible_module\.visible\.((?:conv1|bn1)\..+)", "visible_stem.{0}"),
-    (r"base_resnet\.base\.layer(\d)\.(.+)", "stages.{0-1}.blocks.{1}"),
-    (r"DEE\.FC(\d)(\d)\.(.+)", "stages.{last}.dee.reduce.{0-1}.{1-1}.{2}"),
-    (r"DEE\.FC(\d)\.(.+)", "stages.{last}.dee.expand.{0-1}.{1}"),
-    (r"MFA(\d)\.(CNL|PNL)\.W\.0\.(.+)", "stages.{0-1}.{1}.proj.conv.{2}"),
-    (r"MFA(\d)\.(CNL|PNL)\.W\.1\.(.+)", "stages.{0-1}.{1}.proj.bn.{2}"),
-    (r"MFA(\d)\.(CNL|PNL)\.(.+)", "stages.{0-1}.{1}.{2}"),
-]
-# It saves three whole ResNets and uses two for their stems and one for its stages.
-_OFFICIAL_UNUSED = re.compile(
-    r"(thermal_module\.thermal|visible_module\.visible)\.layer\d\.|base_resnet\.base\.(conv1|bn1)\."
-)
-
-
-def _translate(name: str, num_stages: int) -> str:
-    for pattern, ours in _OFFICIAL:
-        match = re.fullmatch(pattern, name)
-        if match:
-            for i, part in enumerate(match.groups()):
-                ours = ours.replace(f"{{{i}}}", part.lower() if part in ("CNL", "PNL") else part)
-                if part.isdigit():
-                    ours = ours.replace(f"{{{i}-1}}", str(int(part) - 1))
-            return ours.replace("{last}", str(num_stages - 1))
-    return name
-
-
-def is_official(state_dict: StateDict) -> bool:
-    """Whether the keys are those of the official code (before or after ``DataParallel``)."""
-    return any(re.match(r"(module\.)?base_resnet\.base\.", key) for key in state_dict)
-
-
-def from_official(state_dict: StateDict, num_stages: int) -> StateDict:
-    """Rename the keys of the official ``embed_net`` and leave out the parts it never runs.
-
-    Keys that it does not know are passed on, so that the strict check can name them.
-    """
-    out = {}
-    for name, tensor in state_dict.items():
-        name = name.removeprefix("module.")
-        unused = _OFFICIAL_UNUSED.match(name)
-        if unused or (num_stages == 3 and name.startswith("base_resnet.base.layer4.")):
-            continue
-        out[_translate(name, num_stages)] = tensor
-    return out
-
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> StateDict:
-    """timm's hook before loading: translate official files, then check the keys both ways.
+    """timm's hook before loading: check the keys both ways.
 
     timm loads with ``strict=False`` when the class count differs, and a badly mapped checkpoint
     would pass with a warning; here a missing, surplus or misshapen key is an error that names it.
@@ -80,9 +32,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> StateDict:
     for wrapper in ("net", "state_dict"):
         if isinstance(state_dict.get(wrapper), dict):
             state_dict = state_dict[wrapper]
-    if is_official(state_dict):
-        state_dict = from_official(state_dict, model.model_args["num_stages"])
-
     expected = model.state_dict()
     classifier = state_dict.get("classifier.weight")
     if classifier is not None:

@@ -228,6 +228,7 @@ class DEEN(ReidModel):
         dee_mean: Average DEE's dilated convolutions as the reference does; False sums them as the
             paper does.
         mfa_softmax: Softmax on MFA's attention as in the paper; the reference has none.
+        flip: Whether the published results add the descriptor of the mirrored image.
         modality: What ``modality=None`` means in the calls, ``"visible"`` or ``"infrared"``.
         drop_rate: Dropout on DEE's output.
         device: Device of the parameters, as for torch's own modules.
@@ -249,6 +250,7 @@ class DEEN(ReidModel):
         mfa: bool = True,
         dee_mean: bool = True,
         mfa_softmax: bool = False,
+        flip: bool = True,
         modality: Optional[str] = None,
         drop_rate: float = 0.01,
         device: Any = None,
@@ -258,6 +260,7 @@ class DEEN(ReidModel):
         if num_stages not in (3, 4):
             raise ValueError(f"num_stages must be 3 (RegDB) or 4: got {num_stages}")
         dd = {"device": device, "dtype": dtype}
+        self.flip = flip
         self.num_branches = 3 if dee else 1
         self.model_args = dict(
             backbone=backbone,
@@ -267,6 +270,7 @@ class DEEN(ReidModel):
             mfa=mfa,
             dee_mean=dee_mean,
             mfa_softmax=mfa_softmax,
+            flip=flip,
             modality=modality,
             drop_rate=drop_rate,
         )

@@ -220,8 +220,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _check_config(config: dict[str, Any], where: str, variant: str) -> None:
     """Refuse what this version cannot build, and what would load something else on the way."""
-    from .deen import DEEN
+    from .base import ReidModel
 
+    families = [inspect.signature(family).parameters for family in ReidModel.__subclasses__()]
     own, args, cfg = (config.get(k) or {} for k in ("deen_zoo", "model_args", "pretrained_cfg"))
     backbone_args: Any = args.get("backbone_args") or {} if isinstance(args, dict) else None
     if not all(isinstance(part, dict) for part in (own, args, cfg, backbone_args)):
@@ -243,8 +244,7 @@ def _check_config(config: dict[str, Any], where: str, variant: str) -> None:
             f"create_model('{architecture}', ...) or create_model('hf-hub:...') builds it"
         )
     known = {
-        "model_args": set(inspect.signature(DEEN).parameters)
-        - {"pretrained_backbone", "device", "dtype"},
+        "model_args": {"form"}.union(*families) - {"pretrained_backbone", "device", "dtype"},
         "backbone_args": set(inspect.signature(timm.models.ResNet).parameters),
         "pretrained_cfg": {field.name for field in fields(PretrainedCfg)} - {"file", "state_dict"},
     }

@@ -1,0 +1,296 @@
+"""AGW, CAJ and TVI-LFM's base next to their references: live, and against committed numbers.
+
+Outputs, batch statistics, losses, gradients and one optimiser step in float64 agree to 1e-9, test
+descriptors to 1e-10. ``python -m tests.test_agw`` with AGW_OFFICIAL and TVI_OFFICIAL set writes
+tests/golden/agw.npz, which holds products with seeded directions only.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import deen_zoo
+from deen_zoo.models.convert import SOURCES
+from deen_zoo.training.losses import identity_loss, weighted_triplet_loss
+
+from . import seeded
+from .reference import agw, needs, tvi_net
+
+GOLDEN = Path(__file__).with_name("golden") / "agw.npz"
+IDENTITIES = 7
+SIZE = (64, 32)
+LABELS = torch.tensor([2, 2, 5, 5, 0, 0]).repeat(2)
+# Network by the tag of its source, and whether its triplet loss takes squared differences.
+CASES = {"agw": False, "caj": True, "agw-base": False, "tvilfm": False}
+TINY = "test_agw_resnet"
+
+
+def images(n: int = 12) -> torch.Tensor:
+    return seeded.tensor("agw images", (n, 3, *SIZE)) * np.sqrt(3 * SIZE[0] * SIZE[1])
+
+
+@functools.lru_cache(maxsize=1)
+def ours(tag: str) -> nn.Module:
+    source = SOURCES[tag]
+    name = f"{source.family}_resnet50_sysu"
+    model = deen_zoo.create_model(name, num_classes=IDENTITIES, **source.arguments(name))
+    seeded.fill(model)
+    return finish(model, model.bottleneck).double()
+
+
+def finish(net: nn.Module, neck: nn.Module) -> nn.Module:
+    """Set what seeded weights leave alone or make extreme: the neck's bias, the exponent."""
+    with torch.no_grad():
+        if neck.bias.requires_grad:
+            neck.bias.copy_(seeded.tensor("neck", tuple(neck.bias.shape)))
+        for name, value in net.state_dict().items():
+            if name.endswith(("gem.p", "GEM.p")):
+                value.fill_(2.5)
+    return net
+
+
+@functools.lru_cache(maxsize=1)
+def theirs(tag: str) -> tuple[nn.Module, dict[str, str]]:
+    """The reference's network and {its name: ours} for what we have."""
+    if tag == "tvilfm":
+        with torch.device("meta"):
+            net = tvi_net(IDENTITIES)
+        del net.base_model.transformer, net.base_model.token_embedding, net.base_model.ln_final
+        net.to_empty(device="cpu")
+        neck = net.classifier.BN
+    else:
+        switch = "off" if tag == "agw-base" else "on"
+        module = agw("model", "ICCV21_CAJ" if tag == "caj" else "")
+        net = module.embed_net(IDENTITIES, no_local=switch, gm_pool=switch)
+        neck = net.bottleneck
+    rename = SOURCES[tag].names(net.state_dict())
+    seeded.fill(net, rename=rename)
+    if tag == "tvilfm":
+        neck.bias.requires_grad_()
+    return finish(net, neck).double(), rename
+
+
+def reference_pass(net: nn.Module, visible: torch.Tensor, infrared: torch.Tensor):
+    """What the networks give in the mode they are in: (pool, logits), or in eval (pool, bn)."""
+    if not hasattr(net, "base_model"):
+        if net.training:
+            return net(visible, infrared)
+        pairs = [net(visible, visible, modal=1), net(infrared, infrared, modal=2)]
+        return [torch.cat(parts) for parts in zip(*pairs, strict=True)]
+    visual = net.base_model.visual
+    maps = torch.cat([visual.rgb_model(visible), visual.ir_model(infrared)])
+    pool = visual.GEM(visual.shared_model(maps)).squeeze()
+    out = net.classifier(pool)
+    return out if net.training else (nn.functional.normalize(pool), out)
+
+
+def our_step(tag: str) -> dict[str, torch.Tensor]:
+    """Outputs, losses, gradients, batch statistics and updated weights of one step."""
+    model, x = ours(tag).train(), images()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    model.zero_grad(set_to_none=True)
+    out = model.forward_train(x, torch.arange(12) >= 6)
+    losses = [
+        identity_loss(out["logits"], LABELS),
+        weighted_triplet_loss(out["pool"], LABELS, squared=CASES[tag]),
+    ]
+    sum(losses).backward()
+    groups = {group["name"]: group["params"] for group in model.param_groups()}
+    step(groups["rest"], groups["head"])
+    found = {"pool": out["pool"], "logits": out["logits"], "losses": torch.stack(losses)}
+    found |= {f"grad {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    found |= dict(model.state_dict())
+    found = {k: v.detach().clone() for k, v in found.items() if not k.endswith("tracked")}
+    model.load_state_dict(state)
+    return found
+
+
+def step(rest: list[nn.Parameter], head: list[nn.Parameter]) -> None:
+    """The references' optimiser at their epoch 3."""
+    lr = 0.1 * (3 + 1) / 10
+    groups = [{"params": rest, "lr": 0.1 * lr}, {"params": head, "lr": lr}]
+    torch.optim.SGD(groups, weight_decay=5e-4, momentum=0.9, nesterov=True).step()
+
+
+def reference_step(tag: str) -> dict[str, torch.Tensor]:
+    """The same as the reference's train.py, train_ext.py makes it, under our names."""
+    net, rename = theirs(tag)
+    net.train()
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    net.zero_grad(set_to_none=True)
+    x = images()
+    pool, logits = reference_pass(net, x[:6], x[6:])
+    loss = agw("loss", "ICCV21_CAJ")
+    triplet = loss.TripletLoss_ADP(square=1) if CASES[tag] else loss.TripletLoss_WRT()
+    losses = [nn.CrossEntropyLoss()(logits, LABELS), triplet(pool, LABELS)[0]]
+    sum(losses).backward()
+    head = [p for n, p in net.named_parameters() if rename.get(n, "")[:10] in HEAD]
+    rest = [p for n, p in net.named_parameters() if rename.get(n, "")[:10] not in HEAD]
+    step(rest, head)
+    found = {"pool": pool, "logits": logits, "losses": torch.stack(losses)}
+    grads = {rename[n]: p.grad for n, p in net.named_parameters() if p.grad is not None}
+    found |= {f"grad {n}": grad for n, grad in grads.items()}
+    found |= {rename[n]: v for n, v in net.state_dict().items() if n in rename}
+    found = {k: v.detach().clone() for k, v in found.items() if not k.endswith("tracked")}
+    net.load_state_dict(state)
+    return found
+
+
+HEAD = ("bottleneck", "classifier")
+
+
+@torch.no_grad()
+def our_descriptors(tag: str) -> dict[str, torch.Tensor]:
+    """Both descriptors of six visible and six infrared images, mirrored ones for CAJ."""
+    model, infrared = ours(tag).eval(), torch.arange(12) >= 6
+    return {
+        name: model.forward_embedding(images(), infrared, flip=model.flip, descriptor=name)
+        for name in ("official", "pool")
+    }
+
+
+@torch.no_grad()
+def reference_descriptors(tag: str) -> dict[str, torch.Tensor]:
+    """As test.py and, for CAJ, testa.py compute them."""
+    net, _ = theirs(tag)
+    net.eval()
+    x = images()
+    pool, bn = reference_pass(net, x[:6], x[6:])
+    if tag == "caj":
+        other = reference_pass(net, x[:6].flip(3), x[6:].flip(3))
+        pool, bn = ((a + b) / 2 for a, b in zip((pool, bn), other, strict=True))
+        pool, bn = (f / f.norm(p=2, dim=1, keepdim=True) for f in (pool, bn))
+    return {"official": bn, "pool": pool}
+
+
+def summary(found: dict[str, torch.Tensor]) -> np.ndarray:
+    """Of each tensor, by name, its norm and its product with a seeded direction."""
+    rows = []
+    for name in sorted(found):
+        direction = seeded.tensor("along " + name, tuple(found[name].shape))
+        rows.append([found[name].norm(), (found[name] * direction).sum() / direction.norm()])
+    return torch.tensor(rows, dtype=torch.float64).numpy()
+
+
+@needs("AGW")
+@needs("TVI")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This overload of addmm_:UserWarning")
+@pytest.mark.parametrize("tag", CASES)
+def test_step_and_descriptors_are_the_references(tag):
+    got, wanted = our_step(tag), reference_step(tag)
+    assert set(got) == set(wanted)
+    assert (wanted["losses"] > 1e-3).all()
+    for name, tensor in wanted.items():
+        scale = max(1.0, tensor.abs().max().item())
+        assert (got[name] - tensor).abs().max() < 1e-9 * scale, name
+    got, wanted = our_descriptors(tag), reference_descriptors(tag)
+    for name, rows in wanted.items():
+        assert (got[name] - rows).abs().max() < 1e-10, name
+        assert (rows[0] - rows[1]).norm() > 0.01  # the images are not all alike to it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tag", CASES)
+def test_golden_numbers_of_the_references(tag):
+    with np.load(GOLDEN) as golden:
+        got, wanted = summary(our_step(tag)), golden[f"{tag}/step"]
+        np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-9)
+        got, wanted = summary(our_descriptors(tag)), golden[f"{tag}/descriptors"]
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-10)
+
+
+# the contract, on the tiny network
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model = deen_zoo.create_model(TINY, num_classes=5)
+    seeded.fill(model)
+    return model.eval()
+
+
+def batch(n: int = 3) -> torch.Tensor:
+    return torch.randn(n, 3, 64, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("change", [{}, dict(non_local=False, pool="avg"), dict(neck_bias=True)])
+@pytest.mark.parametrize("tvilfm", [False, True])
+def test_every_parameter_is_trained(change, tvilfm):
+    args = dict(non_local=False, pool="gem-learned", stem_act=False) if tvilfm else {}
+    model = deen_zoo.create_model(TINY, num_classes=5, **{**args, **change}).train()
+    out = model.forward_train(batch(4), torch.tensor([True, False, False, True]))
+    assert out["pool"].shape == out["bn"].shape == (4, 128) and out["logits"].shape == (4, 5)
+    sum(t.square().sum() for t in out.values()).backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+    groups = {group["name"]: group["params"] for group in model.param_groups()}
+    assert len(groups["head"]) == (3 if change.get("neck_bias") else 2)
+
+
+def test_shapes_and_intermediates(tiny):
+    x = batch()
+    maps, intermediates = tiny.forward_intermediates(x, modality="infrared")
+    assert torch.equal(maps, tiny.forward_features(x, "infrared")) and maps.shape == (3, 128, 4, 2)
+    assert [len(m) for m in intermediates] == [3] * 5
+    assert torch.equal(tiny.forward_head(maps), tiny(x, "infrared"))
+    bare = deen_zoo.create_model(TINY, num_classes=0, global_pool="")
+    assert bare(x, "visible").shape == (3, 128, 4, 2)
+    features = deen_zoo.create_model(TINY, features_only=True)
+    assert [f.shape[1] for f in features(x)] == features.feature_info.channels()
+
+
+@torch.no_grad()
+def test_descriptors(tiny):
+    x, mask = batch(), torch.tensor([False, True, True])
+    rows = tiny.forward_embedding(x, mask)
+    assert torch.allclose(rows[1], tiny.forward_embedding(x, "infrared")[1], atol=1e-6)
+    assert torch.allclose(rows, nn.functional.normalize(tiny.forward_train(x, mask)["bn"]))
+    both = tiny.forward_embedding(x, mask, flip=True)
+    assert torch.allclose(both, tiny.forward_embedding(x.flip(3), mask, flip=True), atol=1e-6)
+    assert torch.allclose(both.norm(dim=1), torch.ones(3)) and not torch.allclose(both, rows)
+    pool = tiny.forward_embedding(x, mask, descriptor="pool")
+    assert (pool - rows).norm() > 0.1
+    assert tiny.flip is False and deen_zoo.create_model(TINY, flip=True).flip is True
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning"
+)
+def test_one_modality_traces_and_scripts(tiny):
+    x = batch()
+    plain = tiny.for_modality("infrared", flip=True)
+    wanted = tiny.forward_embedding(x, "infrared", flip=True)
+    for made in (torch.jit.trace(plain, batch(2)), torch.jit.script(plain)):
+        assert torch.allclose(made(x), wanted, atol=1e-6)
+
+
+def test_non_local_block_is_the_textbooks():
+    """The factored form equals the attention matrix of one inner channel over all positions."""
+    from deen_zoo.models.agw import NonLocal
+
+    block = NonLocal(6).double().eval()
+    nn.init.ones_(block.proj.bn.weight)
+    x = torch.randn(2, 6, 5, 4, dtype=torch.double)
+    theta, phi, g = (part(x).flatten(2) for part in (block.theta, block.phi, block.g))
+    attention = theta.transpose(1, 2) @ phi / 20  # (N, 20, 20)
+    read = (attention @ g.transpose(1, 2)).transpose(1, 2).reshape(2, 1, 5, 4)
+    assert torch.allclose(block(x), x + block.proj(read), atol=1e-12)
+
+
+def write_golden() -> None:
+    arrays = {}
+    for tag in CASES:
+        arrays[f"{tag}/step"] = summary(reference_step(tag))
+        arrays[f"{tag}/descriptors"] = summary(reference_descriptors(tag))
+    np.savez_compressed(GOLDEN, **arrays)
+
+
+if __name__ == "__main__":
+    write_golden()
