@@ -174,7 +174,7 @@ class AGW(ReidModel):
         if not stem_act:
             del self.visible_stem.act1, self.infrared_stem.act1
         info: Any = trunk.feature_info
-        dims: List[int] = [info[i]["num_chs"] for i in range(5)]
+        dims: list[int] = [info[i]["num_chs"] for i in range(5)]
         self.feature_info = [dict(num_chs=dims[0], reduction=4, module="visible_stem")]
         stages = []
         for i in range(1, 5):
