@@ -13,8 +13,7 @@ from deen_zoo.data import open_dataset
 from deen_zoo.data.protocols import Sample
 from deen_zoo.distributed import Distributed
 from deen_zoo.evaluation import evaluate
-from deen_zoo.features.embed import extract
-from deen_zoo.features.extractor import FeatureExtractor
+from deen_zoo.features.extractor import FeatureExtractor, extract
 from deen_zoo.models import DEEN
 from deen_zoo.synthetic import synthesize
 

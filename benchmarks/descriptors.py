@@ -27,15 +27,13 @@ from deen_zoo.synthetic import synthesize
 CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("official, float32 (default)", {}),
     ("official, float16", {"dtype": "float16"}),
-    ("official, faster kernels (`--optimize`)", {"optimize": True}),
     ("official, no flip", {"flip": False}),
     ("official, not normalised (`--raw`)", {"normalize": False}),
     ("bn", {"descriptor": "bn"}),
     ("pool", {"descriptor": "pool"}),
-    ("official, original branch", {"branches": "original"}),
-    ("bn, original branch", {"descriptor": "bn", "branches": "original"}),
-    ("bn, original branch, no flip, float16",
-     {"descriptor": "bn", "branches": "original", "flip": False, "dtype": "float16"}),
+    ("original branch", {"descriptor": "original"}),
+    ("original branch, no flip, float16",
+     {"descriptor": "original", "flip": False, "dtype": "float16"}),
 ]  # fmt: skip
 
 

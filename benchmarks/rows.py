@@ -19,7 +19,7 @@ import torch
 
 from deen_zoo import create_model, save_pretrained
 from deen_zoo.errors import UserError, check_least
-from deen_zoo.features.embed import data_config
+from deen_zoo.features.extractor import data_config
 from deen_zoo.models.convert import convert
 from deen_zoo.synthetic import synthesize
 

@@ -14,8 +14,7 @@ import torch
 from deen_zoo import create_model
 from deen_zoo.errors import UserError, require
 from deen_zoo.evaluation import evaluate_ranking
-from deen_zoo.features.embed import data_config
-from deen_zoo.features.extractor import FeatureExtractor
+from deen_zoo.features.extractor import FeatureExtractor, data_config
 from deen_zoo.synthetic import synthesize
 
 from .contest import Spec, contest

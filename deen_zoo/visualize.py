@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .data.images import open_image, resize
 from .errors import UserError
-from .features.files import FeatureTable
-from .features.sources import gather
+from .features.files import FeatureTable, unknown
+from .features.sources import resolve_sources
 from .io import write_atomically
 from .search import SearchResult, calibrate, search
 
@@ -171,13 +171,13 @@ def sample_ranking(
         UserError: One modality is missing, or ``queries`` is below 1.
     """
     infrared = table.label("infrared")
-    rows, visible = infrared.nonzero()[:, 0], table.select(~infrared)
+    rows, visible = np.flatnonzero(infrared), table.select(~infrared)
     if not len(rows) or not len(visible) or queries < 1:
         raise UserError(
             f"{table.source}: a ranking needs images of both modalities and a query, not {queries}"
         )
     generator = torch.Generator().manual_seed(seed)
-    chosen = rows[torch.randperm(len(rows), generator=generator)[:queries]]
+    chosen = rows[torch.randperm(len(rows), generator=generator)[:queries].numpy()]
     result = search(table.select(chosen), visible, k)
     ranking_sheet(result, file, range(len(result.query)))
     return result
@@ -270,7 +270,7 @@ def tsne(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(both), generator=generator)[:people].tolist()
     chosen = sorted(both[i] for i in order)
-    part = table.select(torch.isin(ids, torch.tensor(chosen)))
+    part = table.select(np.isin(ids, chosen))
     limit = min(perplexity, (len(part) - 1) / 3)
     fit = TSNE(2, perplexity=limit, metric="cosine", init="random", random_state=seed)
     places = fit.fit_transform(part.features.float().numpy())
@@ -281,7 +281,7 @@ def tsne(
             axes.scatter([], [], marker=marker, color=FAINT, label=name, s=34)
             for n, identity in enumerate(chosen):
                 rows = (part.labels["infrared"] == kind) & (part.labels["identity"] == identity)
-                x, y = places[rows.numpy()].T
+                x, y = places[rows].T
                 axes.scatter(
                     x, y, s=34, marker=marker, color=colors(n), alpha=0.85,
                     edgecolors="white", linewidths=0.4,
@@ -316,7 +316,7 @@ def activation_maps(
         (N, B, h, w), the maps of B branches.
     """
     check_picture(file)
-    found = gather(images, modality)
+    found = resolve_sources(images, modality)
     paths = [item for item in found.items if isinstance(item, str)]
     if not paths or len(paths) < len(found.items):
         raise UserError("activation maps are drawn of image files: give paths or folders")
@@ -426,8 +426,9 @@ def _modality(table: FeatureTable, row: int) -> str:
 
 def _caption(table: FeatureTable, row: int, first: str) -> str:
     """Two lines: ``first``, and who or what is shown."""
-    if "identity" in table.labels and table.labels["identity"][row] >= 0:
-        name = f"person {int(table.labels['identity'][row])}"
+    identities = table.labels.get("identity")
+    if identities is not None and not unknown(identities[row : row + 1]).any():
+        name = f"person {identities[row]}"
     else:
         name = Path(table.paths[row]).stem
     return f"{first}\n{name if len(name) < 15 else f'{name[:13]}…'}"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 
+import hypothesis.extra.numpy
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -16,10 +20,12 @@ from deen_zoo.errors import UserError
 from deen_zoo.features.files import (
     FeatureTable,
     check_comparable,
+    label_column,
     read_feature_table,
     write_feature_table,
 )
 
+LABELS = ("identity", "camera", "infrared")
 PROVENANCE = {"model": "m", "weights_sha256": "ab", "descriptor": "bn", "flip": "true"}
 SAMPLES = [
     Sample("/a/1.jpg", 7, 1, "visible"),
@@ -31,21 +37,27 @@ SAMPLES = [
 def table(samples=SAMPLES, dtype=torch.float32, **changes) -> FeatureTable:
     rows = torch.arange(len(samples) * 4, dtype=dtype).view(-1, 4)
     labels = {
-        "identity": torch.tensor([s.identity for s in samples]),
-        "camera": torch.tensor([s.camera for s in samples]),
-        "infrared": torch.tensor([s.modality == "infrared" for s in samples], dtype=torch.bool),
+        "identity": label_column([s.identity for s in samples]),
+        "camera": label_column([s.camera for s in samples]),
+        "infrared": np.array([s.modality == "infrared" for s in samples], bool),
     }
     made = FeatureTable("made", rows, [s.path for s in samples], labels, PROVENANCE, {"x": "gone"})
     return replace(made, **changes)
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+@pytest.mark.parametrize("suffix", ["safetensors", "npz", "parquet"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_is_written_is_read(suffix, dtype, tmp_path):
+@pytest.mark.parametrize("words", [False, True])
+def test_what_is_written_is_read(suffix, dtype, words, tmp_path):
+    """C9: identities and cameras may be words."""
+    samples = [s._replace(identity=f"p{s.identity}", camera="é") if words else s for s in SAMPLES]
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+        samples[1] = samples[1]._replace(path="/a/é.jpg")  # Arrow's strings are UTF-8
     file = tmp_path / f"f.{suffix}"
-    write_feature_table(file, [table(dtype=dtype)])
+    write_feature_table(file, [table(samples, dtype=dtype)])
     found = read_feature_table(file)
-    assert found.samples() == SAMPLES and len(found) == 3
+    assert found.samples() == samples and len(found) == 3
     assert found.features.dtype == dtype and torch.equal(
         found.features, table(dtype=dtype).features
     )
@@ -62,19 +74,23 @@ def test_the_safetensors_file_is_one_for_others(tmp_path):
     assert paths == [s.path for s in SAMPLES]
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+@pytest.mark.parametrize("suffix", ["safetensors", "npz", "parquet"])
 def test_tables_are_joined_row_after_row(suffix, tmp_path):
+    samples = [SAMPLES[0], SAMPLES[1]._replace(path="/a/2.jpg"), SAMPLES[2]]
+    first = table(samples)
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
     unlabelled = table([Sample("/b/1.jpg", -1, -1, "visible")], unreadable={"y": "gone too"})
-    write_feature_table(tmp_path / f"f.{suffix}", [table(), unlabelled])
+    write_feature_table(tmp_path / f"f.{suffix}", [first, unlabelled])
     found = read_feature_table(tmp_path / f"f.{suffix}")
-    assert found.paths == [*table().paths, "/b/1.jpg"]
+    assert found.paths == [*first.paths, "/b/1.jpg"]
     assert found.labels["identity"].tolist() == [7, 8, 7, -1]
     assert found.unreadable == {"x": "gone", "y": "gone too"}
-    with pytest.raises(UserError, match=r"identity is unknown \(-1\) for 1 of 4"):
+    with pytest.raises(UserError, match="identity is unknown for 1 of 4"):
         found.samples()
     write_feature_table(tmp_path / f"g.{suffix}", [unlabelled])
     assert set(read_feature_table(tmp_path / f"g.{suffix}").labels) == {"infrared"}
-    both = read_feature_table(tmp_path / f"g.{suffix}", write(tmp_path / f"h.{suffix}"))
+    both = read_feature_table(tmp_path / f"g.{suffix}", write(tmp_path / "h.npz"))
     assert both.labels["identity"].tolist() == [-1, 7, 8, 7]
     assert both.labels["infrared"].tolist() == [False, False, True, True]
 
@@ -123,7 +139,7 @@ def test_what_is_not_written(tables, message, tmp_path):
     with pytest.raises(UserError, match=message):
         write_feature_table(tmp_path / "f.safetensors", tables)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="give .safetensors or .npz"):
+    with pytest.raises(UserError, match="give .safetensors"):
         write_feature_table(tmp_path / "f.pt", [table()])
 
 
@@ -157,7 +173,7 @@ def test_what_may_differ_and_what_does_not_say():
 
 
 def test_labels_that_are_needed():
-    part = table().select(torch.tensor([False, True, True]))
+    part = table().select(np.array([False, True, True]))
     assert part.samples() == SAMPLES[1:] and part.features[0, 0] == 4
     assert table().select(torch.tensor([2, 0])).paths == ["/a/3.jpg", "/a/1.jpg"]
     with pytest.raises(UserError, match="made: no identity in it"):
@@ -175,3 +191,185 @@ def test_malformed_texts(tensors, metadata, message, tmp_path):
     save_file({"features": torch.zeros(1, 4), **tensors}, tmp_path / "f.safetensors", metadata)
     with pytest.raises(UserError, match=message):
         read_feature_table(tmp_path / "f.safetensors")
+
+
+def read_aligned(file) -> dict[str, int]:
+    """Offset of every tensor in the file."""
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    return {k: 8 + size + v["data_offsets"][0] for k, v in header.items() if k != "__metadata__"}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_tensors_are_aligned(count, tmp_path):
+    """C7: int64 labels came after the paths' bytes, so a typed array over them failed."""
+    write_feature_table(tmp_path / "f.safetensors", [table(SAMPLES[:count], torch.float16)])
+    places = read_aligned(tmp_path / "f.safetensors")
+    assert all(places[name] % 8 == 0 for name in ("identity", "camera", "features"))
+    assert read_feature_table(tmp_path / "f.safetensors").features.data_ptr() % 8 == 0
+
+
+def test_files_of_0_1_0_are_read(tmp_path):
+    """Its writer put the labels after the paths, and ``branches`` next to the descriptor."""
+    t = table()
+    tensors = {
+        "features": t.features,
+        "paths": torch.tensor(list(b'["a", "b", "c"]'), dtype=torch.uint8),
+    }
+    tensors |= {name: torch.from_numpy(values) for name, values in t.labels.items()}
+    for branches, descriptor in (("all", "bn"), ("original", "original bn")):
+        save_file(tensors, tmp_path / "f.safetensors", {**PROVENANCE, "branches": branches})
+        found = read_feature_table(tmp_path / "f.safetensors")
+        assert found.paths == ["a", "b", "c"] and found.labels["identity"].tolist() == [7, 8, 7]
+        assert found.provenance == {**PROVENANCE, "descriptor": descriptor}
+    official = {**PROVENANCE, "descriptor": "official", "branches": "original"}
+    save_file(tensors, tmp_path / "f.safetensors", official)
+    assert read_feature_table(tmp_path / "f.safetensors").provenance["descriptor"] == "original"
+
+
+def test_numbers_in_the_provenance(tmp_path):
+    """C8: a NumPy integer there was a traceback."""
+    made = table(provenance={"epoch": np.int64(3), 7: 1.5})
+    for name in ("f.safetensors", "f.npz"):
+        write_feature_table(tmp_path / name, [made])
+        assert read_feature_table(tmp_path / name).provenance == {"epoch": "3", "7": "1.5"}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64, np.int8, np.int16])
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_labels_of_any_integer_type(dtype, suffix, tmp_path):
+    """C8: unsigned labels were a traceback."""
+    ids, file = np.array([3, 200 % np.iinfo(dtype).max], dtype), tmp_path / f"f.{suffix}"
+    if suffix == "npz":
+        np.savez(file, features=np.eye(2, dtype=np.float32), paths=["a", "b"], identity=ids)
+    else:
+        tensors = {"features": torch.eye(2), "identity": torch.from_numpy(ids)}
+        save_file(tensors, file, {"paths": '["a", "b"]'})
+    found = read_feature_table(file).labels["identity"]
+    assert found.dtype == np.int64 and found.tolist() == ids.tolist()
+
+
+def archive(**arrays) -> bytes:
+    out = io.BytesIO()
+    np.savez(out, **arrays)
+    return out.getvalue()
+
+
+GOOD = archive(features=np.eye(2, dtype=np.float32), paths=["a", "b"], identity=[1, 2])
+
+
+def encrypted(data: bytes) -> bytes:
+    """The archive with the flag of an encrypted member, in both headers."""
+    out = bytearray(data)
+    for signature, flag in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = out.find(signature)
+        while place >= 0:
+            out[place + flag] |= 1
+            place = out.find(signature, place + 1)
+    return bytes(out)
+
+
+BAD = {
+    "float8": lambda: {"features": torch.eye(2).to(torch.float8_e4m3fn)},
+    "too large": lambda: archive(
+        features=np.eye(2), paths=["a", "b"], identity=np.uint64([1, 2**63])
+    ),
+    "deep": lambda: {"paths": torch.tensor(list(b"[" * 200_000), dtype=torch.uint8)},
+    "deep npz": lambda: archive(features=np.eye(2), paths=["a", "b"], provenance="[" * 200_000),
+    "encrypted": lambda: encrypted(GOOD),
+    "lying": lambda: GOOD.replace(b"(2, 2)", b"(9, 9)"),
+    "lying much": lambda: GOOD.replace(
+        b"'shape': (2, 2), }          ", b"'shape': (9999999, 9999999)}"
+    ),
+    "cut": lambda: GOOD[:-30],
+    "pickle": lambda: archive(features=np.eye(2), paths=np.array(["a", None])),
+    "an array": lambda: npy(np.eye(2)),
+    "bfloat16 labels": lambda: {"identity": torch.ones(2, dtype=torch.bfloat16)},
+}
+
+
+def npy(array) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_hostile_files_are_one_line(name, tmp_path):
+    """C8: tracebacks."""
+    made = BAD[name]()
+    file = tmp_path / ("f.npz" if isinstance(made, bytes) else "f.safetensors")
+    if isinstance(made, bytes):
+        file.write_bytes(made)
+    else:
+        rest = {} if "paths" in made else {"paths": '["a", "b"]'}
+        save_file({"features": torch.eye(2), **made}, file, rest)
+    with pytest.raises(UserError) as caught:
+        read_feature_table(file)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_damaged_npz_is_read_or_one_line(tmp_path_factory, data):
+    """C8: bytes changed, cut or repeated anywhere in the zip."""
+    content = bytearray(GOOD)
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    file = tmp_path_factory.mktemp("npz") / "f.npz"
+    file.write_bytes(content)
+    try:
+        assert len(read_feature_table(file)) >= 0
+    except UserError as error:
+        assert str(file) in str(error)
+
+
+numbers = hypothesis.extra.numpy.arrays(
+    st.sampled_from(
+        [np.float32, np.float64, np.int64, np.uint8, np.complex64, "U2", "M8[s]", bool]
+    ),
+    hypothesis.extra.numpy.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from([*LABELS, "features", "paths", "provenance", "unreadable"]), numbers
+    )
+)
+def test_arrays_of_any_kind_are_read_or_one_line(tmp_path_factory, arrays):
+    """C8: whatever a stranger's program stored under these names."""
+    file = tmp_path_factory.mktemp("npz") / "f.npz"
+    np.savez(file, **arrays)
+    try:
+        assert len(read_feature_table(file)) >= 0
+    except UserError as error:
+        assert str(file) in str(error) and "\n" not in str(error)
+
+
+def test_arrow(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    made = table([s._replace(path=f"/a/{i}.jpg") for i, s in enumerate(SAMPLES)])
+    arrow = made.to_arrow()
+    assert arrow.column_names == ["path", "identity", "camera", "modality", "features"]
+    assert arrow.schema.field("features").type == pa.list_(pa.float32(), 4)
+    assert json.loads(arrow.schema.metadata[b"provenance"]) == PROVENANCE
+    back = FeatureTable.from_arrow(arrow)
+    assert back.samples() == made.samples() and torch.equal(back.features, made.features)
+    foreign = pa.table({"path": ["a", "b"], "features": [[1.0, 2.0], [3.0, 4.0]]})
+    assert FeatureTable.from_arrow(foreign).features.tolist() == [[1, 2], [3, 4]]
+    for wrong in (
+        pa.table({"path": ["a"]}),
+        pa.table({"path": ["a", "b"], "features": [[1.0], [3.0, 4.0, 5.0]]}),
+        pa.table({"path": ["a"], "features": [[1.0]], "modality": ["thermal"]}),
+    ):
+        with pytest.raises(UserError):
+            FeatureTable.from_arrow(wrong)
+    with pytest.raises(UserError, match="UTF-8"):
+        table().to_arrow()
+    (tmp_path / "f.parquet").write_bytes(b"PAR1 no parquet PAR1")
+    with pytest.raises(UserError, match=r"f\.parquet"):
+        read_feature_table(tmp_path / "f.parquet")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +23,19 @@ from torch.utils.data import DataLoader, TensorDataset
 import deen_zoo
 from deen_zoo.cli import main
 from deen_zoo.data import Sample
+from deen_zoo.data.images import open_image
 from deen_zoo.distributed import Distributed
 from deen_zoo.errors import UserError
 from deen_zoo.features import extractor as module
 from deen_zoo.features.extractor import FeatureExtractor, extract, weights_sha256
 from deen_zoo.features.files import read_feature_table
+from deen_zoo.io import exclusive
 from tests import parity, seeded
 from tests.reference import needs_official
 
 GOLDEN = Path(__file__).with_name("golden") / "descriptors.npz"
 SIZE, STEP = (128, 64), 32
-CHOICES = [(d, b) for d in ("official", "bn", "pool") for b in ("all", "original")]
+CHOICES = [("official", "all"), ("bn", "all"), ("pool", "all"), ("official", "original")]
 
 
 def tiny(**options) -> FeatureExtractor:
@@ -73,7 +77,8 @@ def ours(dataset: str) -> dict[tuple[str, str], torch.Tensor]:
     infrared = torch.tensor([False, False, True, True])
     out = {}
     for d, b in CHOICES:
-        make = FeatureExtractor(model, "cpu", descriptor=d, branches=b, normalize=False)
+        name = "original" if b == "original" else d
+        make = FeatureExtractor(model, "cpu", descriptor=name, normalize=False)
         out[d, b] = make(images, infrared)
     return out
 
@@ -240,12 +245,101 @@ def test_options(files):
     assert mixed.dtype == torch.float32 and 0 < (mixed - unit).abs().max() < 0.1
 
 
-def test_the_model_keeps_its_mode(files):
+def test_rows_equal_a_plain_float_pipeline_to_the_bit(files):
+    """uint8 batches normalised on the device are timm's transform, and the model's own call."""
+    from timm.data import create_transform
+
+    make = tiny(batch_size=64, normalize=False)
+    preprocess = create_transform(**module.data_config(make.model))
+    images = torch.stack([preprocess(open_image(path)) for path in files])
+    images = images.to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        wanted = make.model.forward_embedding(images, "infrared")
+        wanted = wanted + make.model.forward_embedding(images.flip(3), "infrared")
+    assert torch.equal(make(files, "infrared"), wanted)
+
+
+def digest(model) -> str:
+    return weights_sha256(model)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_many_threads_share_one_extractor(files, precision):
+    """B1: it gave other rows, and the batch norms learned, as eval and train were toggled."""
+    make = tiny(precision=precision, threads=2)
+    make.model.train()  # what a caller may have left it in
+    make = FeatureExtractor(make.model, "cpu", precision, batch_size=5, threads=2)
+    assert not make.model.training
+    images = [(files[i % len(files)], ("visible", "infrared")[i % 3 == 0]) for i in range(200)]
+    before, wanted = digest(make.model), {}
+    for one in dict.fromkeys(images):
+        wanted[one] = make(*one)
+    with ThreadPoolExecutor(8) as pool:
+        rows = list(pool.map(lambda one: make(*one), images))
+    assert all(torch.equal(row, wanted[one]) for row, one in zip(rows, images, strict=True))
+    assert digest(make.model) == before and not make.model.training
+
+
+def daemon(queue, checkpoint: str, file: str) -> None:
+    torch.set_num_threads(1)
+    queue.put(FeatureExtractor(checkpoint, "cpu")(file, "visible").tolist())
+
+
+def test_a_daemonic_process_with_few_open_files(files, checkpoint):
+    """A8: it asserted that daemons have no children, or hung on sockets and shared memory."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    arguments = (queue, checkpoint, str(files[0]))
+    process = context.Process(target=daemon, args=arguments, daemon=True)
+    process.start()
+    rows = torch.tensor(queue.get(timeout=200))
+    process.join()
+    torch.testing.assert_close(rows, FeatureExtractor(checkpoint, "cpu")(files[0], "visible"))
+
+
+@pytest.mark.parametrize("nothing", [(), [], np.zeros((0, 8, 8, 3), np.uint8)])
+def test_nothing_gives_no_rows(nothing, extractor):
+    """C9: a frame without detections was an error."""
+    assert extractor(nothing, "visible").shape == (0, extractor.dim)
+    table = extractor.table(nothing, "auto")
+    assert len(table) == 0 and table.features.shape == (0, extractor.dim)
+    assert extractor.preprocess(nothing, "visible")[0].shape == (0, 3, *SIZE)
+    if isinstance(nothing, (list, tuple)):
+        assert extractor(nothing).shape == (0, extractor.dim)
+
+
+def test_identities_may_be_words(files, extractor, tmp_path):
+    """C9: only integers could be stored."""
+    samples = [
+        Sample(str(files[0]), "ann", "roof", "visible"),
+        Sample(str(files[1]), 7, 1, "infrared"),
+        Sample(str(files[2]), -1, -1, "infrared"),
+    ]
+    for name in ("f.safetensors", "f.npz"):
+        table = extractor.write(samples, tmp_path / name, shard=2)
+        assert table.labels["identity"].tolist() == ["ann", "7", ""]
+        assert table.labels["camera"].tolist() == ["roof", "1", ""]
+
+
+def test_weights_that_give_no_numbers(files, tmp_path):
+    """B7: such rows were written."""
     make = tiny()
-    make.model.train()
-    make(files[:2], "visible")
-    make(torch.zeros(1, 3, *SIZE), "visible")
-    assert make.model.training
+    make.model.bottleneck.running_mean[3] = float("nan")
+    for call in (lambda: make(files[:2], "visible"), lambda: make.table(files[:2], "visible")):
+        with pytest.raises(UserError, match=f"{files[0].name}.*NaN"):
+            call()
+
+
+def test_the_classifier_does_not_change_the_digest_of_the_rows():
+    """B13: the same weights with num_classes=0 were other weights."""
+    with_classes, without = (
+        deen_zoo.create_model("test_deen_resnet", num_classes=n) for n in (4, 0)
+    )
+    state = {k: v for k, v in with_classes.state_dict().items() if not k.startswith("classifier")}
+    without.load_state_dict(state)
+    a, b = (FeatureExtractor(model, "cpu").provenance for model in (with_classes, without))
+    assert a["descriptor_sha256"] == b["descriptor_sha256"]
+    assert a["weights_sha256"] != b["weights_sha256"]
 
 
 def test_models_by_name_and_folder(files, tmp_path):
@@ -284,7 +378,17 @@ WRONG = {
     "number": (lambda f: (f, 1), "modality 1; say"),
     "count": (lambda f: (f, ["visible"]), "1 modalities for 18 images"),
     "contrary": (lambda f: (Sample(str(f[0]), 1, 1, "visible"), "infrared"), "says otherwise"),
-    "nothing": (lambda f: ([], "visible"), "the source is empty"),
+    "not normalised": (
+        lambda f: (torch.rand(2, 3, 128, 64) * 255, "visible"),
+        "image 0 of the batch .*normalised",
+    ),
+    "not a number": (
+        lambda f: (
+            torch.tensor([0.0, float("nan")]).view(2, 1, 1, 1).expand(2, 3, 128, 64),
+            "visible",
+        ),
+        "image 1 of the batch",
+    ),
     "kind": (lambda f: (3, "visible"), "a int is no source of images"),
     "bytes8": (lambda f: (torch.zeros(1, 3, 128, 64, dtype=torch.uint8), "visible"), "float"),
     "one image": (
@@ -315,7 +419,9 @@ def test_mistakes(name, files, extractor):
     "options, message",
     [
         ({"descriptor": "mean"}, "descriptor 'mean': choose from official, bn, pool"),
-        ({"branches": "two"}, "branches 'two'"),
+        ({"branches": "original"}, "descriptor='original'"),
+        ({"optimize": True}, "engine='openvino'"),
+        ({"size": 3}, "no such option"),
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"precision": "half"}, "precision 'half'"),
         ({"batch_size": 0}, "batch_size 0: give 1 or more"),
@@ -452,44 +558,105 @@ def test_a_file_equals_the_rows(suffix, files, extractor, tmp_path):
     assert os.listdir(tmp_path) == [file.name]
 
 
-def test_a_killed_extraction_goes_on(files, extractor, tmp_path, monkeypatch):
-    whole = extractor.write(files, tmp_path / "whole.safetensors", "visible", shard=4)
-    file, write = tmp_path / "f.safetensors", module.write_feature_table
-    computed: list[int] = []
+def killed_at(part: int, monkeypatch):
+    """Make the extraction stop as it writes that part; the function that ends this."""
+    write = module.write_feature_table
 
     def killed(path, *arguments, **options):
-        if Path(path).name == "0000002.safetensors":
+        if Path(path).name.startswith(f"{part:07}-"):
             Path(f"{path}.partial").write_bytes(b"half a part")
             raise KeyboardInterrupt
         write(path, *arguments, **options)
 
     monkeypatch.setattr(module, "write_feature_table", killed)
+    return lambda: monkeypatch.setattr(module, "write_feature_table", write)
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[int]:
+    """The images that are decoded."""
+    found: list[int] = []
+
+    def counted(source, index, *arguments, get=module.Source.decode, **options):
+        found.append(index)
+        return get(source, index, *arguments, **options)
+
+    monkeypatch.setattr(module.Source, "decode", counted)
+    return found
+
+
+def test_a_killed_extraction_goes_on(files, extractor, tmp_path, monkeypatch, decoded, capsys):
+    whole = extractor.write(files, tmp_path / "whole.safetensors", "visible", shard=4)
+    file = tmp_path / "f.safetensors"
+    restore = killed_at(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         extractor.write(files, file, "visible", shard=4)
-    monkeypatch.setattr(module, "write_feature_table", write)
+    restore()
     assert not file.exists()
-    with pytest.raises(UserError, match="killed extraction with other images"):
-        extractor.write(files[1:], file, "visible", shard=4)
-    with pytest.raises(UserError, match="with other descriptor"):
-        tiny(descriptor="bn").write(files, file, "visible", shard=4)
-    plan = tmp_path / "f.safetensors.parts" / "plan.json"
-    stored = plan.read_bytes()
-    for damage in (b"", stored[:40], b"[1]"):
-        plan.write_bytes(damage)
-        with pytest.raises(UserError, match="plan.json is damaged .*: delete .*parts"):
-            extractor.write(files, file, "visible", shard=4)
-    plan.write_bytes(stored)
-
-    def counted(images, index, get=module.Images.__getitem__):
-        computed.append(index)
-        return get(images, index)
-
-    monkeypatch.setattr(module.Images, "__getitem__", counted)
+    decoded.clear()
     table = extractor.write(files, file, "visible", shard=4)
-    assert computed == list(range(8, len(files)))
+    assert sorted(decoded) == list(range(8, len(files)))
+    assert "2 of 5 parts" in capsys.readouterr().err
     assert table.paths == whole.paths and torch.equal(table.features, whole.features)
     assert sorted(os.listdir(tmp_path)) == ["f.safetensors", "whole.safetensors"]
     assert file.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_parts_of_other_options_or_images_are_not_used(files, extractor, tmp_path, monkeypatch):
+    file = tmp_path / "f.safetensors"
+    restore = killed_at(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        extractor.write(files, file, "visible", shard=4)
+    restore()
+    bn = tiny(descriptor="bn")
+    assert torch.equal(bn.write(files, file, "visible", shard=4).features, bn(files, "visible"))
+
+
+@pytest.mark.parametrize("damage", [b"", b"half", None])
+def test_a_damaged_part_alone_is_made_again(
+    damage, files, extractor, tmp_path, monkeypatch, decoded
+):
+    """A4: all finished parts were deleted."""
+    file = tmp_path / "f.safetensors"
+    restore = killed_at(3, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        extractor.write(files, file, "visible", shard=4)
+    restore()
+    (part,) = (tmp_path / "f.safetensors.parts").glob("0000001-*.safetensors")
+    part.write_bytes(part.read_bytes()[:300] if damage is None else damage)
+    decoded.clear()
+    table = extractor.write(files, file, "visible", shard=4)
+    assert sorted(decoded) == [*range(4, 8), *range(12, len(files))]
+    assert torch.equal(table.features, extractor(files, "visible"))
+
+
+def test_a_file_replaced_between_kill_and_resume_is_read_again(
+    files, extractor, tmp_path, monkeypatch
+):
+    """B6: its old row stayed, or the old complaint that it is broken."""
+    mine = [tmp_path / f"{i}.png" for i in range(12)]
+    for i, path in enumerate(mine):
+        Image.open(files[i % 3]).convert("RGB").save(path)
+    good = mine[1].read_bytes()
+    mine[1].write_bytes(b"broken")
+    file = tmp_path / "f.safetensors"
+    restore = killed_at(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        extractor.write(mine, file, "visible", shard=4)
+    restore()
+    mine[1].write_bytes(good)
+    Image.open(files[5]).convert("RGB").save(mine[6])
+    table = extractor.write(mine, file, "visible", shard=4)
+    assert not table.unreadable and torch.equal(table.features, extractor(mine, "visible"))
+
+
+def test_a_second_extraction_to_the_same_file_is_refused(files, extractor, tmp_path):
+    """A9: both ran, and one was overwritten or failed obscurely."""
+    file = tmp_path / "f.safetensors"
+    held = exclusive(tmp_path / "f.safetensors.parts" / "lock", "it")
+    with held, pytest.raises(UserError, match=r"f\.safetensors"):
+        extractor.write(files, file, "visible")
+    assert len(extractor.write(files, file, "visible")) == len(files)
 
 
 def test_no_more_rows_in_memory_than_of_one_part(files, tmp_path, monkeypatch):
@@ -499,7 +666,7 @@ def test_no_more_rows_in_memory_than_of_one_part(files, tmp_path, monkeypatch):
         storages = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
             for t in gc.get_objects()
-            if type(t) is torch.Tensor and t.dim() == 2 and t.shape[1] in (make.dim, 768)
+            if type(t) is torch.Tensor and t.dim() == 2 and t.shape[1] == make.dim
         }
         live.append(sum(storages.values()) / (4 * make.dim))
         write(*arguments, **options)
@@ -517,14 +684,20 @@ def test_no_more_rows_in_memory_than_of_one_part(files, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_written(files, extractor, tmp_path):
+    """A7: a folder as the output was found after all the work."""
+    (tmp_path / "folder.safetensors").mkdir()
     for source, name, message in (
-        (files, "f.pt", "give .safetensors or .npz"),
+        (files, "f.pt", "give .safetensors"),
         ([Image.open(files[0])], "f.npz", "image 0 is in memory"),
         ([files[0], files[0]], "f.npz", "comes twice"),
+        (files, "", "is a folder|unknown kind"),
+        (files, "folder.safetensors", "is a folder"),
+        (files, "absent/f.safetensors", "no folder"),
+        ((), "f.safetensors", "no image"),
     ):
         with pytest.raises(UserError, match=message):
             extractor.write(source, tmp_path / name, "visible")
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["folder.safetensors"]
 
 
 def test_command_on_layouts(llcm_tree, checkpoint, tmp_path, capsys):

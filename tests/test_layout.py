@@ -92,5 +92,14 @@ print(json.dumps([loaded, sorted(libraries)]))
     loaded, libraries = json.loads(done.stdout)
     light = re.compile(r"deen_zoo(\.errors|\.io|\.models(\..+)?)?")
     assert [name for name in loaded if not light.fullmatch(name)] == []
-    heavy = {"matplotlib", "scipy", "sklearn", "faiss", "onnx", "onnxruntime", "tensorboard"}
+    heavy = {
+        "matplotlib",
+        "scipy",
+        "sklearn",
+        "pyarrow",
+        "openvino",
+        "onnx",
+        "onnxruntime",
+        "tensorboard",
+    }
     assert heavy & set(libraries) == set()

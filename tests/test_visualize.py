@@ -37,6 +37,7 @@ def table(tmp_path_factory) -> FeatureTable:
         color = (90, 90, 90) if infrared[i] else (40 * identity, 250 - 40 * identity, 99)
         Image.new("RGB", (9, 24), color).save(paths[-1])
     labels = {"identity": ids, "infrared": infrared, "camera": infrared.long() + 1}
+    labels = {name: values.numpy() for name, values in labels.items()}
     return FeatureTable("people", torch.nn.functional.normalize(rows), paths, labels)
 
 
@@ -134,8 +135,8 @@ def test_similarities_counts_the_pairs_across_modalities(table, tmp_path, monkey
     visualize.similarities(table, tmp_path / "d.png")
     infrared, ids = table.labels["infrared"], table.labels["identity"]
     wanted: dict[bool, list[float]] = {True: [], False: []}
-    for i in infrared.nonzero()[:, 0]:
-        for j in (~infrared).nonzero()[:, 0]:
+    for i in np.flatnonzero(infrared):
+        for j in np.flatnonzero(~infrared):
             similarity = table.features[i] @ table.features[j]
             wanted[bool(ids[i] == ids[j])].append(float(similarity))
     for got, same in zip(seen, (False, True), strict=True):

@@ -28,6 +28,7 @@ below ROOT/test."""
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
     """The options of a FeatureExtractor, shared by the verbs that make one."""
+    from ..data.images import parse_intensity
     from ..device import PRECISIONS
 
     add = parser.add_argument
@@ -39,6 +40,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--precision", choices=PRECISIONS, default="auto")
     add("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
+    add(
+        "--intensity",
+        type=parse_intensity,
+        default="full",
+        metavar="RULE",
+        help="16-bit images: full, minmax, percentile, or LOW,HIGH (default: full)",
+    )
     add("--threads", type=int, metavar="N", help="threads that decode (default: one per core)")
 
 
@@ -46,7 +54,7 @@ def extractor(args: argparse.Namespace, **options: Any) -> Any:
     """The FeatureExtractor of the options above."""
     from ..features.extractor import FeatureExtractor
 
-    names = ("precision", "batch_size", "threads")
+    names = ("precision", "batch_size", "threads", "intensity")
     common = {name: getattr(args, name) for name in names}
     return FeatureExtractor(args.model, options.pop("device", args.device), **common, **options)
 
@@ -60,11 +68,11 @@ def name_unreadable(unreadable: dict[str, str]) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..data.datasets import DATASETS
-    from ..features.extractor import BRANCHES, DESCRIPTORS, DTYPES
+    from ..features.extractor import DTYPES
 
     add = parser.add_argument
     add("source", nargs="+", metavar="SOURCE", help="images, folders (at any depth), CSV files")
-    add("-o", "--output", required=True, metavar="FILE", help=".safetensors, or .npz (in memory)")
+    add("-o", "--output", required=True, metavar="FILE", help=".safetensors, .parquet, or .npz")
     add("--modality", choices=("visible", "infrared", "auto"), help="auto: grey is infrared")
     add(
         "--layout",
@@ -73,8 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--split", type=int, default=1, metavar="N", help="RegDB's, 1 to 10 (default: 1)")
     add_model_arguments(parser, required=True)
-    add("--descriptor", choices=DESCRIPTORS, default="official")
-    add("--branches", choices=BRANCHES, default="all")
+    add("--descriptor", default="official", metavar="NAME", help="bn, pool, original, ...")
     add("--dtype", choices=DTYPES, default="float32")
     add("--no-flip", action="store_true", help="half the time, without the mirrored image")
     add(
@@ -88,15 +95,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..device import choose_device
     from ..distributed import join
+    from ..features.files import check_output
 
+    check_output(args.output)
     source = _samples(args) if args.layout else args.source
     with join(choose_device(args.device)) as world:
         make = extractor(
             args,
             device=str(world.device),
-            flip=not args.no_flip,
+            flip=False if args.no_flip else None,
             descriptor=args.descriptor,
-            branches=args.branches,
             dtype=args.dtype,
             normalize=not args.raw,
         )

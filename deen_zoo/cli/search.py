@@ -22,13 +22,10 @@ EXAMPLES = """\
       --gallery people/ --gallery-modality visible --model test_deen_resnet -o ranking.png
   deen-zoo search --query night.safetensors --gallery people.safetensors -k 20 --json
   deen-zoo search --gallery labelled.safetensors --calibrate 0.001
-  deen-zoo search --query night.safetensors --gallery people.safetensors --threshold 0.62
-  deen-zoo search --query night.safetensors --gallery million.safetensors --index ivfpq"""
+  deen-zoo search --query night.safetensors --gallery people.safetensors --threshold 0.62"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..search import INDEXES
-
     modalities = ("visible", "infrared", "auto")
     add = parser.add_argument
     add("--query", nargs="+", metavar="SOURCE", help="feature files, or images and folders")
@@ -38,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-k", type=int, default=8, metavar="N", help="hits a query (default: 8)")
     add("-o", "--output", metavar="FILE", help="picture of the first ten rankings, .png or .svg")
     add("--threshold", type=float, default=-math.inf, metavar="SCORE", help="leave out hits below")
-    add("--index", choices=INDEXES, default="exact", help="flat and ivfpq are FAISS's")
     add(
         "--calibrate",
         type=float,
@@ -68,12 +64,12 @@ def run(args: argparse.Namespace) -> int:
     assert query is not None
     print(f"searching {len(gallery)} images for {len(query)} ...", file=sys.stderr, flush=True)
     device = "cpu" if args.device == "auto" else args.device
-    result = search(query, gallery, args.k, args.index, device)
+    result = search(query, gallery, args.k, device)
     if args.output:
         ranking_sheet(result, args.output, threshold=args.threshold)
     if args.json:
-        found = {"index": args.index, "provenance": gallery.provenance}
-        print(json.dumps({**found, "queries": result.to_dict(args.threshold)}, indent=2))
+        found = {"provenance": gallery.provenance, "queries": result.to_dict(args.threshold)}
+        print(json.dumps(found, indent=2))
     else:
         print(result.table(args.threshold))
     return code
@@ -82,12 +78,12 @@ def run(args: argparse.Namespace) -> int:
 def _tables(args: argparse.Namespace) -> tuple[FeatureTable | None, FeatureTable]:
     """Query and gallery, where images are extracted in the way of the other side's file."""
     from ..errors import UserError
-    from ..features.files import read_feature_table
+    from ..features.files import SUFFIXES, read_feature_table
 
     sides = {"query": args.query, "gallery": args.gallery}
     tables: dict[str, FeatureTable] = {}
     for side, sources in sides.items():
-        files = [s.endswith((".safetensors", ".npz")) for s in sources or ()]
+        files = [s.endswith(SUFFIXES) for s in sources or ()]
         if any(files) and not all(files):
             raise UserError(
                 f"--{side}: feature files and images together; extract the images first"
@@ -108,7 +104,7 @@ def _tables(args: argparse.Namespace) -> tuple[FeatureTable | None, FeatureTable
 
 def _options(provenance: dict[str, str]) -> dict[str, Any]:
     out: dict[str, Any] = {}
-    for name in ("descriptor", "branches", "flip", "normalize"):
+    for name in ("descriptor", "flip", "normalize"):
         if name in provenance:
             value = provenance[name]
             out[name] = value == "true" if name in ("flip", "normalize") else value

@@ -2,41 +2,179 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
+from timm.data.config import resolve_model_data_config
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from ..data.transforms import eval_transform
+from ..data.cache import DecodedCache
+from ..data.images import Intensity, check_intensity
+from ..data.loader import map_batches
+from ..data.protocols import Sample
+from ..data.transforms import EvalTransform, eval_transform
 from ..device import choose_device, resolve_precision
 from ..distributed import Distributed
 from ..errors import UserError, check_least
-from ..models import DEEN, create_model
-from ..models.fuse import is_deployed
-from .embed import data_config, descriptor_width, embed, extract, progress_bar, run, split
-from .embed import weights_sha256 as weights_sha256
+from ..io import exclusive
+from ..models import create_model
+from .engines import TorchEngine
 from .files import (
     FeatureTable,
-    check_name,
+    check_output,
     check_paths,
+    label_column,
     read_feature_table,
     write_feature_table,
 )
-from .sources import Images, Source, collate, gather, infrared_of
+from .sources import Source, infrared_of, resolve_sources
 
-__all__ = ["FeatureExtractor", "data_config", "extract"]
+__all__ = ["FeatureExtractor", "data_config", "extract", "weights_sha256"]
 
-DESCRIPTORS, BRANCHES = ("official", "bn", "pool"), ("all", "original")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 SHARD = 1024  # images whose rows are held in memory, and lost when an extraction is killed
+REMOVED = {
+    "optimize": "the hand-written kernels are gone: use engine='openvino' on a CPU",
+    "branches": "use descriptor='original' for the branch without generated ones",
+    "workers": "images are decoded by threads now: use threads=",
+}
+
+
+def data_config(model: Any) -> dict[str, Any]:
+    """``input_size`` (3, H, W), ``mean``, ``std`` and what else the model's images need."""
+    config: dict[str, Any] = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    return {
+        key: tuple(value) if isinstance(value, list) else value for key, value in config.items()
+    }
+
+
+def weights_sha256(model: Any, classifier: bool = True) -> str:
+    """SHA-256 of the ``model.safetensors`` that :func:`deen_zoo.save_pretrained` would write, or
+    of its tensors without the classifier, which makes no descriptor."""
+    tensors = {
+        name: t.detach().cpu().contiguous()
+        for name, t in model.state_dict().items()
+        if classifier or not name.startswith("classifier.")
+    }
+    return hashlib.sha256(safetensors.torch.save(tensors, {"format": "pt"})).hexdigest()
+
+
+class _Batch(NamedTuple):
+    indices: list[int]  # of the readable images, in the source
+    rows: Tensor  # (n, D) descriptors
+    infrared: list[bool]
+    unreadable: dict[int, str]  # index to reason
+
+
+def _describe(
+    source: Source,
+    batches: Sequence[Sequence[int]],
+    engine: Callable[[Tensor, Tensor], Tensor],
+    size: tuple[int, int],
+    threads: int | None,
+    cache: DecodedCache | None = None,
+    intensity: Intensity = "full",
+) -> Iterator[_Batch]:
+    """Descriptors of each batch; threads decode the next ones meanwhile."""
+    decode = partial(source.decode, size=size, cache=cache, intensity=intensity)
+    for items in map_batches(decode, batches, threads):
+        good = [item for item in items if item.pixels is not None]
+        rows = torch.empty(0)
+        if good:
+            pixels = torch.from_numpy(
+                np.stack([item.pixels for item in good if item.pixels is not None])
+            )
+            rows = engine(pixels, torch.tensor([item.infrared for item in good]))
+        yield _Batch(
+            [item.place for item in good],
+            rows,
+            [item.infrared for item in good],
+            {item.place: item.reason for item in items if item.pixels is None},
+        )
+
+
+def _split(rows: range, size: int) -> list[range]:
+    """Consecutive runs of ``size``, the last one shorter."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _progress_bar(total: int, shown: bool) -> Any:
+    """A bar on stderr where that is a terminal."""
+    return tqdm(None, "extracting", total, unit="image", disable=None if shown else True)
+
+
+def extract(
+    model: Any,
+    samples: Sequence[Sample],
+    world: Distributed,
+    precision: str = "auto",
+    flip: bool | None = None,
+    batch_size: int = 64,
+    threads: int | None = None,
+    cache: DecodedCache | None = None,
+    progress: bool = False,
+    intensity: Intensity = "full",
+) -> Tensor:
+    """The official descriptor of every sample, each image through its own modality's stem, once.
+
+    The processes of ``world`` share the work, and all of them get all rows.
+
+    Args:
+        model: On the device of ``world``; left in the mode, training or not, that it was in.
+        samples: N images; both modalities may be mixed.
+        world: From :func:`deen_zoo.distributed.join`.
+        precision: As for :func:`deen_zoo.device.autocast`.
+        flip: Add the descriptor of the mirrored image; None as the model's results were published.
+        batch_size: Images at a time.
+        threads: Threads that decode; None is the number of available cores.
+        cache: Decoded images.
+        progress: Show a bar where stderr is a terminal.
+        intensity: How images of 16 bits become 8-bit, see :func:`deen_zoo.data.images.open_image`.
+
+    Returns:
+        (N, D) float32 on the CPU, not normalised as a whole; row i is ``samples[i]``.
+
+    Raises:
+        UserError: A file is missing or broken; the message names it. Or an option is out of range.
+    """
+    check_least("batch_size", batch_size, 1)
+    source, transform = resolve_sources(samples, None), eval_transform(data_config(model))
+    engine = TorchEngine(
+        model, world.device, precision, model.flip if flip is None else flip, "official",
+        transform.mean, transform.std,
+    )  # fmt: skip
+    mine = world.shard(len(samples))
+    out, done = torch.empty(len(mine), model.embed_dim), 0
+    training = model.training
+    model.eval()
+    try:
+        with _progress_bar(len(mine), progress and world.main) as bar:
+            batches = _split(mine, batch_size)
+            for batch in _describe(
+                source, batches, engine, transform.size, threads, cache, intensity
+            ):
+                if batch.unreadable:
+                    raise UserError(next(iter(batch.unreadable.values())))
+                out[done : done + len(batch.indices)] = batch.rows
+                done += len(batch.indices)
+                bar.update(len(batch.indices))
+    finally:
+        model.train(training)
+    return world.gather_rows(out, len(samples))
 
 
 class FeatureExtractor:
@@ -45,26 +183,31 @@ class FeatureExtractor:
     What is called ``source`` below is one of, or a list of: paths of images, of folders (all images
     at any depth, sorted) and of CSV files (:func:`deen_zoo.data.folder.read_csv`); PIL images;
     uint8 or uint16 arrays (H, W), (H, W, 3) or (H, W, 4), or (N, H, W, C) for N images;
-    :class:`~deen_zoo.data.Sample`. Any size, mode and EXIF orientation will do.
+    :class:`~deen_zoo.data.Sample`. Any size, mode and EXIF orientation will do. Arrays are in RGB
+    order: OpenCV reads BGR, so give it ``image[..., ::-1]``. No images, ``()``, give (0, D).
 
     ``modality`` is ``"visible"``, ``"infrared"``, a sequence of these (or a bool tensor, True for
-    infrared), one an image, or ``"auto"``: an image of three equal channels is infrared, which is
+    infrared), one per image, or ``"auto"``: an image of three equal channels is infrared, which is
     said on stderr. It has no default, as the wrong stem gives plausible nonsense; None is for
     samples and CSV files, which have their own.
+
+    An extractor puts its model into eval mode and changes nothing else, ever: it can be called from
+    many threads, and in daemonic processes, as it starts none.
 
     Args:
         model: A model, which is moved to the device; what :func:`deen_zoo.create_model` takes; or a
             checkpoint folder.
         device: ``"auto"`` or a torch device.
         precision: ``"auto"`` (bfloat16 on a GPU that has it), ``"float32"`` or ``"bfloat16"``.
-        flip: Add the descriptor of the mirrored image, as the reference's test does.
+        flip: Add the descriptor of the mirrored image; None as the model's results were published.
         batch_size: Images at a time.
         pretrained: Load the weights of a model given by name.
-        descriptor: ``"official"`` (pool and bn features), ``"bn"`` or ``"pool"``.
-        branches: ``"all"``, or ``"original"`` without the generated ones, which is faster.
-        dtype: Of the rows: ``"float32"`` or ``"float16"``.
+        descriptor: One of ``model.descriptors``, such as ``"official"``, ``"bn"`` or ``"pool"``.
+        dtype: Type of the rows, ``"float32"`` or ``"float16"``.
         normalize: L2-normalise each row, so that products are cosine similarities. The reference
-            does not: its published numbers are of the sum of image and mirrored image as it is.
+            does not: its published numbers use the plain sum of image and mirrored image.
+        intensity: How images of 16 bits become 8-bit, see :func:`deen_zoo.data.images.open_image`;
+            raw thermal sensors need another than ``"full"``.
         threads: Threads that decode while the model computes; None is one per available core.
         progress: Show a bar where stderr is a terminal.
 
@@ -78,84 +221,83 @@ class FeatureExtractor:
 
     def __init__(
         self,
-        model: DEEN | str | os.PathLike[str],
+        model: Any,
         device: str = "auto",
         precision: str = "auto",
-        flip: bool = True,
+        flip: bool | None = None,
         batch_size: int = 64,
         pretrained: bool = True,
         *,
         descriptor: str = "official",
-        branches: str = "all",
         dtype: str = "float32",
         normalize: bool = True,
+        intensity: Intensity = "full",
         threads: int | None = None,
         progress: bool = True,
+        **removed: Any,
     ) -> None:
-        for name, value, valid in (
-            ("descriptor", descriptor, DESCRIPTORS),
-            ("branches", branches, BRANCHES),
-            ("dtype", dtype, tuple(DTYPES)),
-        ):
-            if value not in valid:
-                raise UserError(f"{name} {value!r}: choose from {', '.join(valid)}")
+        for name in removed:
+            raise UserError(f"{name}: {REMOVED.get(name, 'no such option of FeatureExtractor')}")
         check_least("batch_size", batch_size, 1)
-        if threads is not None:
-            check_least("threads", threads, 1)
+        check_least("threads", 1 if threads is None else threads, 1)
         self.device = choose_device(device)
         resolve_precision(self.device, precision)
         if not isinstance(model, torch.nn.Module):
             name = os.fspath(model)
             model = create_model(f"local-dir:{name}" if os.path.isdir(name) else name, pretrained)
+        for option, value, valid in (
+            ("descriptor", descriptor, model.descriptors),
+            ("dtype", dtype, DTYPES),
+        ):
+            if value not in valid:
+                raise UserError(f"{option} {value!r}: choose from {', '.join(valid)}")
         config = data_config(model)
-        self.transform = eval_transform(config)
+        self.transform: EvalTransform = eval_transform(config)
+        self.model = model.eval().to(self.device).to(memory_format=torch.channels_last)
+        self.flip = model.flip if flip is None else flip
         self.provenance = {
-            "model": str(getattr(model, "pretrained_cfg", {}).get("architecture", "DEEN")),
+            "model": str(getattr(model, "pretrained_cfg", {}).get("architecture", "unknown")),
             "weights_sha256": weights_sha256(model),
+            "descriptor_sha256": weights_sha256(model, classifier=False),
             "preprocessing": json.dumps(config, sort_keys=True),
             "descriptor": descriptor,
-            "branches": branches,
-            "flip": str(flip).lower(),
+            "flip": str(self.flip).lower(),
             "normalize": str(normalize).lower(),
             "precision": f"{precision} on {self.device.type}",
             "dtype": dtype,
+            "intensity": str(intensity),
             "deen_zoo": _version(),
         }
-        self.model = model.to(self.device).to(memory_format=torch.channels_last)
-        self.precision, self.flip, self.batch_size = precision, flip, batch_size
-        # The deploy form has no such branch by itself.
-        self.original = branches == "original" and not is_deployed(model)
-        self.normalize, self.dtype = normalize, DTYPES[dtype]
-        self.threads, self.progress, self._channels = threads, progress, int(model.in_chans)
-        computed = 1 if self.original else model.num_branches
-        numbers = torch.arange(descriptor_width(model) // model.num_branches * computed)
-        part = {"official": slice(0, 2), "pool": slice(0, 1), "bn": slice(1, 2)}[descriptor]
-        kept = slice(0, 1 if branches == "original" else None)
-        self._numbers = numbers.view(2, computed, -1)[part, kept].flatten()
-        self.dim = len(self._numbers)
+        self.engine = TorchEngine(
+            self.model, self.device, precision, self.flip, descriptor, self.transform.mean,
+            self.transform.std,
+        )  # fmt: skip
+        self.dim = int(model.descriptors[descriptor])
+        self.normalize, self.dtype, self.batch_size = normalize, DTYPES[dtype], batch_size
+        self.threads, self.progress = threads, progress
+        self.intensity = check_intensity(intensity)
 
     def __call__(self, source: Any, modality: Any = None) -> Tensor:
         """Rows (N, D) on the CPU, in the order of the images.
 
-        Beside the sources above it takes a preprocessed batch, a tensor (N, 3, H, W), and a
+        Besides the sources above it takes a preprocessed batch, a tensor (N, 3, H, W), and a
         ``DataLoader`` of such batches (or of tuples that begin with one); ``modality`` is then one
         for all of its images, or a list in their order.
 
         Raises:
             UserError: An image cannot be read, by name (:meth:`table` lists all of these and goes
-                on); a source that is nothing of the above; or its modality is not said.
+                on); a source that is none of the above; or its modality is missing.
         """
         if isinstance(source, (Tensor, DataLoader)):
             return self._preprocessed(source, modality)
-        table = self._table(gather(source, modality), strict=True)
-        return table.features
+        return self._table(resolve_sources(source, modality), strict=True).features
 
     def table(self, source: Any, modality: Any = None) -> FeatureTable:
         """Rows with the images' paths (``image 0``, ... for those in memory), modality and labels.
 
-        Images that cannot be read have no row and stand in ``.unreadable``.
+        Images that cannot be read have no row and are listed in ``.unreadable``.
         """
-        return self._table(gather(source, modality), strict=False)
+        return self._table(resolve_sources(source, modality), strict=False)
 
     def write(
         self,
@@ -167,53 +309,60 @@ class FeatureExtractor:
     ) -> FeatureTable:
         """Extract to a feature file, in the memory of ``shard`` rows, however many images.
 
-        Rows are kept in ``FILE.parts`` until all are there; the same call goes on where a killed
-        one stopped. The file appears when it is complete, and replaces one of that name.
+        Finished parts are kept in ``FILE.parts`` until all are there. The same call continues a
+        killed one: it makes again what is missing or damaged, and what belongs to images whose
+        size or modification time has changed. The file appears when it is complete, and replaces
+        one of that name.
 
         Args:
             source: As above, files only.
-            file: ``.safetensors``, or ``.npz``, which is made in memory.
+            file: ``.safetensors``, ``.parquet``, or ``.npz``, which is made in memory.
             modality: As above.
             world: Processes that share the work, from :func:`deen_zoo.distributed.join`.
             shard: Images in a part.
 
         Returns:
-            The table of the file, its rows mapped. ``.unreadable`` has the images without one.
+            The table of the file. ``.unreadable`` has the images without a row.
 
         Raises:
-            UserError: As above; no image can be read; or ``FILE.parts`` is damaged or
-                of another extraction.
+            UserError: As above; no image can be read; or another process writes this file.
         """
-        world, file = world or Distributed(self.device), Path(file)
-        check_name(file)
+        world, file = world or Distributed(self.device), check_output(file)
         check_least("shard", shard, 1)
-        found = gather(source, modality)
-        for place, item in enumerate(found.items):
+        found = resolve_sources(source, modality)
+        for index, item in enumerate(found.items):
             if not isinstance(item, str):
-                raise UserError(f"image {place} is in memory; a feature file is of image files")
+                raise UserError(f"image {index} is in memory; a feature file is of image files")
         names = [os.path.abspath(str(item)) for item in found.items]
         check_paths(names, "the source")
+        if not names:
+            raise UserError(f"{file}: the source has no image")
         found = Source(names, found.infrared, found.labels)
         parts = _Parts(file, shard, found, self.provenance)
-        if world.main:
-            parts.open()
-        world.barrier()
-        mine = [k for k in range(world.rank, len(parts), world.size) if not parts.path(k).exists()]
-        tables = self._tables(found, [parts.rows(k) for k in mine], world.main)
-        for k in mine:  # no name holds a part while the next one is made
-            write_feature_table(parts.path(k), [next(tables)], allow_empty=True)
-        world.barrier()
-        if world.main:
-            try:
-                write_feature_table(file, parts)
-            except UserError:  # no image can be read: mended ones must be tried again
-                shutil.rmtree(parts.folder)
-                raise
-            shutil.rmtree(parts.folder)
+        lock = exclusive(parts.folder / "lock", f"{file}, to extract to it") if world.main else None
+        with lock or contextlib.nullcontext():
+            world.barrier()  # the others wait for the lock
+            missing = parts.missing()
+            if world.main and len(missing) < len(parts):
+                kept = f"{len(parts) - len(missing)} of {len(parts)} parts"
+                print(f"continuing: {kept} are there already", file=sys.stderr)
+            world.barrier()  # nobody writes before all have looked
+            mine = missing[world.rank :: world.size]
+            tables = self._tables(found, [parts.rows[k] for k in mine], world.main)
+            for k in mine:  # no name holds a part while the next one is made
+                write_feature_table(parts.files[k], [next(tables)], allow_empty=True)
+            world.barrier()
+            if world.main:
+                try:
+                    write_feature_table(file, parts)
+                except UserError:  # no image can be read: repaired ones must be tried again
+                    shutil.rmtree(parts.folder, ignore_errors=True)
+                    raise
+                shutil.rmtree(parts.folder, ignore_errors=True)
         world.barrier()
         table = read_feature_table(file)
         if world.main:
-            found.say_auto(table.paths, table.labels["infrared"])
+            found.say_auto(table.paths, table.labels["infrared"].tolist())
         return table
 
     def preprocess(self, source: Any, modality: Any = None) -> tuple[Tensor, Tensor]:
@@ -222,150 +371,164 @@ class FeatureExtractor:
         Raises:
             UserError: An image cannot be read, by name.
         """
-        found = gather(source, modality)
-        images = Images(found, self.transform)
-        batch = collate([images[i] for i in range(len(images))])
-        if batch.unreadable:
-            raise UserError(batch.unreadable[0][1])
-        found.say_auto([found.name(i) for i in batch.indices], batch.infrared)
-        return batch.rows, batch.infrared
+        found = resolve_sources(source, modality)
+        items = [
+            found.decode(i, self.transform.size, None, self.intensity) for i in range(len(found))
+        ]
+        for item in items:
+            if item.pixels is None:
+                raise UserError(item.reason)
+        kinds = [item.infrared for item in items]
+        found.say_auto([found.name(item.place) for item in items], kinds)
+        images = [self.transform(item.pixels) for item in items if item.pixels is not None]
+        empty = torch.empty(0, 3, *self.transform.size)
+        return torch.stack(images) if images else empty, torch.tensor(kinds, dtype=torch.bool)
 
     def _preprocessed(self, source: Tensor | DataLoader[Any], modality: Any) -> Tensor:
-        out, training = [torch.empty(0, self.dim, dtype=self.dtype)], self.model.training
-        done, each = 0, isinstance(modality, (list, tuple, Tensor))  # one modality for each image
-        self.model.eval()
-        try:
-            for batch in [source] if isinstance(source, Tensor) else source:
-                images = self._checked(batch)
-                mine = modality[done : done + len(images)] if each else modality
-                infrared = infrared_of(mine, len(images))
-                done += len(images)
-                if None in infrared:
-                    raise UserError("modality 'auto' needs images; of a batch, say which it is")
-                kinds = torch.tensor(infrared, dtype=torch.bool)
-                for rows in split(range(len(images)), self.batch_size):
-                    part, kind = images[rows.start : rows.stop], kinds[rows.start : rows.stop]
-                    with torch.inference_mode():
-                        raw = run(
-                            self.model, part, kind, self.device, self.precision, self.flip,
-                            self.original,
-                        )  # fmt: skip
-                    out.append(self._finish(raw))
-        finally:
-            self.model.train(training)
+        out = [torch.empty(0, self.dim, dtype=self.dtype)]
+        done, each = 0, isinstance(modality, (list, tuple, Tensor))  # one modality per image
+        for batch in [source] if isinstance(source, Tensor) else source:
+            images = self._checked(batch, done)
+            mine = modality[done : done + len(images)] if each else modality
+            infrared = infrared_of(mine, len(images))
+            if None in infrared:
+                raise UserError("modality 'auto' needs images; of a batch, say which it is")
+            kinds = torch.tensor(infrared, dtype=torch.bool)
+            for rows in _split(range(len(images)), self.batch_size):
+                part = slice(rows.start, rows.stop)
+                raw = self.engine.embed(images[part], kinds[part])
+                out.append(self._finish(raw, [f"image {done + i}" for i in rows]))
+            done += len(images)
         if each and len(modality) != done:
             raise UserError(f"{len(modality)} modalities for {done} images; give one for each")
         return torch.cat(out)
 
-    def _checked(self, batch: Any) -> Tensor:
-        """The images of a preprocessed batch, float32."""
+    def _checked(self, batch: Any, start: int) -> Tensor:
+        """The images of a preprocessed batch, float32; ``start`` is the number of its first."""
         images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        what, channels = type(images).__name__, self._channels
-        if isinstance(images, Tensor):
-            if images.is_floating_point() and images.ndim == 4 and images.shape[1] == channels:
-                return images.float()
-            what = f"{tuple(images.shape)} {images.dtype}"
-        raise UserError(
-            f"a batch of {what}; give preprocessed float tensors (N, {channels}, H, W), or images"
+        what, channels = type(images).__name__, int(self.model.in_chans)
+        if not isinstance(images, Tensor):
+            raise UserError(f"a batch of {what}; give preprocessed float tensors, or images")
+        if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != channels:
+            raise UserError(
+                f"a batch of {tuple(images.shape)} {images.dtype}; give preprocessed float tensors "
+                f"(N, {channels}, H, W), or images"
+            )
+        images = images.float()
+        # Pixels are in [0, 1] before the normalisation; far outside are those of [0, 255].
+        bound = 4 * max(
+            max(m, 1 - m) / s for m, s in zip(self.transform.mean, self.transform.std, strict=True)
         )
+        wrong = ~(images.abs().amax((1, 2, 3)) <= bound) if len(images) else images.new_zeros(0)
+        if wrong.any():
+            image = int(wrong.nonzero()[0])
+            raise UserError(
+                f"image {start + image} of the batch has values up to "
+                f"{float(images[image].abs().max()):.4g}; normalised images are within "
+                f"{bound / 4:.2f}: use preprocess(), or give uint8 arrays as a list"
+            )
+        return images
 
     def _table(self, source: Source, strict: bool) -> FeatureTable:
-        if not source.items:
-            raise UserError("no images: the source is empty")
-        (table,) = self._tables(source, [range(len(source.items))], True, strict)
-        source.say_auto(table.paths, table.labels["infrared"])
+        (table,) = self._tables(source, [range(len(source))], True, strict)
+        source.say_auto(table.paths, table.labels["infrared"].tolist())
         return table
 
     def _tables(
         self, source: Source, shards: Sequence[range], shown: bool, strict: bool = False
     ) -> Iterator[FeatureTable]:
         """The rows of each shard, in order."""
-        batches = [batch for shard in shards for batch in split(shard, self.batch_size)]
-        results = embed(
-            self.model, Images(source, self.transform), batches, self.device, self.precision,
-            self.flip, self.original, self.threads,
-        )  # fmt: skip
-        with progress_bar(sum(map(len, shards)), self.progress and shown) as bar:
+        batches = [batch for shard in shards for batch in _split(shard, self.batch_size)]
+        results = _describe(
+            source, batches, self.engine, self.transform.size, self.threads, None, self.intensity
+        )
+        with _progress_bar(sum(map(len, shards)), self.progress and shown) as bar:
             for shard in shards:
                 rows = torch.empty(len(shard), self.dim, dtype=self.dtype)
                 kept: list[int] = []
-                infrared: list[Tensor] = []
+                infrared: list[bool] = []
                 unreadable: dict[str, str] = {}
-                for _, batch in zip(split(shard, self.batch_size), results, strict=False):
+                for _, batch in zip(_split(shard, self.batch_size), results, strict=False):
                     if batch.unreadable and strict:
-                        raise UserError(f"{batch.unreadable[0][1]} (.table() lists all such)")
+                        reason = next(iter(batch.unreadable.values()))
+                        raise UserError(f"{reason} (.table() lists all such)")
                     if batch.indices:
                         end = len(kept) + len(batch.indices)
-                        rows[len(kept) : end] = self._finish(batch.rows)
+                        names = [source.name(i) for i in batch.indices]
+                        rows[len(kept) : end] = self._finish(batch.rows, names)
                     kept += batch.indices
-                    infrared.append(batch.infrared)
-                    unreadable |= {source.name(i): reason for i, reason in batch.unreadable}
+                    infrared += batch.infrared
+                    unreadable |= {source.name(i): why for i, why in batch.unreadable.items()}
                     bar.update(len(batch.indices) + len(batch.unreadable))
-                labels = torch.tensor([source.labels[i] for i in kept], dtype=torch.int64)
-                labels = labels.view(-1, 2)
-                columns = {"identity": labels[:, 0].clone(), "camera": labels[:, 1].clone()}
+                labels = {
+                    name: label_column([source.labels[i][column] for i in kept])
+                    for column, name in enumerate(("identity", "camera"))
+                }
                 yield FeatureTable(
-                    source.name(0) if len(source.items) == 1 else f"{len(source.items)} images",
+                    source.name(0) if len(source) == 1 else f"{len(source)} images",
                     rows[: len(kept)],
                     [source.name(i) for i in kept],
-                    {**columns, "infrared": torch.cat(infrared)},
+                    {**labels, "infrared": np.array(infrared, bool)},
                     self.provenance,
                     unreadable,
                 )
                 del rows
 
-    def _finish(self, raw: Tensor) -> Tensor:
-        """(n, 2*B*C) to (n, D): the chosen numbers, normalised, as the dtype."""
-        rows = raw[:, self._numbers]
-        if self.normalize:
-            rows = F.normalize(rows)
+    def _finish(self, rows: Tensor, names: Sequence[str]) -> Tensor:
+        """Descriptors (n, D) normalised, as the dtype; all of them must be numbers."""
+        rows = F.normalize(rows) if self.normalize else rows
+        bad = (~rows.isfinite().all(1)).nonzero()
+        if len(bad):
+            raise UserError(
+                f"{names[int(bad[0])]}: the model gives NaN or infinity; are its weights whole?"
+            )
         return rows.to(self.dtype)
 
 
 class _Parts(Sequence[FeatureTable]):
-    """The folder where an extraction keeps what it has; part k has images k*shard and on."""
+    """The folder where an extraction keeps what it has; part k has the images ``rows[k]``.
+
+    A part's name has a digest of all that it depends on: options, images, labels, and each file's
+    size and modification time. So parts of other images or options are never taken for its own.
+    """
 
     def __init__(self, file: Path, shard: int, source: Source, provenance: dict[str, str]) -> None:
-        self.folder, self.shard = file.with_name(f"{file.name}.parts"), shard
-        self.total = len(source.items)
-        digest = hashlib.sha256()
-        for row in zip(source.items, source.infrared, source.labels, strict=True):
+        self.folder = file.with_name(f"{file.name}.parts")
+        self.rows = _split(range(len(source)), shard)
+        self.files = [
+            self.folder / f"{k:07}-{self._digest(source, rows, provenance)}.safetensors"
+            for k, rows in enumerate(self.rows)
+        ]
+
+    @staticmethod
+    def _digest(source: Source, rows: range, provenance: dict[str, str]) -> str:
+        digest = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode())
+        for i in rows:
+            item = str(source.items[i])
+            try:
+                status = os.stat(item)
+                state = f"{status.st_size} {status.st_mtime_ns}"
+            except OSError:
+                state = "missing"
+            row = (item, source.infrared[i], source.labels[i], state)
             digest.update(f"{row}\n".encode(errors="surrogateescape"))
-        self.plan = {**provenance, "images": digest.hexdigest(), "shard": str(shard)}
+        return digest.hexdigest()[:16]
 
-    def open(self) -> None:
-        """Make the folder, or find out that it is of this very extraction."""
-        plan = self.folder / "plan.json"
-        if not plan.exists():
-            self.folder.mkdir(exist_ok=True)
-            partial = plan.with_suffix(".partial")
-            partial.write_text(json.dumps(self.plan, indent=2), encoding="utf-8")
-            os.replace(partial, plan)
-            return
-        try:
-            stored = dict(json.loads(plan.read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{plan} is damaged ({error}): delete {self.folder}") from error
-        differs = [key for key, value in self.plan.items() if stored.get(key) != value]
-        if differs:
-            raise UserError(
-                f"{self.folder} is of a killed extraction with other {', '.join(differs)}: finish "
-                "that one, delete the folder, or choose another file"
-            )
-
-    def path(self, k: int) -> Path:
-        return self.folder / f"{k:07}.safetensors"
-
-    def rows(self, k: int) -> range:
-        return range(k * self.shard, min((k + 1) * self.shard, self.total))
+    def missing(self) -> list[int]:
+        """The parts that are not there, or damaged."""
+        out = []
+        for k, file in enumerate(self.files):
+            try:
+                read_feature_table(file)
+            except UserError:
+                out.append(k)
+        return out
 
     def __len__(self) -> int:
-        return -(-self.total // self.shard)
+        return len(self.files)
 
     def __getitem__(self, k: Any) -> Any:
-        if k >= len(self):
-            raise IndexError(k)
-        return read_feature_table(self.path(k))
+        return read_feature_table(self.files[k])
 
 
 def _version() -> str:

@@ -1,66 +1,92 @@
-"""Feature files, of this package's models or of any other: ``.safetensors`` or ``.npz``.
+"""Feature files of this package's models or of any other: safetensors, Parquet or npz.
 
-==========  ================================  ==================================================
-name        type and shape                    in a ``.safetensors`` file
-==========  ================================  ==================================================
-features    (N, D) floats                     tensor
-paths       N strings, each image once        uint8 tensor, or a metadata entry: a JSON list
-identity    (N,) integers, -1 unknown         tensor
-camera      (N,) integers, -1 unknown         tensor
-infrared    (N,) bool                         tensor; False is visible
-unreadable  {path: reason} of other images    uint8 tensor: a JSON object
-provenance  what made the features            the other metadata entries (npz: a JSON object)
-==========  ================================  ==================================================
+==========  ====================================  ==============================================
+name        type and shape                        in a ``.safetensors`` file
+==========  ====================================  ==============================================
+features    (N, D) floats                         tensor
+paths       N strings, each image once            uint8 tensor, or a metadata entry: a JSON list
+identity    (N,) integers or words, -1 or ""      tensor; words are the uint8 tensor
+            where unknown                         ``identity_words``: a JSON list
+camera      as identity                           as identity
+infrared    (N,) bool                             tensor; False is visible
+unreadable  {path: reason} of other images        uint8 tensor: a JSON object
+provenance  what made the features                the other metadata entries
+==========  ====================================  ==============================================
 
-All but the first two may be missing. Written by any program in one line::
+All but the first two may be missing. Any program writes such a file in one line::
 
     np.savez("features.npz", features=features, paths=paths,
              identity=identity, camera=camera, infrared=infrared)
 
 or ``safetensors.torch.save_file({"features": ..., "identity": ...}, "features.safetensors",
-metadata={"paths": json.dumps(paths)})``. When the dataset itself is at hand, the labels can be read
-from there: :meth:`FeatureTable.of_dataset`. A safetensors file is mapped, not read: rows take
-memory when they are used, so files larger than the memory can be searched. Its metadata holds at
-most 100 MB, which a million paths exceed; so this package writes them as a tensor.
+metadata={"paths": json.dumps(paths)})``. A Parquet file has the columns ``path``, ``features`` (a
+list of D floats), ``identity``, ``camera`` and ``modality``, null where unknown. When the dataset
+itself is at hand, the labels can be read from there: :meth:`FeatureTable.of_dataset`.
+
+A safetensors file is mapped, not read: rows take memory when they are used, so files larger than
+the memory can be searched. Every tensor in it starts at a multiple of its element size.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..data.protocols import Sample
 from ..data.reader import ReidDataset
-from ..errors import UserError
+from ..errors import UserError, require
 
-__all__ = ["FeatureTable", "check_comparable", "read_feature_table", "write_feature_table"]
+__all__ = ["FeatureTable", "check_comparable", "check_output", "label_column"]
+__all__ += ["read_feature_table", "write_feature_table"]
 
+Column = npt.NDArray[Any]
+SUFFIXES = (".safetensors", ".parquet", ".npz")
 _LABELS = ("identity", "camera", "infrared")
 # What two files must share for their rows to be comparable.
-_COMPARED = ("weights_sha256", "preprocessing", "descriptor", "branches", "flip", "normalize")
-_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
-_DTYPES |= {torch.int64: "I64", torch.bool: "BOOL", torch.uint8: "U8"}
+_COMPARED = ("weights_sha256", "preprocessing", "descriptor", "flip", "normalize", "project")
+_FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+_DTYPES = {**_FLOATS, torch.int64: "I64", torch.bool: "BOOL", torch.uint8: "U8"}
+
+
+def label_column(values: Sequence[Any]) -> Column:
+    """Identities or cameras as int64, or as words if any of them is one (-1 becomes "").
+
+    >>> label_column([7, -1]), label_column([7, -1, "ann"])
+    (array([ 7, -1]), array(['7', '', 'ann'], dtype='<U3'))
+    """
+    if any(isinstance(value, str) for value in values):
+        return np.array([x if isinstance(x, str) else "" if x == -1 else str(x) for x in values])
+    return np.array(values, np.int64)
+
+
+def unknown(values: Column) -> npt.NDArray[np.bool_]:
+    """Which labels are not known: negative numbers and empty words."""
+    if values.dtype == bool:
+        return np.zeros(len(values), bool)
+    return np.asarray(values == "" if values.dtype.kind == "U" else values < 0)
 
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """Rows of features and the images they are of.
+    """Rows of features and the images they belong to.
 
     Attributes:
         source: The file, for messages.
         features: (N, D) floats.
         paths: N names.
-        labels: Those of ``identity``, ``camera`` (int64) and ``infrared`` (bool) that are known,
-            each (N,).
+        labels: The known ones of ``identity``, ``camera`` (int64 or words) and ``infrared`` (bool),
+            each a NumPy array (N,).
         provenance: What made the features: ``model``, ``weights_sha256``, ``preprocessing``, ...;
             empty in files of other programs.
         unreadable: Images that were asked for and have no row, with the reason.
@@ -69,37 +95,39 @@ class FeatureTable:
     source: str
     features: Tensor
     paths: Sequence[str]
-    labels: dict[str, Tensor]
+    labels: dict[str, Column]
     provenance: dict[str, str] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def select(self, rows: Tensor) -> FeatureTable:
-        """The rows of an index or bool tensor."""
-        if rows.dtype == torch.bool:
-            rows = rows.nonzero()[:, 0]
+    def select(self, rows: Any) -> FeatureTable:
+        """The rows of an index or bool array."""
+        rows = np.asarray(rows)
+        if rows.dtype == bool:
+            rows = rows.nonzero()[0]
         labels = {name: values[rows] for name, values in self.labels.items()}
         paths = [self.paths[i] for i in rows.tolist()]
-        return replace(self, features=self.features[rows], paths=paths, labels=labels)
+        return replace(
+            self, features=self.features[torch.from_numpy(rows)], paths=paths, labels=labels
+        )
 
-    def label(self, name: str) -> Tensor:
+    def label(self, name: str) -> Column:
         """(N,) identities, cameras or whether infrared.
 
         Raises:
-            UserError: It is not in the file, or not of every row.
+            UserError: It is not in the file, or not known for every row.
         """
         if name not in self.labels:
             raise UserError(
                 f"{self.source}: no {name} in it; store it (a CSV file of path,identity,camera,"
                 "modality labels the images that 'deen-zoo extract' reads)"
             )
-        values = self.labels[name]
-        unknown = int((values < 0).sum()) if values.dtype != torch.bool else 0
-        if unknown:
-            raise UserError(f"{self.source}: {name} is unknown (-1) for {unknown} of {len(self)}")
-        return values
+        missing = int(unknown(self.labels[name]).sum())
+        if missing:
+            raise UserError(f"{self.source}: {name} is unknown for {missing} of {len(self)} rows")
+        return self.labels[name]
 
     def samples(self) -> list[Sample]:
         """The rows as samples.
@@ -121,7 +149,7 @@ class FeatureTable:
 
     def of_dataset(self, dataset: ReidDataset, split: int = 1) -> tuple[Tensor, list[Sample]]:
         """Features and samples of the dataset's test images, labelled by the dataset. Rows are
-        found by path: absolute, or below the root. Other rows are left out.
+        found by path, absolute or below the root; other rows are left out.
 
         Raises:
             UserError: A test image has no row.
@@ -133,31 +161,113 @@ class FeatureTable:
         if -1 in found:
             first = samples[found.index(-1)].path
             raise UserError(
-                f"{self.source}: {found.count(-1)} of {len(samples)} test images have no row, as "
-                f"{first}; the paths in the file must be absolute or relative to {dataset.root}"
+                f"{self.source}: {found.count(-1)} of {len(samples)} test images have no row, such "
+                f"as {first}; the paths in the file must be absolute or relative to {dataset.root}"
             )
         return self.features[torch.tensor(found)], samples
 
+    def check_finite(self) -> None:
+        """Raise UserError if a row holds NaN or infinity; the message names its image."""
+        for start, block in blocks(self.features):
+            bad = (~block.isfinite().all(1)).nonzero()
+            if len(bad):
+                raise UserError(
+                    f"{self.source}: the features of {self.paths[start + int(bad[0])]} are NaN or "
+                    "infinite; extract again, with whole weights"
+                )
+
+    def to_arrow(self) -> Any:
+        """A ``pyarrow.Table``: path, identity, camera, modality, features (lists of D numbers).
+
+        Provenance and unreadable images are JSON in the schema's metadata. Needs the extra
+        ``[parquet]``. bfloat16 becomes float32, which Arrow has.
+
+        Raises:
+            UserError: A path is not valid text, which Arrow requires.
+        """
+        pa = require("pyarrow", extra="parquet")
+        features = self.features.float() if self.features.dtype == torch.bfloat16 else self.features
+        numbers = pa.array(features.contiguous().numpy().reshape(-1))
+        columns = {}
+        try:
+            columns["path"] = pa.array(self.paths, pa.string())
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"a path is not valid UTF-8, which Parquet requires ({error}): write a "
+                ".safetensors file"
+            ) from None
+        for name, values in self.labels.items():
+            if name == "infrared":
+                kinds = np.where(values, "infrared", "visible")
+                columns["modality"] = pa.array(kinds.tolist(), pa.string())
+            else:
+                kind = pa.string() if values.dtype.kind == "U" else pa.int64()
+                columns[name] = pa.array(values.tolist(), kind, mask=unknown(values))
+        columns["features"] = pa.FixedSizeListArray.from_arrays(numbers, self.features.shape[1])
+        texts = {"provenance": _texts(self.provenance), "unreadable": self.unreadable}
+        return pa.table(columns, metadata={key: json.dumps(text) for key, text in texts.items()})
+
+    @classmethod
+    def from_arrow(cls, table: Any, source: str = "the table") -> FeatureTable:
+        """The table of :meth:`to_arrow`, or of any program with the same columns.
+
+        Raises:
+            UserError: Columns are missing or of another type.
+        """
+        arrays: dict[str, Any] = {}
+        with _one_line(source, "an Arrow table of features"):
+            for name in {"path", "paths"} & set(table.column_names):
+                arrays["paths"] = table[name].to_pylist()
+            if "features" in table.column_names:
+                lists = table["features"].combine_chunks()
+                width = len(lists.flatten()) // max(1, len(lists)) or 1
+                numbers = lists.flatten().to_numpy(zero_copy_only=False)
+                pa = require("pyarrow", extra="parquet")
+                lists.cast(pa.list_(lists.type.value_type, width))  # or they differ in length
+                arrays["features"] = torch.from_numpy(numbers.copy()).view(-1, width)
+            for name in {"identity", "camera"} & set(table.column_names):
+                values = table[name].to_pylist()
+                arrays[name] = label_column([-1 if value is None else value for value in values])
+            if "modality" in table.column_names:
+                kinds = table["modality"].to_pylist()
+                if not set(kinds) <= {"visible", "infrared"}:
+                    raise UserError(f"{source}: modality must be visible or infrared in every row")
+                arrays["infrared"] = np.array([kind == "infrared" for kind in kinds], bool)
+            metadata = table.schema.metadata or {}
+            for name in {"provenance", "unreadable"}:
+                if name.encode() in metadata:
+                    arrays[name] = _decode(source, name, metadata[name.encode()])
+        return _checked(source, arrays)
+
+
+def blocks(rows: Tensor, floats: int = 2**24) -> Iterator[tuple[int, Tensor]]:
+    """(first row, float32 rows) in blocks of at most ``floats`` numbers: 64 MB."""
+    size = max(1, floats // rows.shape[1])
+    for start in range(0, len(rows), size):
+        yield start, rows[start : start + size].float()
+
 
 def check_comparable(a: FeatureTable, b: FeatureTable) -> None:
-    """Whether dot products of rows of one table with rows of the other mean anything.
-
-    Raises:
-        UserError: They were made by other weights or in another way, or one does not say.
-    """
+    """Raise UserError unless dot products of rows of ``a`` with rows of ``b`` mean anything: they
+    must be made by the same weights in the same way, and both or neither must say so."""
     if a.features.shape[1] != b.features.shape[1]:
         raise UserError(
             f"{b.source} has features of {b.features.shape[1]} numbers, {a.source} of "
             f"{a.features.shape[1]}; they must be of one model"
         )
     for silent, other in ((a, b), (b, a)):
-        if other.provenance.keys() & set(_COMPARED) > silent.provenance.keys() & set(_COMPARED):
+        if "weights_sha256" in other.provenance and "weights_sha256" not in silent.provenance:
             raise UserError(
                 f"{silent.source} does not say what made its features, {other.source} is of "
                 f"{other.provenance.get('model')}; extract both with one model"
             )
     for key in _COMPARED:
         ours, theirs = a.provenance.get(key, ""), b.provenance.get(key, "")
+        if key == "weights_sha256" and ours != theirs:
+            # The same weights with another classifier, or none, make the same rows.
+            parts = [t.provenance.get("descriptor_sha256") for t in (a, b)]
+            if parts[0] is not None and parts[0] == parts[1]:
+                continue
         if ours != theirs:
             what = "weights" if key == "weights_sha256" else key
             raise UserError(
@@ -175,7 +285,7 @@ def read_feature_table(*files: str | os.PathLike[str]) -> FeatureTable:
         UserError: A file is missing, broken or not of the schema above, or two do not fit.
     """
     if not files:
-        raise UserError("no feature file; give at least one .safetensors or .npz")
+        raise UserError(f"no feature file; give at least one {', '.join(SUFFIXES)}")
     tables = [_read(Path(file)) for file in files]
     for table in tables[1:]:
         check_comparable(tables[0], table)
@@ -194,41 +304,56 @@ def read_feature_table(*files: str | os.PathLike[str]) -> FeatureTable:
 
 
 def check_paths(paths: Sequence[str], source: str) -> None:
-    """Whether each image comes once."""
+    """Raise UserError if an image comes twice."""
     if len(set(paths)) < len(paths):
         twice = min(path for path, n in Counter(paths).items() if n > 1)
         raise UserError(f"{source}: {twice} comes twice; give each image once")
 
 
-def _join_labels(parts: Sequence[tuple[dict[str, Tensor], int]]) -> dict[str, Tensor]:
-    """Labels of all parts, (labels, rows); identities and cameras are -1 where a part has none."""
+def check_output(file: str | os.PathLike[str]) -> Path:
+    """Raise UserError unless a feature file can be written there; done before any work."""
+    file = Path(file)
+    if file.suffix not in SUFFIXES:
+        raise UserError(f"{file}: unknown kind of feature file; give {', '.join(SUFFIXES)}")
+    if file.suffix == ".parquet":
+        require("pyarrow.parquet", extra="parquet")
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; give the name of a file")
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"{file}: there is no folder {file.parent}; make it first")
+    return file
+
+
+def _join_labels(parts: Sequence[tuple[dict[str, Column], int]]) -> dict[str, Column]:
+    """Labels of all parts, (labels, rows); identities and cameras are unknown where absent."""
     out = {}
     for name in _LABELS:
         known = [name in labels for labels, _ in parts]
         if all(known) or (any(known) and name != "infrared"):
-            out[name] = torch.cat(
-                [labels[name] if name in labels else torch.full((n,), -1) for labels, n in parts]
-            )
+            columns = [labels[name] if name in labels else np.full(n, -1) for labels, n in parts]
+            if any(column.dtype.kind == "U" for column in columns):
+                columns = [label_column([*column.tolist(), ""])[:-1] for column in columns]
+            out[name] = np.concatenate(columns)
     return out
 
 
 def write_feature_table(
     file: str | os.PathLike[str], tables: Sequence[FeatureTable], allow_empty: bool = False
 ) -> None:
-    """Write tables as one feature file, row after row. They are of one provenance.
+    """Write tables, which share their provenance, as one feature file, row after row.
 
-    The file appears whole or not at all. A safetensors file is written table by table: a sequence
-    that reads them one at a time (it is gone through twice) is joined in the memory of one.
+    The file appears whole or not at all. ``.safetensors`` and ``.parquet`` are written table by
+    table: a sequence that reads them one at a time (it is iterated twice) is joined in the memory
+    of one.
 
     Raises:
-        UserError: The name ends neither in ``.safetensors`` nor in ``.npz``, an image comes twice,
-            or there is no row, unless that is allowed.
+        UserError: The file cannot be written there, an image comes twice, or there is no row,
+            unless that is allowed.
     """
-    file = Path(file)
-    check_name(file)
+    file = check_output(file)
     paths: list[str] = []
     unreadable: dict[str, str] = {}
-    labels: list[tuple[dict[str, Tensor], int]] = []
+    labels: list[tuple[dict[str, Column], int]] = []
     for table in tables:
         paths += table.paths
         unreadable |= table.unreadable
@@ -241,136 +366,196 @@ def write_feature_table(
     columns = {
         name: values
         for name, values in _join_labels(labels).items()
-        if name == "infrared" or not bool((values == -1).all())
+        if name == "infrared" or not unknown(values).all()
     }
     partial = file.with_name(f"{file.name}.partial")
-    with open(partial, "wb") as out:
-        if file.suffix == ".npz":
-            import numpy as np
-
-            features = torch.cat([table.features for table in tables])
-            texts = {"unreadable": unreadable, "provenance": provenance}
-            arrays: dict[str, Any] = {name: values.numpy() for name, values in columns.items()}
-            arrays |= {name: np.array(json.dumps(text)) for name, text in texts.items() if text}
-            np.savez(out, features=features.numpy(), paths=np.array(paths), **arrays)
-        else:
-            tensors = {"paths": _encode(paths), **columns}
+    try:
+        if file.suffix == ".safetensors":
+            tensors = {"paths": _encode(paths)}
+            for name, values in columns.items():
+                words = values.dtype.kind == "U"
+                key, value = (f"{name}_words", _encode(values.tolist())) if words else (name, None)
+                tensors[key] = torch.from_numpy(values) if value is None else value
             tensors |= {"unreadable": _encode(unreadable)} if unreadable else {}
-            size = len(paths) * width * dtype.itemsize
-            header = _header({"features": (dtype, [len(paths), width], size)}, tensors, provenance)
-            out.write(header)
-            for table in tables:
-                out.write(_bytes(table.features))
-            for tensor in tensors.values():
-                out.write(_bytes(tensor))
-    os.replace(partial, file)
+            rows = (dtype, [len(paths), width])
+            _write_safetensors(partial, tables, rows, tensors, _texts(provenance))
+        elif file.suffix == ".parquet":
+            _write_parquet(partial, tables, columns, unreadable)
+        else:
+            features = torch.cat([table.features for table in tables])
+            texts = {"unreadable": unreadable, "provenance": _texts(provenance)}
+            arrays: dict[str, Any] = {
+                name: np.array(json.dumps(text)) for name, text in texts.items() if text
+            }
+            arrays |= {"features": features.numpy(), "paths": np.array(paths), **columns}
+            with open(partial, "wb") as out:
+                np.savez(out, **arrays)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def check_name(file: Path) -> None:
-    """Whether a feature file may be called so."""
-    if file.suffix not in (".safetensors", ".npz"):
-        raise UserError(f"{file}: unknown kind of feature file; give .safetensors or .npz")
+def _texts(provenance: dict[str, Any]) -> dict[str, str]:
+    return dict(sorted((str(key), str(value)) for key, value in provenance.items()))
 
 
 def _encode(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.contiguous().view(torch.uint8).numpy().data if tensor.numel() else b""
-
-
-def _header(
-    first: dict[str, tuple[torch.dtype, list[int], int]],
+def _write_safetensors(
+    file: Path,
+    tables: Sequence[FeatureTable],
+    features: tuple[torch.dtype, list[int]],
     tensors: dict[str, Tensor],
     metadata: dict[str, str],
-) -> bytes:
-    """The head of a safetensors file whose ``first`` tensor is still to come in pieces."""
-    layout = {**first, **{k: (t.dtype, list(t.shape), t.nbytes) for k, t in tensors.items()}}
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+) -> None:
+    """The library would need all features in memory. Large elements come first, as its own writer
+    orders them, so that each tensor is aligned."""
+    layout = {"features": features, **{k: (t.dtype, list(t.shape)) for k, t in tensors.items()}}
+    layout = dict(sorted(layout.items(), key=lambda entry: -entry[1][0].itemsize))
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     place = 0
-    for name, (dtype, shape, size) in layout.items():
+    for name, (dtype, shape) in layout.items():
+        size = dtype.itemsize * int(np.prod(shape))
         offsets = [place, place + size]
         header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": offsets}
         place += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in layout:
+            parts = (t.features for t in tables) if name == "features" else [tensors[name]]
+            for part in parts:
+                if part.numel():
+                    out.write(part.contiguous().view(torch.uint8).numpy().data)
+
+
+def _write_parquet(
+    file: Path,
+    tables: Sequence[FeatureTable],
+    columns: dict[str, Column],
+    unreadable: dict[str, str],
+) -> None:
+    """One row group per table; the labels are those of the whole file."""
+    parquet = require("pyarrow.parquet", extra="parquet")
+    start, writer = 0, None
+    with contextlib.ExitStack() as stack:
+        for table in tables:
+            labels = {name: values[start : start + len(table)] for name, values in columns.items()}
+            rows = replace(table, labels=labels, unreadable=unreadable).to_arrow()
+            writer = writer or stack.enter_context(parquet.ParquetWriter(file, rows.schema))
+            writer.write_table(rows)
+            start += len(table)
+
+
+@contextlib.contextmanager
+def _one_line(source: Any, what: str) -> Iterator[None]:
+    """Whatever a damaged or hostile file makes a library raise is one line that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{source}: not {what} ({reason}); write it again") from error
 
 
 def _read(path: Path) -> FeatureTable:
-    check_name(path)
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: unknown kind of feature file; give {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
-    arrays = (_read_npz if path.suffix == ".npz" else _read_safetensors)(path)
-    for name in ("features", "paths"):
-        if name not in arrays:
-            raise UserError(
-                f"{path}: no {name!r} in it, only {', '.join(sorted(arrays)) or 'nothing'}"
-            )
-    features, paths = arrays["features"], arrays["paths"]
-    if features.ndim != 2 or not features.is_floating_point() or not features.shape[1]:
-        raise UserError(
-            f"{path}: features have shape {tuple(features.shape)} and type {features.dtype}; "
-            "store (images, D) floats"
-        )
-    if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
-        raise UserError(f"{path}: paths is not a list of strings")
-    labels = {name: arrays[name] for name in _LABELS if name in arrays}
-    if len(paths) != len(features):
-        raise UserError(f"{path}: {len(paths)} paths for {len(features)} rows of features")
-    for name, values in labels.items():
-        wanted = "(N,) bool" if name == "infrared" else "(N,) integers"
-        whole = not (values.is_floating_point() or values.is_complex())
-        if values.ndim != 1 or not whole or (values.dtype == torch.bool) != (name == "infrared"):
-            raise UserError(
-                f"{path}: {name} is {tuple(values.shape)} {values.dtype}; store {wanted}"
-            )
-        if len(values) != len(features):
-            raise UserError(f"{path}: {len(values)} {name} for {len(features)} rows of features")
-    provenance, unreadable = (arrays.get(name, {}) for name in ("provenance", "unreadable"))
-    if not isinstance(provenance, dict) or not isinstance(unreadable, dict):
-        raise UserError(f"{path}: provenance and unreadable are JSON objects; leave others out")
-    return FeatureTable(str(path), features, paths, labels, provenance, unreadable)
+    if path.suffix == ".parquet":
+        parquet = require("pyarrow.parquet", extra="parquet")
+        with _one_line(path, "a readable Parquet file"):
+            table = parquet.read_table(path)
+        return FeatureTable.from_arrow(table, str(path))
+    with _one_line(path, f"a readable {path.suffix[1:]} file"):
+        return _checked(str(path), (_read_npz if path.suffix == ".npz" else _read_tensors)(path))
 
 
-def _decode(path: Path, name: str, value: Any) -> Any:
-    try:
-        return json.loads(value.numpy().tobytes() if isinstance(value, Tensor) else value)
-    except ValueError as error:
-        raise UserError(f"{path}: its {name} are not JSON ({error})") from error
+def _read_tensors(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open
 
-
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            arrays: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise UserError(
-            f"{path}: not a readable safetensors file ({error}); write it again"
-        ) from error
+    with safe_open(path, framework="pt") as file:
+        arrays: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = dict(file.metadata() or {})
     arrays |= {"paths": metadata.pop("paths")} if "paths" in metadata else {}
+    for name in ("identity", "camera"):
+        if f"{name}_words" in arrays:
+            words = _decode(str(path), name, arrays.pop(f"{name}_words"))
+            arrays[name] = np.array([str(word) for word in words], str)
     for name in {"paths", "unreadable"} & set(arrays):
-        arrays[name] = _decode(path, name, arrays[name])
+        arrays[name] = _decode(str(path), name, arrays[name])
     return {**arrays, "provenance": {k: v for k, v in metadata.items() if k != "format"}}
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
-    import numpy as np
-
     arrays: dict[str, Any] = {}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            for name in {"features", "paths", *_LABELS} & set(file.files):
-                values = file[name]
-                arrays[name] = values.tolist() if name == "paths" else torch.from_numpy(values)
-            for name in {"provenance", "unreadable"} & set(file.files):
-                arrays[name] = _decode(path, name, str(file[name]))
-    except UserError:
-        raise
-    except (zipfile.BadZipFile, ValueError, TypeError, EOFError) as error:
-        raise UserError(f"{path}: not a readable npz file ({error}); write it again") from error
+    with np.load(path, allow_pickle=False) as file:
+        for name in {"features", "paths", *_LABELS} & set(file.files):
+            values = file[name]
+            arrays[name] = values.tolist() if name == "paths" else values
+        for name in {"provenance", "unreadable"} & set(file.files):
+            arrays[name] = _decode(str(path), name, str(file[name]))
+    arrays |= {"features": torch.from_numpy(arrays["features"])} if "features" in arrays else {}
     return arrays
+
+
+def _decode(source: str, name: str, value: Any) -> Any:
+    try:
+        return json.loads(value.numpy().tobytes() if isinstance(value, Tensor) else value)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: its {name} are not JSON ({error})") from error
+
+
+def _checked(source: str, arrays: dict[str, Any]) -> FeatureTable:
+    """The table of what a file holds, or one line that says what is wrong with it."""
+    for name in ("features", "paths"):
+        if name not in arrays:
+            raise UserError(
+                f"{source}: no {name!r} in it, only {', '.join(sorted(arrays)) or 'nothing'}"
+            )
+    features, paths = arrays["features"], arrays["paths"]
+    if features.ndim != 2 or features.dtype not in _FLOATS or not features.shape[1]:
+        raise UserError(
+            f"{source}: features have shape {tuple(features.shape)} and type {features.dtype}; "
+            "store (images, D) floats of 16, 32 or 64 bits"
+        )
+    if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
+        raise UserError(f"{source}: paths is not a list of strings")
+    if len(paths) != len(features):
+        raise UserError(f"{source}: {len(paths)} paths for {len(features)} rows of features")
+    labels = {
+        name: _label(source, name, arrays[name], len(paths)) for name in _LABELS if name in arrays
+    }
+    provenance, unreadable = (arrays.get(name, {}) for name in ("provenance", "unreadable"))
+    if not isinstance(provenance, dict) or not isinstance(unreadable, dict):
+        raise UserError(f"{source}: provenance and unreadable are JSON objects; leave others out")
+    provenance = _texts(provenance)
+    if provenance.get("branches") == "all":  # 0.1.0 had this beside the descriptor
+        del provenance["branches"]
+    elif provenance.get("branches") == "original":
+        chosen = provenance.get("descriptor", "official")
+        provenance["descriptor"] = "original" if chosen == "official" else f"original {chosen}"
+        del provenance["branches"]
+    return FeatureTable(source, features, paths, labels, provenance, unreadable)
+
+
+def _label(source: str, name: str, values: Any, count: int) -> Column:
+    """One of the label columns as int64, words or bool."""
+    kind = str(values.dtype)
+    if isinstance(values, Tensor):
+        whole = not (values.is_floating_point() or values.is_complex())
+        values = values.numpy() if whole else np.zeros(values.shape)
+    valid = "b" if name == "infrared" else "iuU"
+    if values.ndim != 1 or values.dtype.kind not in valid:
+        wanted = "(N,) bool" if name == "infrared" else "(N,) integers or words"
+        raise UserError(f"{source}: {name} is {values.shape} {kind}; store {wanted}")
+    if len(values) != count:
+        raise UserError(f"{source}: {len(values)} {name} for {count} rows of features")
+    if values.dtype.kind == "u" and count and int(values.max()) > np.iinfo(np.int64).max:
+        raise UserError(f"{source}: {name} {values.max()} is too large; store int64 or words")
+    return np.asarray(values if values.dtype.kind in "bU" else values.astype(np.int64))

@@ -1,4 +1,4 @@
-"""Whatever may be given as images, as one list of known modality."""
+"""Whatever may be given as images, as one list with known modalities, and how each is decoded."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from torch import Tensor
 
 from ..data.cache import DecodedCache
 from ..data.folder import UNKNOWN, list_images, read_csv
-from ..data.images import Pixels, read_image, resize, to_rgb
+from ..data.images import Intensity, Pixels, read_image, resize, to_rgb
 from ..data.protocols import Label, Sample
-from ..data.transforms import EvalTransform
 from ..errors import UserError
 
-__all__ = ["Batch", "Images", "Source", "collate", "gather", "infrared_of", "three_equal_channels"]
+__all__ = ["Decoded", "Source", "infrared_of", "resolve_sources", "three_equal_channels"]
 
 Item = Image.Image | np.ndarray[Any, Any] | str
 Labels = tuple[Label, Label]  # identity, camera
@@ -36,24 +35,56 @@ def three_equal_channels(image: Pixels) -> bool:
     return bool((image.max(axis=2) - image.min(axis=2)).max() <= 2)
 
 
+class Decoded(NamedTuple):
+    """One image, or why it cannot be read."""
+
+    place: int  # in the source
+    pixels: Pixels | None  # uint8 (H, W, 3)
+    infrared: bool
+    reason: str = ""
+
+
 @dataclass(frozen=True)
 class Source:
-    """Images to extract, and what is known of them; ``infrared`` is None where it is to be seen."""
+    """Images to extract; ``infrared`` is None where the pixels decide (``modality="auto"``)."""
 
     items: Sequence[Item]
     infrared: Sequence[bool | None]
     labels: Sequence[Labels]
+
+    def __len__(self) -> int:
+        return len(self.items)
 
     def name(self, index: int) -> str:
         """The path of an image, or ``image 3`` for one in memory."""
         item = self.items[index]
         return item if isinstance(item, str) else f"image {index}"
 
-    def say_auto(self, paths: Sequence[str], infrared: Tensor) -> None:
+    def decode(
+        self,
+        index: int,
+        size: tuple[int, int],
+        cache: DecodedCache | None = None,
+        intensity: Intensity = "full",
+    ) -> Decoded:
+        """Read one image at size = (height, width)."""
+        item, infrared = self.items[index], self.infrared[index]
+        try:
+            if isinstance(item, str):
+                pixels = read_image(item, size, cache, intensity)
+            else:
+                pixels = resize(_in_memory(item, f"image {index}", intensity), size)
+        except UserError as error:
+            return Decoded(index, None, False, str(error))
+        return Decoded(
+            index, pixels, three_equal_channels(pixels) if infrared is None else infrared
+        )
+
+    def say_auto(self, paths: Sequence[str], infrared: Sequence[bool]) -> None:
         """Say on stderr what ``modality="auto"`` made of the readable images."""
         undecided = {self.name(i) for i, kind in enumerate(self.infrared) if kind is None}
         if undecided:
-            kinds = [x for p, x in zip(paths, infrared.tolist(), strict=True) if p in undecided]
+            kinds = [x for p, x in zip(paths, infrared, strict=True) if p in undecided]
             print(
                 f"modality auto: {sum(kinds)} of {len(kinds)} images have three equal channels and "
                 "were taken as infrared, the others as visible",
@@ -61,56 +92,28 @@ class Source:
             )
 
 
-class Batch(NamedTuple):
-    """What became of one batch."""
-
-    indices: list[int]  # places in the source
-    rows: Tensor  # images (n, 3, H, W), or descriptors (n, D)
-    infrared: Tensor  # (n,) bool
-    unreadable: list[tuple[int, str]]  # (place, reason)
-
-
-class Images:
-    """Decodes and transforms; an image that cannot be read is its reason."""
-
-    def __init__(
-        self, source: Source, transform: EvalTransform, cache: DecodedCache | None = None
-    ) -> None:
-        self.source, self.transform, self.cache = source, transform, cache
-
-    def __len__(self) -> int:
-        return len(self.source.items)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str, bool]:
-        item, infrared = self.source.items[index], self.source.infrared[index]
-        try:
-            if isinstance(item, str):
-                pixels = read_image(item, self.transform.size, self.cache)
-            else:
-                pixels = resize(_in_memory(item, f"image {index}"), self.transform.size)
-        except UserError as error:
-            return index, str(error), False
-        infrared = three_equal_channels(pixels) if infrared is None else infrared
-        return index, self.transform(pixels), infrared
-
-
-def _in_memory(item: Image.Image | np.ndarray[Any, Any], name: str) -> Image.Image:
+def _in_memory(
+    item: Image.Image | np.ndarray[Any, Any], name: str, intensity: Intensity
+) -> Image.Image:
     if isinstance(item, np.ndarray):
         shape, kind = item.shape, item.dtype
         item = item[..., 0] if shape[2:] == (1,) else item
-        if kind == np.uint16:
+        deep = kind == np.uint16
+        if deep and item.ndim == 3:  # Pillow has no such colour
             item = ((item.astype(np.uint32) + 128) // 257).astype(np.uint8)
-        if item.dtype != np.uint8 or not (item.ndim == 2 or shape[2:] in ((3,), (4,))):
+        if not (item.dtype == np.uint8 or deep) or not (
+            item.ndim == 2 or shape[2:] in ((3,), (4,))
+        ):
             raise UserError(
-                f"{name}: an array {shape} of {kind}; images are (H, W), (H, W, 3) or (H, W, 4) "
-                "of uint8 or uint16, preprocessed batches are tensors"
+                f"{name}: an array {shape} of {kind}; images are (H, W), (H, W, 3) or (H, W, 4), "
+                "in RGB order, of uint8 or uint16; preprocessed batches are tensors"
             )
         item = Image.fromarray(item)
     if not (item.width and item.height):
         raise UserError(f"{name}: no pixels, {item.height} x {item.width}")
     try:
         item.load()
-        return to_rgb(item)
+        return to_rgb(item, intensity, name)
     except (UserError, OSError) as error:  # OSError: Pillow had not decoded it yet
         raise UserError(f"{name}: {error}") from None
 
@@ -141,16 +144,17 @@ def _flatten(source: Any, modality: Any) -> Iterator[tuple[Item, str | None, Lab
     else:
         raise UserError(
             f"a {type(source).__name__} is no source of images; give paths, folders, CSV files, "
-            "PIL images, uint8 arrays or samples"
+            "PIL images, uint8 arrays in RGB order, or samples"
         )
 
 
-def gather(source: Any, modality: Any) -> Source:
+def resolve_sources(source: Any, modality: Any) -> Source:
     """Images, folders, CSV files and samples, however nested, as one list.
 
     Args:
-        source: One of these or an iterable of them; samples and CSV rows know their modality.
-        modality: ``"visible"``, ``"infrared"``, ``"auto"`` or one for each image; may be None where
+        source: One of these or an iterable of them, which may be empty; samples and CSV rows know
+            their modality.
+        modality: ``"visible"``, ``"infrared"``, ``"auto"`` or one per image; may be None where
             every image knows its own.
 
     Raises:
@@ -185,14 +189,3 @@ def infrared_of(modality: Any, count: int) -> list[bool | None]:
     if len(said) != count:
         raise UserError(f"{len(said)} modalities for {count} images; give one for each")
     return [kinds[str(kind)] for kind in said]
-
-
-def collate(items: list[tuple[int, Tensor | str, bool]]) -> Batch:
-    """One batch of :class:`Images`; those that cannot be read stand apart, with the reason."""
-    good = [(i, x, infrared) for i, x, infrared in items if isinstance(x, Tensor)]
-    return Batch(
-        [i for i, _, _ in good],
-        torch.stack([x for _, x, _ in good]) if good else torch.empty(0),
-        torch.tensor([infrared for _, _, infrared in good], dtype=torch.bool),
-        [(i, x) for i, x, _ in items if isinstance(x, str)],
-    )
