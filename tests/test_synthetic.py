@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -162,7 +166,7 @@ def test_an_interrupted_tree_never_looks_complete(
 
     def slow(*shot: object) -> Image.Image:
         drawn.append(shot)
-        assert [path.name for path in root.iterdir()] == [".unfinished"]
+        assert (tmp_path / "tree.partial").is_dir() and not any(root.glob("*"))
         if len(drawn) == 9:
             raise KeyboardInterrupt
         return Image.new("L", (4, 4))
@@ -172,6 +176,78 @@ def test_an_interrupted_tree_never_looks_complete(
         synthesize("sysu", root, 8, workers=1)
     assert len(drawn) == 9
     assert root.exists() == existed and not any(root.glob("*"))
+    assert [path.name for path in tmp_path.iterdir()] == (["tree"] if existed else [])
+
+
+DRAW = """
+import sys
+from deen_zoo.synthetic import synthesize
+print("begun", flush=True)
+synthesize("llcm", sys.argv[1], 60, workers=3)
+"""
+
+
+def drawing(root: Path) -> subprocess.Popen[str]:
+    """A process that draws a tree, in a group of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRAW, root],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    return process
+
+
+def group_is_gone(group: int) -> bool:
+    """Whether no process of the group is left, within a minute."""
+    for _ in range(600):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.slow
+def test_a_killed_tree_is_drawn_again(tmp_path: Path) -> None:
+    """A3: kill -9 while a tree is drawn leaves no folder of that name and no worker behind."""
+    root = tmp_path / "data"
+    process = drawing(root)
+    while not any(tmp_path.glob("data.partial/*/*/*.jpg")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not root.exists() and group_is_gone(process.pid)
+    synthesize("llcm", root, 4, images_per_camera=1, workers=1)
+    assert check_dataset("llcm", root).usable
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.slow
+def test_an_interrupt_while_the_pool_starts_ends_everything(tmp_path: Path) -> None:
+    """A5: Ctrl-C around the start of the pool: KeyboardInterrupt, no deadlock and no orphan."""
+    for n in range(12):
+        process = drawing(tmp_path / f"{n}")
+        time.sleep(n / 100)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode and said.rstrip().endswith("KeyboardInterrupt")
+        assert group_is_gone(process.pid) and not (tmp_path / f"{n}").exists()
+
+
+def test_two_processes_do_not_draw_the_same_tree(tmp_path: Path) -> None:
+    with tree._reserved(tmp_path / "tree"), pytest.raises(UserError, match="another process"):
+        synthesize("llcm", tmp_path / "tree", 4)
+
+
+def test_without_scipy_the_matlab_file_is_left_out_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.warns(UserWarning, match=r"rand_perm_cam.mat is not written.*deen-zoo\[mat\]"):
+        synthesize("sysu", tmp_path / "tree", 4, images_per_camera=1)
+    assert check_dataset("sysu", tmp_path / "tree").usable
 
 
 def test_command_writes_a_tree_and_a_sheet(

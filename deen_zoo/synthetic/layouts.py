@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import struct
+import io
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +89,7 @@ def _labelled(paths: Paths, modality: str, chosen: set[int]) -> str:
 def _index_sysu(root: Path, seed: int, paths: Paths, test: set[int]) -> None:
     everyone = {shot.identity for shot in paths}
     rest = everyone - test
-    val = split(seed, rest, len(rest) // 4, trial=2)
+    val = split(seed, rest, max(1, len(rest) // 4), trial=2)  # an empty list is a fault
     (root / "exp").mkdir()
     for name, chosen in (("train", rest - val), ("val", val), ("test", test)):
         (root / f"exp/{name}_id.txt").write_text(_ids(chosen))
@@ -96,42 +97,30 @@ def _index_sysu(root: Path, seed: int, paths: Paths, test: set[int]) -> None:
     for shot in paths:
         counts[shot.camera - 1, shot.identity - 1] += 1
     rng = stream(seed, _DRAW)
+    cells = np.empty((6, 1), object)
+    for camera, row in enumerate(counts.tolist()):
+        cells[camera, 0] = np.empty((len(row), 1), object)
+        for n, images in enumerate(row):  # ten permutations, one per draw
+            rows = [rng.permutation(images) + 1 for _ in range(TRIALS if images else 0)]
+            cells[camera, 0][n, 0] = np.array(rows, np.uint16).reshape(len(rows), images)
+    _write_mat(root / "exp/rand_perm_cam.mat", {"rand_perm_cam": cells})
 
-    def draws(n: int) -> NDArray[np.int_]:  # one row a trial
-        return (
-            np.stack([rng.permutation(n) + 1 for _ in range(TRIALS)])
-            if n
-            else np.zeros((0, 0), int)
+
+def _write_mat(file: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    """A MATLAB file with the same bytes at any time of day; without scipy a warning instead."""
+    try:
+        from scipy.io import savemat
+    except ImportError:
+        warnings.warn(
+            f"{file.name} is not written, so the official draw is not available: scipy is not "
+            "installed; install it with: pip install 'deen-zoo[mat]'",
+            stacklevel=2,
         )
-
-    cells = [[draws(n) for n in row] for row in counts.tolist()]
-    (root / "exp/rand_perm_cam.mat").write_bytes(_mat_file("rand_perm_cam", cells))
-
-
-def _mat_file(name: str, cells: list[list[NDArray[np.int_]]]) -> bytes:
-    """A MATLAB 5 file of one cell array of cell arrays of uint16 matrices.
-
-    Written here since ``scipy.io.savemat`` stamps the time of day into its files.
-    """
-
-    def element(kind: int, data: bytes) -> bytes:
-        return struct.pack("<II", kind, len(data)) + data + b"\0" * (-len(data) % 8)
-
-    def array(kind: int, shape: tuple[int, ...], data: bytes, name: bytes = b"") -> bytes:
-        head = element(6, struct.pack("<II", kind, 0)) + element(5, struct.pack("<2i", *shape))
-        return element(14, head + element(1, name) + data)
-
-    cell, uint16 = 1, 11
-    rows = [
-        array(
-            cell,
-            (len(row), 1),
-            b"".join(array(uint16, m.shape, element(4, m.astype("<u2").tobytes("F"))) for m in row),
-        )
-        for row in cells
-    ]
-    header = b"MATLAB 5.0 MAT-file, synthetic".ljust(124) + b"\x00\x01IM"
-    return header + array(cell, (len(cells), 1), b"".join(rows), name.encode())
+        return
+    content = io.BytesIO()
+    savemat(content, arrays)
+    header = b"MATLAB 5.0 MAT-file, synthetic".ljust(116)  # savemat's own has the date in it
+    file.write_bytes(header + content.getvalue()[len(header) :])
 
 
 def _index_regdb(root: Path, seed: int, paths: Paths, test: set[int]) -> None:

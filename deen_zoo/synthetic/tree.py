@@ -7,9 +7,10 @@ the byte for any number of worker processes (with the same versions of Pillow an
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..io import exclusive, whole_folder
 from .layouts import LAYOUTS, Shot, path_of, split, write_index
 from .picture import draw
 from .world import Camera, Person, Pose, stream
@@ -62,14 +64,15 @@ def synthesize(
 ) -> SyntheticTree:
     """Write a synthetic dataset: folders, images and index files as in the real one.
 
-    The index files come last, so an interrupted tree cannot be taken for a complete one.
+    It is drawn in a folder next to ``root`` that gets this name when it is whole, so a tree that
+    was interrupted or killed is not there, and is drawn again.
 
     Args:
         layout: ``"sysu"``, ``"regdb"`` or ``"llcm"``.
         root: A folder that does not exist yet, or is empty.
         identities: How many people, from 4 up to 9,999.
-        seed: Of the world: the same people, cameras and pictures for the same number.
-        images_per_camera: Of each identity, in each camera (and modality) that sees it;
+        seed: Number of the world: the same people, cameras and pictures for the same number.
+        images_per_camera: Images of each identity in each camera (and modality) that sees it;
             4, 10 and 2 by default for the three layouts.
         test_fraction: Share of the identities to test on; by default as in the real dataset
             (96 of 491, a half, 351 of 1,064). At least two identities stay on either side.
@@ -87,7 +90,7 @@ def synthesize(
     >>> tree.visible_images, tree.infrared_images, names
     (4, 4, ['Thermal', 'Visible', 'idx', 'synthetic.json'])
     """
-    start, root = time.monotonic(), Path(root)
+    start, target = time.monotonic(), Path(os.path.realpath(root))
     ranges = {
         "identities": (identities, 4, 9999),  # two to train and two to test; four digits in names
         "seed": (seed, 0, 2**32 - 1),
@@ -95,7 +98,7 @@ def synthesize(
         "test_fraction": (test_fraction, 0.0, 1.0),
         "workers": (workers, 1, 256),
     }
-    _check(layout, root, ranges)
+    _check(layout, target, ranges)
     each = images_per_camera or LAYOUTS[layout].images_per_camera
     fraction = LAYOUTS[layout].test_fraction if test_fraction is None else test_fraction
     everyone = range(1, identities + 1)
@@ -103,9 +106,11 @@ def synthesize(
     shots = [_sightings(layout, seed, identity, each, identity in test) for identity in everyone]
     paths = {s: path_of(layout, seed, s, s.identity in test) for person in shots for s in person}
 
-    with _finished_or_nothing(root) as workshop:
+    with _reserved(target), whole_folder(target) as workshop:
         jobs = [[(shot, f"{workshop}/{paths[shot]}") for shot in person] for person in shots]
-        if workers is None:
+        if multiprocessing.current_process().daemon:  # it may have no children
+            workers = 1
+        elif workers is None:
             workers = _cores() if len(paths) > _INLINE else 1
         bar = tqdm(
             total=len(paths), unit="image", desc="drawing", disable=None if progress else True
@@ -126,7 +131,7 @@ def synthesize(
         }
         note = {"note": "drawn by deen_zoo; shows no real person", **facts}
         (workshop / "synthetic.json").write_text(json.dumps(note, indent=2) + "\n")
-    return SyntheticTree(root=str(root), seconds=round(time.monotonic() - start, 2), **facts)
+    return SyntheticTree(root=os.fspath(root), seconds=round(time.monotonic() - start, 2), **facts)
 
 
 def _check(layout: str, root: Path, ranges: dict[str, tuple[float | None, float, float]]) -> None:
@@ -138,24 +143,20 @@ def _check(layout: str, root: Path, ranges: dict[str, tuple[float | None, float,
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         what = "is not empty" if root.is_dir() else "is a file"
         raise UserError(f"{root} {what}; give a folder that does not exist yet or is empty")
+    if root.is_mount():  # it cannot be replaced by the finished folder
+        raise UserError(f"{root} is where a disk is mounted; give a folder in it")
 
 
 @contextmanager
-def _finished_or_nothing(root: Path) -> Iterator[Path]:
-    """A folder inside ``root`` to work in; what is in it at the end moves up, index files last."""
-    existed = root.is_dir()
-    workshop = root / ".unfinished"
-    workshop.mkdir(parents=True)
-    try:
-        yield workshop
-        for entry in sorted(workshop.iterdir(), key=lambda entry: entry.name in ("exp", "idx")):
-            entry.rename(root / entry.name)
-        workshop.rmdir()
-    except BaseException:
-        shutil.rmtree(workshop, ignore_errors=True)
-        if not existed and not any(root.iterdir()):
-            root.rmdir()
-        raise
+def _reserved(target: Path) -> Iterator[None]:
+    """Nobody else draws the same tree meanwhile."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = target.with_name(f".{target.name}.lock")
+    with exclusive(lock, f"{target}, which it draws"):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _sightings(layout: str, seed: int, identity: int, each: int, test: bool) -> list[Shot]:
@@ -180,12 +181,48 @@ def _map(work: partial[int], jobs: list[Job], workers: int) -> Iterable[int]:
     if workers == 1:
         yield from map(work, jobs)
         return
-    # an interrupt is for this process alone, which then stops the workers
-    pool = ProcessPoolExecutor(workers, None, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(workers, initializer=_begin_worker)
     try:
-        yield from pool.map(work, jobs, chunksize=max(1, min(8, len(jobs) // (4 * workers))))
+        with _signals_wait():
+            done = pool.map(work, jobs, chunksize=max(1, min(8, len(jobs) // (4 * workers))))
+        yield from done
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Interrupts take effect after the block: one in the middle of starting processes would leave
+    some of them behind, and the pool waiting for them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    former = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if came:
+            signal.raise_signal(came[0])
+
+
+def _begin_worker() -> None:
+    """Leave interrupts to the main process, which stops the workers, and end when it is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _cores() -> int:
