@@ -1,16 +1,21 @@
-"""Two gloo processes on the CPU: shared gradients, equal weights, every image once."""
+"""Two gloo processes on the CPU are one with both their batches; the whole command in two."""
 
+import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from deen_zoo.distributed import Distributed, join
-from deen_zoo.training.state import Run
+from deen_zoo.synthetic import synthesize
+from deen_zoo.training.state import Run, load_state
 
 SCRIPT = """
 import sys
@@ -60,14 +65,17 @@ with join(torch.device("cpu")) as world:
 """
 
 
-def launch(script: str, *arguments: str, size: int = 2) -> None:
-    """Run a script in ``size`` processes as torchrun does, on a free port."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+def launch(script: str, *arguments: str, size: int = 2) -> None:
+    """Run a script in ``size`` processes as torchrun does, on a free port."""
     environment = os.environ | {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(size),
         "OMP_NUM_THREADS": "1",
     }
@@ -110,3 +118,137 @@ def test_alone_there_is_nothing_to_join():
         assert world.gather_rows(rows, 3) is rows
         module = torch.nn.Linear(1, 1)
         assert world.wrap(module) is module
+
+
+STEPS = """
+import sys
+import torch
+import deen_zoo
+from deen_zoo.distributed import Distributed, join
+from deen_zoo.training.loop import make_optimizer
+from deen_zoo.training.recipes import RECIPES
+from deen_zoo.training.tasks import DEENTask
+
+torch.set_num_threads(1)
+labels, infrared = torch.arange(6).repeat_interleave(2).repeat(2), torch.arange(24) >= 12
+images = torch.randn(24, 3, 128, 64, generator=torch.Generator().manual_seed(1)).double()
+
+def steps(world, rows):
+    torch.manual_seed(0)
+    model = deen_zoo.create_model("test_deen_resnet", num_classes=6, drop_rate=0.0).double()
+    recipe = RECIPES["official"]
+    task, optimizer = DEENTask(model, recipe), make_optimizer(model, recipe)
+    task.world = world
+    shared = world.wrap(task)
+    for _ in range(2):
+        terms = shared(images[rows], labels[rows], infrared[rows])
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        optimizer.step()
+    return {**model.state_dict(), **terms}
+
+with join(torch.device("cpu")) as world:
+    alone = steps(Distributed(world.device), range(24))
+    mine = (labels // 3 == world.rank).nonzero()[:, 0]
+    for name, value in steps(world, mine).items():
+        assert torch.allclose(value, alone[name], rtol=1e-9, atol=1e-9), name
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_the_same_batch():
+    """A1: losses, gradients, batch statistics and weights of two steps, in float64 to 1e-9."""
+    launch(STEPS)
+
+
+def torchrun(*arguments: str, kill_when: Path | None = None) -> None:
+    """``torchrun -m deen_zoo.reproduce`` in two processes; all killed once a folder is there."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               "--master-port", str(free_port()), "-m", "deen_zoo.reproduce"]  # fmt: skip
+    process = subprocess.Popen(
+        [*command, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    if kill_when is None:
+        output = process.communicate(timeout=280)[0]
+        assert process.returncode == 0, output
+        return
+    while process.poll() is None and not kill_when.exists():
+        time.sleep(0.01)
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    for pid in (process.pid, *map(int, children)):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    assert kill_when.exists()
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def numbers(folder: Path) -> dict:
+    return {name: entry["mean"] for name, entry in results(folder)["protocols"].items()}
+
+
+def command(dataset: str, root: Path, output: Path, per_batch: int, *more: str) -> list[str]:
+    """Without dropout, whose masks are drawn by each process for itself."""
+    return [dataset, "--data-root", str(root), "--output", str(output), "--scratch",
+            "--model", "test_deen_resnet", "--device", "cpu", "--threads", "1",
+            "--set", f"data.identities_per_batch={per_batch}", "--set",
+            "data.images_per_modality=2", "--set", "model.args.drop_rate=0.0", *more]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_reproduce_in_two_processes(llcm_tree, tmp_path):
+    """A1, A2: it ended without results, or hung when resumed; now fresh, and resumed after both
+    processes were killed, it has the numbers of one process with the same global batch."""
+    from deen_zoo.cli import main
+
+    one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
+    epochs = ("--epochs", "2", "--protocols", "llcm-ir2vis", "--set", "optimizer.lr=0.001")
+    assert main(["reproduce", *command("llcm", llcm_tree, one, 6, *epochs)]) == 0
+    torchrun(*command("llcm", llcm_tree, two, 3, *epochs))
+    torchrun(*command("llcm", llcm_tree, killed, 3, *epochs),
+             kill_when=killed / "states" / "epoch-00001-step-0000000")  # fmt: skip
+    torchrun(*command("llcm", llcm_tree, killed, 3, *epochs), "--resume")
+    for name, mean in numbers(one).items():
+        assert numbers(two)[name] == pytest.approx(mean, abs=0.005), name
+    history = [[row["loss"] for row in results(f)["models"][0]["history"]] for f in (one, two)]
+    assert history[1] == pytest.approx(history[0], rel=1e-3)
+    assert numbers(killed) == numbers(two)
+    states = [load_state(Run(f).newest / "state.safetensors")["model"] for f in (two, killed)]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+@pytest.mark.slow
+def test_regdbs_splits_in_two_processes(tmp_path):
+    """A1: each split has its model and its entry."""
+    root, output = tmp_path / "regdb", tmp_path / "run"
+    synthesize("regdb", root, 12, images_per_camera=2, workers=1)
+    torchrun(*command("regdb", root, output, 3, "--epochs", "1", "--trials", "1", "2"))
+    assert [model["trial"] for model in results(output)["models"]] == [1, 2]
+    trials = results(output)["protocols"]["regdb-vis2ir"]["trials"]
+    assert [trial["trial"] for trial in trials] == [1, 2]
+
+
+@pytest.mark.slow
+def test_the_ablation_in_two_processes(llcm_tree, tmp_path):
+    """A1: seven rows; resumed, the finished ones are read back."""
+    arguments = command("llcm", llcm_tree, tmp_path, 3, "--epochs", "1", "--ablation")
+    arguments += ["--protocols", "llcm-ir2vis"]
+    torchrun(*arguments)
+    rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
+    assert len(rows) == 7
+    shutil.rmtree(tmp_path / "ablation" / "baseline")
+    kept = tmp_path / "ablation" / "dee" / "seed-0" / "checkpoint" / "model.safetensors"
+    before = kept.stat().st_mtime_ns
+    torchrun(*arguments, "--resume")
+    assert json.loads((tmp_path / "ablation.json").read_text())["rows"] == rows
+    assert kept.stat().st_mtime_ns == before

@@ -148,6 +148,7 @@ def train(
             f"{run.folder} holds a run of {run.epoch} epochs: give --epochs {run.epoch} or more"
         )
     limit = math.inf if recipe.optimizer.clip is None else recipe.optimizer.clip
+    task.world = world
     step_of: Callable[..., dict[str, Tensor]] = world.wrap(task)
     if compile:
         step_of = torch.compile(step_of)
@@ -185,7 +186,6 @@ def train(
             progress.update()
         progress.close()
         totals.collect(run, world)
-        world.share_buffers(model)
         row: dict[str, Any] = {"epoch": run.epoch + 1, "lr": lr, **totals.finish(len(loader))}
         row["seconds"] = round(time.monotonic() - start, 3)
         row |= dict.fromkeys(("r1", "mAP"))

@@ -178,6 +178,8 @@ def train_split(
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(settings.seed)
     model = _build(settings, len({sample.identity for sample in samples}))
+    if not world.main:
+        torch.manual_seed(settings.seed + world.rank)  # its own dropout
     model.to(world.device).to(memory_format=torch.channels_last)
     if settings.grad_checkpointing:
         model.set_grad_checkpointing(True, stages=2)  # half of the maps

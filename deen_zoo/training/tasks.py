@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..data.loader import TrainBatch
 from ..device import autocast
+from ..distributed import Distributed
 from ..errors import UserError
 from .losses import batch_hard_triplet_loss, cpm_loss, identity_loss, orthogonality_loss
 from .recipes import DEENLoss, Recipe
@@ -39,15 +40,25 @@ class Task(nn.Module):
         self.model: Any = model
         self.recipe, self.precision = recipe, precision
         self.loss: Any = recipe.loss
+        self.world = Distributed(torch.device("cpu"))  # the processes; the loop sets it
 
     def features(self, batch: TrainBatch) -> dict[str, Tensor]:
-        """What the model gives for a batch (``forward_train``), in float32 or above."""
+        """What the model gives for a batch (``forward_train``), in float32 or above.
+
+        Several processes compute their own images; each gets the rows of all, as the labels are.
+        """
+        n, world = len(batch.images), self.world
+        infrared = batch.infrared[world.rank * n : (world.rank + 1) * n]
         with autocast(batch.images.device, self.precision):
-            out: dict[str, Tensor] = self.model.forward_train(batch.images, batch.infrared)
-        return {k: t if t.dtype == torch.float64 else t.float() for k, t in out.items()}
+            out: dict[str, Tensor] = self.model.forward_train(batch.images, infrared)
+        full = {k: t if t.dtype == torch.float64 else t.float() for k, t in out.items()}
+        return {name: world.gather_batch(rows, n) for name, rows in full.items()}
 
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
         """Weighted terms by name, each a scalar; their sum is the loss.
+
+        With several processes, the labels (and :meth:`features`) are those of all their images,
+        ``batch.images`` only this process's.
 
         ``batch.labels`` (N,) and ``batch.infrared`` (N,) may be on the CPU while the images are on
         a device, which saves the device a wait. Every step must give the same names.
@@ -56,7 +67,8 @@ class Task(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor, infrared: Tensor) -> dict[str, Tensor]:
         """:meth:`losses`, as a call that can be compiled and shared by processes."""
-        return self.losses(TrainBatch(images, labels, infrared))
+        everyone = self.world.gather_batch(labels), self.world.gather_batch(infrared)
+        return self.losses(TrainBatch(images, *everyone))
 
 
 class DEENTask(Task):
