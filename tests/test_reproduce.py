@@ -1,7 +1,9 @@
 """The real command, whole, on generated trees of each layout."""
 
 import dataclasses
+import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,16 +11,20 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import deen_zoo
 from deen_zoo.cli import main
 from deen_zoo.data import open_dataset, protocols
 from deen_zoo.evaluation import published_ablation
 from deen_zoo.features.extractor import weights_sha256
+from deen_zoo.io import exclusive
 from deen_zoo.synthetic import synthesize
 from deen_zoo.training import ablation, reproduce
 from deen_zoo.training.recipes import get_recipe
-from deen_zoo.training.report import markdown, write_results
+from deen_zoo.training.report import markdown, summary, write_results
+from deen_zoo.training.settings import Settings
 
 PROTOCOLS = {
     "sysu": ["sysu-all", "sysu-indoor"],
@@ -146,6 +152,14 @@ def test_without_data_it_says_where_to_ask(dataset, place, tmp_path, capsys):
     (["llcm", "--save-every", "0"], "--save-every 0: give 1 or more"),
     (["llcm", "--ablation", "--eval-only", "x"], "does not go with --eval-only"),
     (["llcm", "--seed", "0", "1"], "several seeds go with --ablation"),
+    (["llcm", "--seed", "0", "0", "--ablation"], "0 0"),  # A7, as the next four: hours later
+    (["regdb", "--trials", "1", "1"], "each once"),
+    (["regdb", "--trials", "1", "99"], "1 to 10"),
+    (["llcm", "--task", "nowhere:Task"], "--task nowhere:Task"),
+    (["llcm", "--model", "builtins:dict"], "--model builtins:dict"),
+    (["llcm", "--set", "optimizer.learning_rate=1"], "optimizer.lr"),
+    (["llcm", "--set", "model.args.depth=3"], "depth"),
+    (["llcm", "--recipe", "mine.toml"], "mine.toml"),
     (["llcm", "--model", "resnet50"], "no model 'resnet50'"),
     (["llcm", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     (["llcm", "--eval-only", "nowhere/checkpoint"], "no model 'nowhere/checkpoint'"),
@@ -157,6 +171,102 @@ def test_mistakes_are_one_line(arguments, says, trees, tmp_path, capsys):
     assert main(["reproduce", dataset, *options, *rest]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("deen-zoo reproduce: error: ") and says in error
+
+
+def test_a_file_as_output_is_refused_before_any_work(trees, tmp_path, capsys):
+    """A7: it was found when results were written."""
+    (tmp_path / "file").write_text("")
+    for option in ("--output", "--cache"):
+        options = ["--data-root", str(trees["llcm"]), option, str(tmp_path / "file")]
+        assert main(["reproduce", "llcm", *options]) == 2
+        assert f"{option} {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_a_second_run_in_the_same_folder_is_refused(trees, tmp_path, capsys):
+    """A9: both ended well, and one had overwritten the other."""
+    with exclusive(tmp_path / ".lock", "the run"):
+        options = ["--data-root", str(trees["llcm"]), "--output", str(tmp_path)]
+        assert main(["reproduce", "llcm", *options, *FAST]) == 2
+    assert "another process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change, says", [
+    (["--set", "loss.cpm=0.5"], "recipe.loss.cpm 0.8, now 0.5"),
+    (["--precision", "bfloat16"], "precision 'float32', now 'bfloat16'"),
+    (["--set", "model.args.drop_rate=0.2"], "recipe.model.args.drop_rate None, now 0.2"),
+    (["--recipe", "paper"], "recipe.loss.orthogonality 0.01, now 0.1"),
+    (["--seed", "1"], "seed 0, now 1"),
+    (["threads"], "threads 1, now 2"),
+    (["pixels"], "data.content"),
+])  # fmt: skip
+def test_a_resume_with_anything_else_is_refused_by_name(change, says, started, capsys):
+    """B4: other precision, pixels, threads or losses were accepted, and the report said so."""
+    command, root = started
+    picture = next((root / "vis").glob("*/*.jpg"))
+    before, state = picture.read_bytes(), picture.stat()
+    try:
+        if change == ["threads"]:
+            torch.set_num_threads(2)
+        elif change == ["pixels"]:
+            Image.open(picture).rotate(180).save(picture)
+        more = change if change[0].startswith("--") else []
+        assert main([*command, "--epochs", "2", "--resume", *more]) == 2
+        assert says in capsys.readouterr().err.splitlines()[-1]
+    finally:
+        torch.set_num_threads(1)
+        picture.write_bytes(before)
+        os.utime(picture, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def test_fewer_epochs_than_are_done_are_refused(started, capsys):
+    command, _ = started
+    assert main([*command, "--epochs", "2", "--resume"]) == 0
+    assert main([*command, "--epochs", "1", "--resume"]) == 2
+    assert "--epochs 2" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def started(llcm_tree, tmp_path_factory):
+    """A run of one epoch on a tree of its own, and its command without --epochs."""
+    folder = tmp_path_factory.mktemp("started")
+    root = folder / "llcm"
+    shutil.copytree(llcm_tree, root)
+    options = ["--data-root", str(root), "--output", str(folder / "run"), "--threads", "1"]
+    options += ["--model", "test_deen_resnet", "--device", "cpu", "--protocols", "llcm-ir2vis"]
+    options += ["--set", "data.images_per_modality=2", "--set", "data.image_size=[64,32]"]
+    command = ["reproduce", "llcm", *options]
+    assert main([*command, "--epochs", "1"]) == 0
+    return command, root
+
+
+def test_people_that_a_model_was_trained_on_are_not_scored(trees, tmp_path, capsys):
+    """B8: the model of split 1 was scored on split 2, whose test set has its training people."""
+    output = tmp_path / "run"
+    command = ["reproduce", "regdb", "--data-root", str(trees["regdb"]), *FAST, "--epochs", "1"]
+    assert main([*command, "--trials", "1", "--output", str(output)]) == 0
+    checkpoint = output / "trial-1" / "checkpoint"
+    trained = json.loads((checkpoint / "config.json").read_text())["deen_zoo"]["trained_on"]
+    people = sorted({str(s.identity) for s in open_dataset("regdb", trees["regdb"]).train(1)})
+    assert trained == {
+        "dataset": "regdb", "split": 1, "seed": 0, "epoch": 1, "identities": len(people),
+        "identities_sha256": hashlib.sha256("\n".join(people).encode()).hexdigest(),
+    }  # fmt: skip
+    evaluation = [*command[:4], "--device", "cpu", "--threads", "1", "--eval-only", str(checkpoint)]
+    capsys.readouterr()
+    assert main([*evaluation, "--trials", "2", "--output", str(tmp_path / "two")]) == 2
+    error = capsys.readouterr().err
+    assert "trained on split 1" in error and "test set of split 2" in error
+    assert main([*evaluation, "--trials", "1", "--output", str(tmp_path / "one")]) == 0
+
+
+def test_a_half_drawn_world_is_drawn_again(tmp_path):
+    """A3: it was "not LLCM" ever after, with or without --resume."""
+    root = tmp_path / "run" / "data"
+    (root / "vis" / "0001").mkdir(parents=True)
+    settings = Settings.create("synthetic", tmp_path / "run", people=8)
+    reproduce._draw(settings)
+    assert (root / "synthetic.json").is_file() and not (root / ".unfinished").exists()
+    assert open_dataset("synthetic", root).train()
 
 
 def test_an_output_that_cannot_be_written_is_one_line(trees, tmp_path, capsys):
@@ -222,13 +332,18 @@ def test_broken_images_are_named_or_left_out(trees, tmp_path, capsys):
     assert counts["queries"] == whole - 1
 
 
-def test_without_matplotlib_there_is_a_note(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+def test_the_report_and_the_last_lines_say_what_the_numbers_mean(tmp_path):
     results = example_results(tmp_path)
+    theirs = {"method": "DEEN", "source": "the paper", "r1": 0.45, "mAP": 0.6}
+    results["protocols"]["llcm-ir2vis"]["published"] = [theirs]
     write_results(tmp_path, results)
-    assert "pip install 'deen-zoo[viz]'" in capsys.readouterr().err
-    assert read(tmp_path) == results and not (tmp_path / "curves.png").exists()
-    assert "curves.png" not in (tmp_path / "report.md").read_text()
+    assert read(tmp_path) == results and (tmp_path / "curves.png").exists()
+    text = (tmp_path / "report.md").read_text()
+    for part in ("1 epoch,", "curves.png", "rank-1 +5.0, mAP -10.0", "about 12.5 %", "deen-zoo x"):
+        assert part in text, part
+    last = summary(tmp_path, results)
+    for part in ("50.0 %", "12.5 %", "report.md", "deen-zoo extract"):
+        assert part in last, part
 
 
 def example_results(folder):
@@ -242,7 +357,7 @@ def example_results(folder):
     metrics = dict.fromkeys(("r1", "r5", "r10", "r20", "mAP", "mINP"), 0.5)
     entry = {
         "protocol": "llcm-ir2vis", "name": "llcm-ir2vis", "draw": "seeded", "trials": [metrics],
-        "mean": metrics, "std": metrics, "published": [], "expected_counts": {},
+        "mean": metrics, "std": metrics, "published": [], "expected_counts": {}, "chance": 0.125,
         "counts": {"queries": 4, "gallery": 2, "identities": 2},
         "best": {"mean": metrics, "std": metrics},
     }  # fmt: skip
@@ -250,6 +365,7 @@ def example_results(folder):
         "dataset": "llcm", "model": "deen_resnet50_llcm", "drawn": False,
         "recipe": json.loads(json.dumps(dataclasses.asdict(get_recipe("official")))), "epochs": 1,
         "seed": 0, "eval_only": None, "device": "cpu", "versions": {"torch": "2"},
+        "precision": "float32", "processes": 1, "threads": 1, "command": "deen-zoo x",
         "data": {"images": 6, "sha256": "def"}, "models": [model],
         "protocols": {"llcm-ir2vis": entry},
     }  # fmt: skip
@@ -257,12 +373,14 @@ def example_results(folder):
 
 def test_the_report_names_its_row_of_table_4(tmp_path):
     results = example_results(tmp_path)
-    assert "Table 4: DEE + CPM + ORT + MFA, R-1/mAP llcm-ir2vis 54.9/62.9." in markdown(results)
+    assert "Table 4: DEE + CPM + ORT + MFA, R-1/mAP llcm-ir2vis 54.9/62.9." in markdown(
+        tmp_path, results
+    )
     model = results["recipe"]["model"]
     model |= {"dee": False, "mfa": False}
-    assert "Table 4: baseline, R-1/mAP llcm-ir2vis 45.4/53.6." in markdown(results)
+    assert "Table 4: baseline, R-1/mAP llcm-ir2vis 45.4/53.6." in markdown(tmp_path, results)
     model["mfa"] = True
-    assert "Table 4: MFA, R-1/mAP llcm-ir2vis 51.2/59.6." in markdown(results)
+    assert "Table 4: MFA, R-1/mAP llcm-ir2vis 51.2/59.6." in markdown(tmp_path, results)
 
 
 @pytest.mark.slow

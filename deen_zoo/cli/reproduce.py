@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from ..errors import UserError
     from ..evaluation import terminal_table
     from ..training.ablation import ablate, table
+    from ..training.report import summary
     from ..training.reproduce import reproduce
     from ..training.settings import Settings
 
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         text = table(results)
     else:
         results = reproduce(settings)
-        text = terminal_table(results["protocols"].values())
-    print(json.dumps(results, indent=2) if as_json else f"{text}\n\n{settings.output}")
+        table_of = terminal_table(results["protocols"].values())
+        text = f"{table_of}\n\n{summary(settings.output, results)}"
+    print(json.dumps(results, indent=2) if as_json else text)
     return 0

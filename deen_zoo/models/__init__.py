@@ -15,6 +15,7 @@ from .base import ReidModel as ReidModel
 from .base import register_reid_model as register_reid_model
 from .checkpoint import save_pretrained as save_pretrained
 from .deen import DEEN as DEEN
+from .plain import PlainModel as PlainModel
 
 
 def create_model(

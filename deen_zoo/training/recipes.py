@@ -241,8 +241,12 @@ def describe(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         section, name = key.split(".")
         part = getattr(recipe, section)
         about = next(item.metadata["help"] for item in fields(part) if item.name == name)
-        shown = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
-        yield key, shown, about
+        yield key, shown(value), about
+
+
+def shown(value: Any) -> str:
+    """A value as ``--set`` takes it."""
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

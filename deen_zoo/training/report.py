@@ -1,75 +1,181 @@
-"""What a run leaves behind to read: ``results.json``, ``report.md`` and ``curves.png``."""
+"""What a run leaves to read: ``results.json``, ``report.md`` and its pictures."""
 
 from __future__ import annotations
 
-import io
 import json
+import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..data.datasets import get_dataset
-from ..errors import MissingExtraError, require
+from ..errors import UserError
 from ..evaluation import published_ablation, report
+from ..features.files import FeatureTable
 from ..io import write_atomically
+from .recipes import RECIPES, Recipe, flat, shown
 
-__all__ = ["markdown", "plot", "write_results"]
+__all__ = ["changes_of", "command", "markdown", "summary", "write_results"]
+
+PICTURES = {
+    "curves.png": "Loss on the training set and scores on the test set, over the epochs",
+    "ranking.png": "Infrared queries and the visible images most similar to them",
+    "similarities.png": "Similarity of images of one person and of two persons",
+    "tsne.png": "Descriptors of some persons in two dimensions",
+}
 
 
-def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """Write ``results.json`` (also into the checkpoint folders of the run), report and plots."""
+def write_results(folder: Path, results: dict[str, Any], table: FeatureTable | None = None) -> None:
+    """Write ``results.json`` (also into the run's checkpoint folders), pictures and ``report.md``.
+
+    ``table`` holds descriptors of the first protocol's images, for the pictures.
+    """
+    _draw(folder, results, table)
     text = json.dumps(results, indent=2) + "\n"
     for model in results["models"]:
         for which in ("last", "best"):
             if which in model and not results["eval_only"]:
                 write_atomically(folder / model[which]["checkpoint"] / "results.json", text)
-        if model["history"]:
-            _try_plot(folder / Path(model["last"]["checkpoint"]).parent, model["history"])
+    write_atomically(folder / "report.md", markdown(folder, results))
     write_atomically(folder / "results.json", text)
-    drawn = (folder / _curves(results)).exists()  # not without matplotlib
-    write_atomically(folder / "report.md", markdown(results, drawn))
 
 
-def markdown(results: dict[str, Any], curves: bool = True) -> str:
-    """The report: measured beside published, last beside best epoch, and how it came about."""
-    recipe = results["recipe"]
-    lines = [f"# {results['model']} on {results['dataset']}", ""]
+def _draw(folder: Path, results: dict[str, Any], table: FeatureTable | None) -> None:
+    from ..visualize import curves, sample_ranking, similarities, tsne
+
+    for model in results["models"]:
+        if model["history"]:
+            curves(model["history"], folder / model["last"]["checkpoint"] / ".." / "curves.png")
+    if table is None:
+        return
+    for draw, name in ((sample_ranking, "ranking.png"), (similarities, "similarities.png"),
+                       (tsne, "tsne.png")):  # fmt: skip
+        try:
+            draw(table, folder / name)
+        except UserError as error:  # too few people or pairs for this picture
+            print(f"no {name}: {error}", file=sys.stderr)
+
+
+def changes_of(recipe: Recipe) -> list[str]:
+    """The ``--set`` arguments that make a recipe of the named one, or of the official one."""
+    base = flat(RECIPES.get(recipe.name, RECIPES["official"]))
+    return [
+        f"{key}={shown(value)}"
+        for key, value in flat(recipe).items()
+        if base.get(key) != value and key != "model.args"
+    ] + [f"model.args.{key}={json.dumps(value)}" for key, value in recipe.model.args.items()]
+
+
+def markdown(folder: Path, results: dict[str, Any]) -> str:
+    """The report: what was run, measured next to published, pictures, and how to run it again."""
+    title = get_dataset(results["dataset"]).title
+    lines = [f"# {results['model']} on {title}", ""]
     if results["eval_only"]:
-        lines.append(f"Evaluated, not trained here: {results['eval_only']}.")
+        lines.append(f"The weights `{results['eval_only']}` were evaluated, not trained here.")
     else:
         lines.append(
-            f"Recipe `{recipe['name']}`, {results['epochs']} epochs, seed {results['seed']}, on "
-            f"{results['device']}. The numbers are those of the last epoch, in per cent."
+            f"Trained with the recipe `{results['recipe']['name']}` for {_epochs(results)}, seed "
+            f"{results['seed']}, on {results['device']} ({results['precision']}). The numbers are "
+            "those of the last epoch, in per cent."
         )
     if results["drawn"]:
-        lines += ["", "Drawn people: these numbers say nothing about real cameras."]
-    lines += ["", report(results["protocols"].values())]
+        lines += ["", "The people are drawn: these numbers say nothing about real cameras."]
+    lines += ["", "## Results", "", report(results["protocols"].values())]
+    lines += _differences(results)
+    chances = [f"{100 * e['chance']:.1f} % on {n}" for n, e in results["protocols"].items()]
+    lines += [f"A random ranking has a rank-1 of about {', '.join(chances)}.", ""]
     if all("best" in entry for entry in results["protocols"].values()):
-        lines += [*_best_beside_last(results["protocols"]), ""]
+        lines += [*_best_next_to_last(results["protocols"]), ""]
     row = _ablation_row(results)
     if row:
         lines += [row, ""]
-    if curves and any(model["history"] for model in results["models"]):
-        lines += [f"![loss and rank-1]({_curves(results)})", ""]
+    pictures = []
+    for name, about in PICTURES.items():
+        split = Path(results["models"][0]["last"]["checkpoint"]).parent / name
+        place = split if name == "curves.png" and not results["eval_only"] else Path(name)
+        if (folder / place).is_file():
+            pictures += [f"![{about}]({place.as_posix()})", "", f"{about}.", ""]
+    if pictures:
+        lines += ["## Pictures", "", *pictures]
+    lines += ["## Run it again", "", "```", results["command"], "```", ""]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     data = results["data"]
-    lines += [f"Data: {data['images']} images, names' SHA-256 `{data['sha256']}`. {versions}."]
+    processes, threads = results["processes"], results["threads"]
+    lines.append(
+        f"{processes} process{'es' * (processes > 1)} with {threads} thread{'s' * (threads > 1)} "
+        f"each; {versions}. Data: {data['images']:,} images, SHA-256 of their names "
+        f"`{data['sha256']}`."
+    )
     for model in results["models"]:
         if model["last"]["sha256"]:
             lines.append(f"Weights, split {model['trial']}: SHA-256 `{model['last']['sha256']}`.")
     return "\n".join(lines) + "\n"
 
 
-def _curves(results: dict[str, Any]) -> str:
-    trial = results["models"][0]["trial"]
-    several = len(get_dataset(results["dataset"]).splits) > 1
-    return f"trial-{trial}/curves.png" if several else "curves.png"
-
-
-def _best_beside_last(protocols: dict[str, dict[str, Any]]) -> list[str]:
+def summary(folder: Path, results: dict[str, Any]) -> str:
+    """The last lines of the command: what the numbers mean, where the report is, what is next."""
+    name, entry = next(iter(results["protocols"].items()))
     lines = [
-        "The reference keeps the epoch with the best rank-1 *on the test set*, which flatters:",
+        f"On {name}, rank-1 is {100 * entry['mean']['r1']:.1f} %; a random ranking has about "
+        f"{100 * entry['chance']:.1f} %."
+    ]
+    history = results["models"][0]["history"]
+    tested = [row for row in history if row["r1"] is not None]
+    if len(tested) > 1:
+        first, last = tested[0], tested[-1]
+        lines.append(
+            f"It was {100 * first['r1']:.1f} % after epoch {first['epoch']} and "
+            f"{100 * last['r1']:.1f} % after epoch {last['epoch']} (one gallery)."
+        )
+    if results["drawn"]:
+        lines.append("The people are drawn: this shows that training works, not how well.")
+    lines += [*_differences(results), f"Report with pictures: {folder / 'report.md'}"]
+    if not results["eval_only"]:
+        checkpoint = folder / results["models"][0]["last"]["checkpoint"]
+        lines.append(f"Try next: deen-zoo extract IMAGES -o rows.safetensors --model {checkpoint}")
+    return "\n".join(line for line in lines if line)
+
+
+def command(settings: Any) -> str:
+    """The command that makes these results again."""
+    words = ["deen-zoo", "reproduce", settings.dataset]
+    if not settings.kind.synthetic:
+        words += ["--data-root", str(settings.data_root)]
+    if settings.eval_only:
+        words += ["--eval-only", settings.eval_only]
+    elif settings.recipe.name in RECIPES:
+        words += ["--recipe", settings.recipe.name]
+    words += [word for change in changes_of(settings.recipe) for word in ("--set", change)]
+    words += ["--model", settings.model, "--epochs", str(settings.epochs)]
+    words += ["--seed", str(settings.seed)]
+    words += ["--task", settings.task] if settings.task else []
+    words += ["--scratch"] if settings.scratch else []
+    if len(settings.kind.splits) > 1:
+        words += ["--trials", *map(str, settings.trials)]
+    return shlex.join(words)
+
+
+def _epochs(results: dict[str, Any]) -> str:
+    return f"{results['epochs']} epoch{'s' * (results['epochs'] != 1)}"
+
+
+def _differences(results: dict[str, Any]) -> list[str]:
+    """One line for each protocol and published number: measured less published, in points."""
+    lines = []
+    for name, entry in results["protocols"].items():
+        for other in entry["published"]:
+            found = [
+                f"{word} {100 * (entry['mean'][key] - other[key]):+.1f}"
+                for key, word in (("r1", "rank-1"), ("mAP", "mAP"))
+                if key in other
+            ]
+            lines.append(f"{name}, measured less {other['source']}: {', '.join(found)} points.")
+    return [*lines, ""] if lines else []
+
+
+def _best_next_to_last(protocols: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [
+        "The reference keeps the epoch that is best *on the test set*, which is optimistic:",
         "",
         "| protocol | last epoch R-1 | mAP | best epoch R-1 | mAP |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -87,7 +193,7 @@ def _best_beside_last(protocols: dict[str, dict[str, Any]]) -> list[str]:
 def _ablation_row(results: dict[str, Any]) -> str:
     """The row of the poster's Table 4 that a run corresponds to, in words; "" if there is none."""
     loss, model = results["recipe"]["loss"], results["recipe"]["model"]
-    if "cpm" not in loss:
+    if not {"cpm", "orthogonality"} <= set(loss):
         return ""
     dee = model["dee"] is not False
     for row in published_ablation():
@@ -106,35 +212,3 @@ def _ablation_row(results: dict[str, Any]) -> str:
             on = " + ".join(key.upper() for key, value in switches.items() if value) or "baseline"
             return f"Row of the poster's Table 4: {on}{f', R-1/mAP {numbers}' if numbers else ''}."
     return ""
-
-
-def _try_plot(folder: Path, history: Sequence[dict[str, Any]]) -> None:
-    try:
-        plot(folder / "curves.png", history)
-    except MissingExtraError as error:
-        print(f"no plot of the losses: {error}", file=sys.stderr)
-
-
-def plot(path: Path, history: Sequence[dict[str, Any]]) -> None:
-    """Draw the parts of the loss and the rank-1 over epochs.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    figure = require("matplotlib.figure", extra="viz").Figure(figsize=(9, 3.5), layout="tight")
-    left, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
-    columns = list(history[0])
-    for name in columns[columns.index("loss") : columns.index("seconds")]:
-        left.plot(epochs, [row[name] for row in history], label=name)
-    left.set(xlabel="epoch", ylabel="loss")
-    left.legend()
-    tested = [row for row in history if row["r1"] is not None]
-    for name, label in (("r1", "rank-1"), ("mAP", "mAP")):
-        values = [100 * row[name] for row in tested]
-        right.plot([row["epoch"] for row in tested], values, marker=".", label=label)
-    right.set(xlabel="epoch", ylabel="per cent", ylim=(0, 100))
-    right.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    write_atomically(path, image.getvalue())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import random
+import shutil
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +20,8 @@ import numpy as np
 import PIL
 import timm
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from ..data.cache import DecodedCache, open_cache
 from ..data.check import check_dataset
@@ -28,13 +33,16 @@ from ..data.transforms import TrainTransform
 from ..device import choose_device, resolve_precision
 from ..distributed import Distributed, join
 from ..errors import UserError
-from ..evaluation import ProtocolResult, evaluate, images_of, merge_trials
+from ..evaluation import ProtocolResult, evaluate, images_of, merge_trials, published
+from ..evaluation.metrics import label_array
 from ..features.extractor import data_config, extract
+from ..features.files import FeatureTable
 from ..io import exclusive, sha256
-from ..models import create_model, save_pretrained
+from ..models import create_model
+from ..models.base import MODALITIES, ReidModel
 from ..synthetic import synthesize
 from .loop import make_optimizer, train
-from .report import write_results
+from .report import command, write_results
 from .settings import TRY_WITHOUT_DATA, Settings
 from .state import Run
 from .tasks import load_object, task_class
@@ -77,7 +85,7 @@ def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str,
         models, measured = [], _Measured()
         for trial in settings.trials:
             if settings.eval_only:
-                model = given_checkpoint(settings, trial)
+                model = given_checkpoint(settings, dataset, trial)
             else:
                 model = train_split(settings, dataset, trial, record | {"trial": trial}, world)
             models.append(model)
@@ -88,9 +96,10 @@ def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str,
             "drawn": dataset.drawn,
             "data": fingerprint,
             "models": models,
+            "command": command(settings),
             "protocols": measured.protocols(dataset.drawn),
         }
-        world.once(lambda: write_results(settings.output, results))
+        world.once(lambda: write_results(settings.output, results, measured.table))
     return results
 
 
@@ -131,8 +140,7 @@ def check_data(settings: Settings, world: Distributed) -> ReidDataset:
         UserError: It cannot be used; the message names the first fault.
     """
     root = settings.data_root
-    if settings.kind.synthetic and not root.exists():
-        _say(world, f"drawing a synthetic world of {settings.people} people into {root}")
+    if settings.kind.synthetic:
         world.once(lambda: _draw(settings))
     try:
         dataset = open_dataset(settings.dataset, root, settings.skip_broken)
@@ -161,7 +169,17 @@ def check_data(settings: Settings, world: Distributed) -> ReidDataset:
 
 
 def _draw(settings: Settings) -> None:
-    synthesize(settings.kind.layout, settings.data_root, identities=settings.people)
+    """Draw the people, unless they are there; a tree that was left half drawn is drawn again."""
+    root = settings.data_root
+    half = (root / ".unfinished").exists() or root.with_name(f"{root.name}.partial").exists()
+    ours = root == settings.output / "data"
+    if (root / "synthetic.json").exists() and not half:
+        return
+    if root.exists() and (half or ours):
+        shutil.rmtree(root)
+    if not root.exists():
+        print(f"drawing {settings.people} synthetic people into {root}", file=sys.stderr)
+        synthesize(settings.kind.layout, root, identities=settings.people)
 
 
 def train_split(
@@ -173,8 +191,8 @@ def train_split(
 ) -> dict[str, Any]:
     """Train a split's model and write its checkpoint folders: its entry in ``results.json``."""
     recipe, folder = settings.recipe, settings.folder(trial)
-    run = Run(folder, record)
     samples = dataset.train(trial)
+    run = Run(folder, record, _trained_on(settings, samples, trial))
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(settings.seed)
     model = _build(settings, len({sample.identity for sample in samples}))
@@ -234,7 +252,7 @@ def train_split(
 
 def _write_checkpoints(settings: Settings, model: Any, run: Run, trial: int) -> dict[str, Any]:
     entry: dict[str, Any] = {"trial": trial, "history": run.history}
-    save_pretrained(model, run.folder / "checkpoint")
+    run.write_checkpoint(model, run.folder / "checkpoint")
     epochs = {"last": (run.epoch, run.folder / "checkpoint")}
     if run.best:
         run.publish_best()
@@ -248,9 +266,45 @@ def _write_checkpoints(settings: Settings, model: Any, run: Run, trial: int) -> 
     return entry
 
 
-def given_checkpoint(settings: Settings, trial: int) -> dict[str, Any]:
+def _trained_on(settings: Settings, samples: Sequence[Sample], split: int) -> dict[str, Any]:
+    identities = {str(sample.identity) for sample in samples}
+    return {
+        "dataset": settings.dataset,
+        "split": split,
+        "seed": settings.seed,
+        "identities": len(identities),
+        "identities_sha256": _digest(identities),
+    }
+
+
+def _digest(identities: Iterable[object]) -> str:
+    names = "\n".join(sorted({str(identity) for identity in identities}))
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+
+
+def _refuse_known_people(dataset: ReidDataset, split: int, source: str) -> None:
+    """Raise a UserError if a checkpoint was trained on people whom the split tests."""
+    config = Path(source) / "config.json"
+    own = json.loads(config.read_text()).get("deen_zoo", {}) if config.is_file() else {}
+    trained = own.get("trained_on") or {}
+    if trained.get("dataset") != dataset.name or trained.get("split") == split:
+        return
+    tested = {sample.identity for kind in MODALITIES for sample in dataset.test(kind, split)}
+    for other in dataset.splits:
+        people = {sample.identity for sample in dataset.train(other)}
+        same = trained.get("identities_sha256", _digest(people)) == _digest(people)
+        if other == trained.get("split") and same and people & tested:
+            raise UserError(
+                f"{source} was trained on split {other} of {dataset.title}, and "
+                f"{len(people & tested)} of those people are in the test set of split {split}: "
+                f"evaluate it with --trials {other}"
+            )
+
+
+def given_checkpoint(settings: Settings, dataset: ReidDataset, trial: int) -> dict[str, Any]:
     """The entry in ``results.json`` of weights that were not trained here."""
     source = _checkpoint(settings, trial)
+    _refuse_known_people(dataset, trial, source)
     weights = Path(source) / "model.safetensors"
     digest = sha256(weights) if weights.is_file() else None
     last = {"checkpoint": source, "epoch": None, "sha256": digest}
@@ -273,12 +327,19 @@ def _checkpoint(settings: Settings, trial: int) -> str:
 
 def _build(settings: Settings, num_classes: int) -> Any:
     """The model, before training or loading."""
-    arguments = settings.recipe.model.arguments
-    if settings.recipe.data.image_size:
-        size = (3, *settings.recipe.data.image_size)
-        arguments |= {"pretrained_cfg_overlay": {"input_size": size}}
+    arguments, size = settings.recipe.model.arguments, settings.recipe.data.image_size
     if ":" in settings.model:
-        return load_object(settings.model, "--model")(num_classes=num_classes, **arguments)
+        if size:
+            arguments["image_size"] = size
+        model = load_object(settings.model, "--model")(num_classes=num_classes, **arguments)
+        if not isinstance(model, ReidModel):
+            raise UserError(
+                f"--model {settings.model} gave a {type(model).__name__}: give a subclass of "
+                "deen_zoo.models.ReidModel, such as PlainModel around a timm backbone"
+            )
+        return model
+    if size:
+        arguments["pretrained_cfg_overlay"] = {"input_size": (3, *size)}
     imagenet = not (settings.scratch or settings.model.startswith("test"))
     try:
         return create_model(
@@ -292,9 +353,15 @@ def _build(settings: Settings, num_classes: int) -> Any:
         raise UserError(f"{error}; or start from random weights with --scratch") from error
 
 
-def _load(source: str | Path, world: Distributed) -> Any:
-    name = f"local-dir:{source}" if Path(source).is_dir() else str(source)
-    model = create_model(name, pretrained=True)
+def _load(settings: Settings, source: str | Path, world: Distributed) -> Any:
+    """The model of a checkpoint; one's own function builds it again, with the weights as saved."""
+    if ":" in settings.model and Path(source).is_dir():
+        config = json.loads((Path(source) / "config.json").read_text())
+        model = _build(settings, config["num_classes"])
+        model.load_state_dict(load_file(Path(source) / "model.safetensors"))
+    else:
+        name = f"local-dir:{source}" if Path(source).is_dir() else str(source)
+        model = create_model(name, pretrained=True)
     return model.to(world.device).to(memory_format=torch.channels_last)
 
 
@@ -327,6 +394,9 @@ def _extract(
 class _Measured:
     """Results of all splits, by epoch ("last" or "best") and protocol."""
 
+    source: str | None = None  # of converted weights, in the catalog
+    table: FeatureTable | None = None  # the first split's descriptors, for the pictures
+
     def __init__(self) -> None:
         self.results: dict[str, dict[str, list[ProtocolResult]]] = {"last": {}, "best": {}}
 
@@ -339,6 +409,9 @@ class _Measured:
         out = {}
         for name, results in self.results["last"].items():
             entry = merge_trials(results).to_dict()
+            entry["chance"] = _chance(results)
+            if self.source:  # what its own source reports
+                entry["published"] = published(name, weights=self.source)
             if drawn:
                 entry |= {"published": [], "expected_counts": {}}
             if name in self.results["best"]:
@@ -346,6 +419,15 @@ class _Measured:
                 entry["best"] = {"mean": best.mean, "std": best.std}
             out[name] = entry
         return out
+
+
+def _chance(results: Sequence[ProtocolResult]) -> float:
+    """Rank-1 of a random ranking: the share of the gallery that shows the query's person."""
+    shares = []
+    for trial in (trial for result in results for trial in result.trials):
+        people = Counter(sample.identity for sample in trial.gallery)
+        shares += [people[query.identity] / len(trial.gallery) for query in trial.queries]
+    return float(np.mean(shares))
 
 
 def evaluate_split(
@@ -364,13 +446,16 @@ def evaluate_split(
         end = entry[which]
         if which == "last" or end["epoch"] != entry["last"]["epoch"]:
             source = settings.output / end["checkpoint"] if entry["history"] else end["checkpoint"]
-            found = _evaluate(settings, dataset, _load(source, world), trial, world)
+            model = _load(settings, source, world)
+            found, table = _evaluate(settings, dataset, model, trial, world)
+            measured.table = measured.table or table
+            measured.source = model.source
         measured.add(which, found)
 
 
 def _evaluate(
     settings: Settings, dataset: ReidDataset, model: Any, trial: int, world: Distributed
-) -> list[ProtocolResult]:
+) -> tuple[list[ProtocolResult], FeatureTable]:
     """Every protocol of a split; each image that any trial compares goes through the model once."""
     samples = dataset.test("visible", trial) + dataset.test("infrared", trial)
     trials = {name: None if get_protocol(name).sampled else [trial] for name in settings.protocols}
@@ -379,7 +464,15 @@ def _evaluate(
     rows = _extract(settings, model, [samples[i] for i in drawn], cache, world)
     features = rows.new_zeros(len(samples), rows.shape[1])  # the others are never looked at
     features[drawn] = rows
-    return [evaluate(features, samples, name, trials=trials[name]) for name in trials]
+    results = [evaluate(features, samples, name, trials=trials[name]) for name in trials]
+    used = [samples[i] for i in drawn]
+    labels = {
+        "identity": torch.from_numpy(label_array([sample.identity for sample in used])),
+        "camera": torch.from_numpy(label_array([sample.camera for sample in used])),
+        "infrared": torch.tensor([sample.modality == "infrared" for sample in used]),
+    }
+    paths = [sample.path for sample in used]
+    return results, FeatureTable(dataset.root, F.normalize(rows), paths, labels)
 
 
 def _record(settings: Settings, fingerprint: dict[str, Any], world: Distributed) -> dict[str, Any]:

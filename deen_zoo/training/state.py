@@ -43,6 +43,7 @@ class Run:
         folder: ``states/`` and ``log.csv`` are kept in it, and ``tensorboard/`` where that is
             installed.
         record: Everything that changes the numbers; it must be the same when the run is resumed.
+        trained_on: Whose images the weights come from, for the ``config.json`` of checkpoints.
         epoch: Number of finished epochs.
         step: Number of finished steps of the next epoch.
         history: One row of the log for each finished epoch; a row's ``epoch`` counts from 1.
@@ -50,6 +51,7 @@ class Run:
 
     folder: Path
     record: dict[str, Any] = field(default_factory=dict)
+    trained_on: dict[str, Any] = field(default_factory=dict)
     epoch: int = 0
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -91,7 +93,7 @@ class Run:
                 }
                 save_state(folder / "state.safetensors", state)
                 if self.step == 0 and self.history and self.best is self.history[-1]:
-                    save_pretrained(model, folder / "best")
+                    self.write_checkpoint(model, folder / "best")
                 elif previous is not None and (previous / "best").is_dir():
                     shutil.copytree(previous / "best", folder / "best", copy_function=_link)
             for old in self._saved():
@@ -137,6 +139,14 @@ class Run:
                 if name != "epoch" and value is not None:
                     self._board.add_scalar(name, value, row["epoch"])
             self._board.flush()
+
+    def write_checkpoint(self, model: nn.Module, folder: Path) -> None:
+        """A checkpoint folder of the weights as they are, which says what they were trained on."""
+        with whole_folder(folder) as partial:
+            save_pretrained(model, partial)
+            config = json.loads((partial / "config.json").read_text())
+            config["deen_zoo"]["trained_on"] = {**self.trained_on, "epoch": self.epoch}
+            write_atomically(partial / "config.json", json.dumps(config, indent=2) + "\n")
 
     def publish_best(self) -> None:
         """Make ``best/`` the best epoch's checkpoint, as the newest state has it."""

@@ -1,0 +1,77 @@
+"""Any timm backbone on the model contract: one network for both modalities, with a BN neck."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .base import BNNeck, ReidModel
+
+__all__ = ["PlainModel"]
+
+
+class PlainModel(ReidModel):
+    """A backbone that does not tell the modalities apart, trained by identity and triplet loss.
+
+    Args:
+        backbone: Any timm model by name.
+        num_classes: Training identities.
+        image_size: (height, width) of its images.
+        pretrained: Start from the backbone's own weights.
+        **kwargs: Arguments of the backbone.
+    """
+
+    flip = False
+    task = "deen_zoo.training.tasks:DEENTask"  # whose other terms need branches, and vanish
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        image_size: tuple[int, int] = (288, 144),
+        pretrained: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        net: Any = timm.create_model(backbone, pretrained=pretrained, num_classes=0, **kwargs)
+        cfg = {
+            **net.pretrained_cfg,
+            "architecture": backbone,
+            "num_classes": num_classes,
+            "input_size": (3, *image_size),
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+            "interpolation": "lanczos",
+        }
+        self.pretrained_cfg = self.default_cfg = cfg
+        self.visible_stem, self.infrared_stem = nn.Identity(), nn.Identity()
+        self.stages = nn.Sequential(_Maps(net))
+        self.num_features = self.head_hidden_size = net.num_features
+        self.model_args = {"backbone": backbone, "image_size": image_size, **kwargs}
+        self.descriptors = {"official": net.num_features}
+        self.bottleneck = BNNeck(net.num_features)
+        self.reset_classifier(num_classes, "avg")
+
+    def forward_pool(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps or tokens of the backbone -> (N, num_features), as the backbone pools them."""
+        maps: Any = self.stages[0]
+        pooled: torch.Tensor = maps.net.forward_head(x, pre_logits=True)
+        return pooled
+
+    def describe(self, x: torch.Tensor, modality: Any, descriptor: str) -> torch.Tensor:
+        """Images -> the BN-neck feature (N, num_features), L2-normalised."""
+        return F.normalize(self.bottleneck(self.forward_pool(self.forward_features(x, modality))))
+
+
+class _Maps(nn.Module):
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net: Any = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps: torch.Tensor = self.net.forward_features(x)
+        return maps
