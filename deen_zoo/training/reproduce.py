@@ -467,9 +467,9 @@ def _evaluate(
     results = [evaluate(features, samples, name, trials=trials[name]) for name in trials]
     used = [samples[i] for i in drawn]
     labels = {
-        "identity": torch.from_numpy(label_array([sample.identity for sample in used])),
-        "camera": torch.from_numpy(label_array([sample.camera for sample in used])),
-        "infrared": torch.tensor([sample.modality == "infrared" for sample in used]),
+        "identity": label_array([sample.identity for sample in used]),
+        "camera": label_array([sample.camera for sample in used]),
+        "infrared": np.array([sample.modality == "infrared" for sample in used]),
     }
     paths = [sample.path for sample in used]
     return results, FeatureTable(dataset.root, F.normalize(rows), paths, labels)
