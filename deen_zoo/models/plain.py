@@ -21,8 +21,8 @@ class PlainModel(ReidModel):
         backbone: Any timm model by name.
         num_classes: Training identities.
         image_size: (height, width) of its images.
-        pretrained: Start from the backbone's own weights.
-        **kwargs: Arguments of the backbone.
+        pretrained_backbone: Start from the backbone's own weights.
+        backbone_args: Arguments of the backbone.
     """
 
     flip = False
@@ -33,11 +33,12 @@ class PlainModel(ReidModel):
         backbone: str,
         num_classes: int,
         image_size: tuple[int, int] = (288, 144),
-        pretrained: bool = False,
-        **kwargs: Any,
+        pretrained_backbone: bool = False,
+        backbone_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        net: Any = timm.create_model(backbone, pretrained=pretrained, num_classes=0, **kwargs)
+        args = {"num_classes": 0, **(backbone_args or {})}
+        net: Any = timm.create_model(backbone, pretrained=pretrained_backbone, **args)
         cfg = {
             **net.pretrained_cfg,
             "architecture": backbone,
@@ -51,7 +52,7 @@ class PlainModel(ReidModel):
         self.visible_stem, self.infrared_stem = nn.Identity(), nn.Identity()
         self.stages = nn.Sequential(_Maps(net))
         self.num_features = self.head_hidden_size = net.num_features
-        self.model_args = {"backbone": backbone, "image_size": image_size, **kwargs}
+        self.model_args = {"backbone": backbone, "image_size": image_size}
         self.descriptors = {"official": net.num_features}
         self.bottleneck = BNNeck(net.num_features)
         self.reset_classifier(num_classes, "avg")

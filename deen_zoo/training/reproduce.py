@@ -39,7 +39,7 @@ from ..features.extractor import data_config, extract
 from ..features.files import FeatureTable
 from ..io import exclusive, sha256
 from ..models import create_model
-from ..models.base import MODALITIES, ReidModel
+from ..models.base import MODALITIES, NAMES, ReidModel
 from ..synthetic import synthesize
 from .loop import make_optimizer, train
 from .report import command, write_results
@@ -328,34 +328,43 @@ def _checkpoint(settings: Settings, trial: int) -> str:
 def _build(settings: Settings, num_classes: int) -> Any:
     """The model, before training or loading."""
     arguments, size = settings.recipe.model.arguments, settings.recipe.data.image_size
-    if ":" in settings.model:
+    name, build = settings.model, _own_function(settings)
+    if build is not None:
         if size:
             arguments["image_size"] = size
-        model = load_object(settings.model, "--model")(num_classes=num_classes, **arguments)
+        model = build(num_classes=num_classes, **arguments)
         if not isinstance(model, ReidModel):
             raise UserError(
-                f"--model {settings.model} gave a {type(model).__name__}: give a subclass of "
+                f"--model {name} gave a {type(model).__name__}: give a subclass of "
                 "deen_zoo.models.ReidModel, such as PlainModel around a timm backbone"
             )
         return model
     if size:
         arguments["pretrained_cfg_overlay"] = {"input_size": (3, *size)}
-    imagenet = not (settings.scratch or settings.model.startswith("test"))
+    imagenet = not (settings.scratch or name.startswith("test"))
+    if ":" not in name:
+        arguments["pretrained_backbone"] = imagenet
     try:
-        return create_model(
-            settings.model, num_classes=num_classes, pretrained_backbone=imagenet, **arguments
-        )
+        return create_model(name.rpartition(":")[2], num_classes=num_classes, **arguments)
     except TypeError as error:
-        raise UserError(f"--model {settings.model}: {error}; see recipe.model") from error
+        raise UserError(f"--model {name}: {error}; see recipe.model") from error
     except UserError as error:
         if not imagenet:
             raise
         raise UserError(f"{error}; or start from random weights with --scratch") from error
 
 
+def _own_function(settings: Settings) -> Any:
+    """What ``--model module:function`` names, unless it is registered as a model by its name."""
+    if ":" not in settings.model:
+        return None
+    function = load_object(settings.model, "--model")
+    return None if getattr(function, "__name__", "") in NAMES else function
+
+
 def _load(settings: Settings, source: str | Path, world: Distributed) -> Any:
     """The model of a checkpoint; one's own function builds it again, with the weights as saved."""
-    if ":" in settings.model and Path(source).is_dir():
+    if Path(source).is_dir() and _own_function(settings) is not None:
         config = json.loads((Path(source) / "config.json").read_text())
         model = _build(settings, config["num_classes"])
         model.load_state_dict(load_file(Path(source) / "model.safetensors"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import Any, ClassVar
 
 import torch
@@ -108,6 +110,8 @@ def load_object(name: str, option: str) -> Any:
     module, colon, attribute = name.partition(":")
     if not colon:
         raise UserError(f"{option} {name}: give package.module:name")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # the user's own module, wherever the command lives
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
