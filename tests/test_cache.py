@@ -83,6 +83,18 @@ def test_changed_files_and_another_size_get_a_cache_of_their_own(paths, tmp_path
     assert len(set(seen)) == len(seen) == 6
 
 
+def test_another_scaling_of_16_bits_gets_a_cache_of_its_own(tmp_path):
+    """B3: the cache holds what the named scaling makes of a raw thermal image."""
+    counts = np.linspace(7000, 9000, 30 * 20).reshape(30, 20).astype(np.uint16)
+    Image.fromarray(counts).save(tmp_path / "raw.png")
+    path = str(tmp_path / "raw.png")
+    plain = open_cache(tmp_path / "cache", [path], SIZE)
+    scaled = open_cache(tmp_path / "cache", [path], SIZE, intensity=(7000, 9000))
+    assert plain.folder != scaled.folder and scaled.intensity == (7000, 9000)
+    assert np.array_equal(scaled.read(path), read_image(path, SIZE, intensity=(7000, 9000)))
+    assert np.ptp(plain.read(path)) < 9 and np.ptp(scaled.read(path)) > 200
+
+
 def test_a_moved_tree_keeps_its_cache(paths, tmp_path):
     folder = open_cache(tmp_path / "cache", paths, SIZE).folder
     os.rename(tmp_path / "images", tmp_path / "moved")
@@ -155,7 +167,7 @@ def test_a_damaged_cache_is_an_error_in_use_and_built_anew_when_opened(paths, tm
 def build(tmp_path: Path, paths: list[str], said: multiprocessing.SimpleQueue[object]) -> None:
     """In a process of its own: build slowly, noting each image that is decoded."""
 
-    def slow(path: str) -> Image.Image:
+    def slow(path: str, intensity: object) -> Image.Image:
         with open(tmp_path / "decoded", "a") as file:
             file.write(f"{path}\n")
         time.sleep(0.2)
@@ -196,7 +208,7 @@ def test_a_build_killed_half_way_is_no_cache_and_is_cleared_away(paths, tmp_path
     process.kill()
     process.join()
     (left,) = caches(tmp_path / "cache")
-    assert left.suffix == ".partial" and (left / "whole" / "images.npy").stat().st_size > 0
+    assert left.suffix == ".partial" and (left / "images.npy").stat().st_size > 0
     cache = open_cache(tmp_path / "cache", paths, SIZE)
     assert caches(tmp_path / "cache") == [cache.folder]
     assert all(np.array_equal(cache.read(p), read_image(p, SIZE)) for p in paths)

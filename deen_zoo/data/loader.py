@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import UserError, check_least
 from .cache import DecodedCache
-from .images import read_image
+from .images import Intensity, check_intensity, read_image
 from .protocols import Sample, label_order
 from .sampler import BatchSlot, IdentitySampler, generator
 from .transforms import EvalTransform, TrainTransform
@@ -92,11 +92,16 @@ def map_batches(
         pool.shutdown(cancel_futures=True)
 
 
-def _check_size(size: Size, cache: DecodedCache | None) -> None:
+def _check_cache(size: Size, intensity: Intensity, cache: DecodedCache | None) -> None:
     if cache is not None and cache.size != size:
         raise UserError(
             f"the decoded cache holds {cache.size[0]}x{cache.size[1]} images and the model takes "
             f"{size[0]}x{size[1]}: open a cache of that size, or do without"
+        )
+    if cache is not None and cache.intensity != check_intensity(intensity):
+        raise UserError(
+            f"the decoded cache holds images of intensity {cache.intensity!r}, not {intensity!r}: "
+            "open a cache of that intensity, or do without"
         )
 
 
@@ -119,8 +124,9 @@ class TrainSet:
         seed: int = 0,
         cache: DecodedCache | None = None,
         skip_broken: bool = False,
+        intensity: Intensity = "full",
     ) -> None:
-        _check_size(size, cache)
+        _check_cache(size, intensity, cache)
         visible = [s for s in samples if s.modality == "visible"]
         infrared = [s for s in samples if s.modality == "infrared"]
         self.visible_ids = [s.identity for s in visible]
@@ -130,7 +136,7 @@ class TrainSet:
         self.paths = [s.path for s in visible + infrared]
         self.labels = [label[s.identity] for s in visible + infrared]
         self.size, self.transform, self.seed = size, transform, seed
-        self.cache, self.skip_broken = cache, skip_broken
+        self.cache, self.skip_broken, self.intensity = cache, skip_broken, intensity
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -150,7 +156,7 @@ class TrainSet:
         broken: list[tuple[str, str]] = []
         for i in self._substitutes(index):
             try:
-                pixels = read_image(self.paths[i], self.size, self.cache)
+                pixels = read_image(self.paths[i], self.size, self.cache, self.intensity)
             except UserError as error:
                 if not self.skip_broken:
                     raise
@@ -232,6 +238,7 @@ def train_loader(
     skip_broken: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    intensity: Intensity = "full",
 ) -> TrainLoader:
     """P x K batches of a training set, the same for any number of threads.
 
@@ -249,12 +256,13 @@ def train_loader(
             instead of raising.
         rank: This process among the ``world_size`` that train together.
         world_size: Number of processes; the seed must be the same in all of them.
+        intensity: How 16-bit images become 8-bit, see :func:`~deen_zoo.data.open_image`.
 
     Raises:
         UserError: See :class:`~deen_zoo.data.sampler.IdentitySampler`; while iterating, a broken
             file.
     """
-    dataset = TrainSet(samples, size, transform, seed, cache, skip_broken)
+    dataset = TrainSet(samples, size, transform, seed, cache, skip_broken, intensity)
     sampler = IdentitySampler(
         dataset.visible_ids,
         dataset.infrared_ids,
@@ -274,6 +282,7 @@ def eval_loader(
     threads: int | None = None,
     cache: DecodedCache | None = None,
     skip_broken: bool = False,
+    intensity: Intensity = "full",
 ) -> Loader[EvalBatch]:
     """Batches of images in their order, each image with its index in the list.
 
@@ -281,12 +290,12 @@ def eval_loader(
     loader's ``broken``; otherwise the first one is a UserError that names it. The other arguments
     are those of :func:`train_loader`.
     """
-    _check_size(transform.size, cache)
+    _check_cache(transform.size, intensity, cache)
     paths = [image.path if isinstance(image, Sample) else os.fspath(image) for image in images]
 
     def load(index: int) -> Item:
         try:
-            pixels = read_image(paths[index], transform.size, cache)
+            pixels = read_image(paths[index], transform.size, cache, intensity)
         except UserError as error:
             if not skip_broken:
                 raise

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from ..data.images import parse_intensity
 from ..errors import UserError, require
 from .sections import Section, Text, convert, parse, setting
 
@@ -40,6 +41,13 @@ class Data(Section):
     erasing_area: tuple[float, float] | None = setting(
         None, "share of the image that is erased; none is the official code's for the dataset", 0, 1
     )
+    intensity: str = setting(
+        "full", "how 16-bit images become 8-bit: full, minmax, percentile, or LOW,HIGH"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_intensity(self.intensity)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from ..data.cache import DecodedCache, open_cache
 from ..data.check import check_dataset
 from ..data.datasets import open_dataset
+from ..data.images import parse_intensity
 from ..data.loader import train_loader
 from ..data.protocols import Sample, get_protocol
 from ..data.reader import ReidDataset
@@ -223,6 +224,7 @@ def train_split(
         cache,
         rank=world.rank,
         world_size=world.size,
+        intensity=parse_intensity(recipe.data.intensity),
     )
     protocol = settings.protocols[0]
     row = get_protocol(protocol)
@@ -378,7 +380,9 @@ def _cache(settings: Settings, dataset: ReidDataset, size: tuple[int, int]) -> D
     if settings.cache is None:
         return None
     paths = [sample.path for _, samples, _ in dataset.read_splits() for sample in samples]
-    return open_cache(settings.cache, paths, size)
+    return open_cache(
+        settings.cache, paths, size, intensity=parse_intensity(settings.recipe.data.intensity)
+    )
 
 
 def _extract(
@@ -397,6 +401,7 @@ def _extract(
         threads=settings.threads,
         cache=cache,
         progress=True,
+        intensity=parse_intensity(settings.recipe.data.intensity),
     )
 
 
