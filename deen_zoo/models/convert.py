@@ -369,7 +369,7 @@ def recognise(
     for candidate in [SOURCES[source]] if source else list(SOURCES.values()):
         ours = candidate.translate(state)
         for known in _models(candidate, ours, model):
-            faults = _faults(ours, _expected(known, _identities(ours), candidate))
+            faults = _faults(ours, _expected(known, _identities(ours), candidate.tag))
             if not any(faults.values()):
                 fits.append(Recognised(candidate, known, ours))
                 continue
@@ -410,10 +410,11 @@ def _identities(state: StateDict) -> int:
     return weight.shape[0] if weight is not None and weight.dim() == 2 else 0
 
 
-def _expected(model: str, identities: int, source: Source) -> dict[str, torch.Size]:
+@functools.lru_cache(maxsize=32)
+def _expected(model: str, identities: int, tag: str) -> dict[str, torch.Size]:
     """Names and shapes of one of our models, without its memory."""
     with torch.device("meta"):
-        net = create_model(model, num_classes=identities, **source.arguments(model))
+        net = create_model(model, num_classes=identities, **SOURCES[tag].arguments(model))
     shapes = {name: tensor.shape for name, tensor in net.state_dict().items()}
     return {"classifier.weight": torch.Size((0, 0))} | shapes
 
