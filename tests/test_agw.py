@@ -8,6 +8,7 @@ tests/golden/agw.npz, which holds products with seeded directions only.
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,12 @@ import torch
 from torch import nn
 
 import deen_zoo
+from deen_zoo.cli import main
+from deen_zoo.data import open_dataset, train_loader
+from deen_zoo.data.transforms import ChannelTransform, mix_channels, to_tensor
 from deen_zoo.models.convert import SOURCES
 from deen_zoo.training.losses import identity_loss, weighted_triplet_loss
+from deen_zoo.training.recipes import RECIPES
 
 from . import seeded
 from .reference import agw, needs, tvi_net
@@ -282,6 +287,83 @@ def test_non_local_block_is_the_textbooks():
     attention = theta.transpose(1, 2) @ phi / 20  # (N, 20, 20)
     read = (attention @ g.transpose(1, 2)).transpose(1, 2).reshape(2, 1, 5, 4)
     assert torch.allclose(block(x), x + block.proj(read), atol=1e-12)
+
+
+# training
+
+
+@pytest.mark.parametrize("recipe, views", [("agw", 1), ("caj", 2)])
+def test_schedule_and_batches_are_the_references(recipe, views):
+    recipe = RECIPES[recipe]
+    rates = [round(recipe.lr(e), 6) for e in (0, 9, 19, 20, 49, 50, 80)]
+    assert rates == [0.01, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    assert recipe.schedule.epochs == {1: 81, 2: 100}[views]
+    assert (recipe.data.identities_per_batch, recipe.data.images_per_modality) == (8, 4)
+    assert recipe.data.augmentation == {1: "deen", 2: "caj"}[views]
+    assert recipe.model.arguments.get("flip", False) is (views == 2)
+
+
+@pytest.mark.parametrize("recipe", ["agw-synthetic", "caj-synthetic"])
+def test_reproduce_trains_and_evaluates(recipe, llcm_tree, tmp_path, capsys):
+    arguments = [
+        "reproduce",
+        "llcm",
+        "--data-root",
+        str(llcm_tree),
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    arguments += ["--model", TINY, "--recipe", recipe, "--scratch", "--epochs", "1"]
+    arguments += ["--set", "data.identities_per_batch=3", "--protocols", "llcm-ir2vis"]
+    assert main(arguments) == 0, capsys.readouterr().err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    (row,) = results["models"][0]["history"]
+    assert row["identity"] > 0 and row["triplet"] > 0 and "cpm" not in row
+    assert 0 <= results["protocols"]["llcm-ir2vis"]["mean"]["r1"] <= 1
+    (folder,) = [f.parent for f in (tmp_path / "run").rglob("checkpoint/config.json")]
+    model = deen_zoo.create_model(f"local-dir:{folder}", pretrained=True)
+    assert isinstance(model, deen_zoo.models.AGW) and model.flip is recipe.startswith("caj")
+
+
+def test_caj_batches_have_two_views_of_each_visible_image(llcm_tree):
+    samples = open_dataset("llcm", llcm_tree).train()
+    loader = train_loader(samples, (64, 32), ChannelTransform(erasing=0.0, flip=0.0), 2, 2)
+    loader.set_epoch(0)
+    images, labels, infrared = next(iter(loader))
+    assert len(images) == 12 and infrared.tolist() == [False] * 8 + [True] * 4
+    assert labels[:8:2].equal(labels[1:8:2]) and labels[:8:2].equal(labels[8:])
+    equal = [bool(x[0].equal(x[1]) and x[1].equal(x[2])) for x in images]
+    assert all(equal[1:8:2]) and not any(equal[:8:2])  # the second view has equal channels
+
+
+@pytest.mark.parametrize("choice", range(4))
+def test_channels_are_mixed_after_normalisation(choice):
+    image = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(choice))
+    grey = 0.2989 * image[0] + 0.5870 * image[1] + 0.1140 * image[2]
+    wanted = grey if choice == 3 else image[choice].clone()
+    mixed = mix_channels(image.clone(), choice)
+    assert torch.allclose(mixed, wanted.expand(3, 5, 4), atol=1e-6)
+
+
+def test_infrared_images_keep_their_channels_with_probability_an_eighth():
+    image = np.random.default_rng(0).integers(0, 256, (16, 8, 3), np.uint8)
+    transform = ChannelTransform(pad=0, flip=0.0, erasing=0.0)
+    plain = to_tensor(image)
+    views = [transform.views(image, np.random.default_rng(i), True) for i in range(800)]
+    assert all(len(v) == 1 for v in views)
+    kept = sum(v[0].equal(plain) for v in views)
+    assert 70 < kept < 130  # a quarter is not copied, half of those become grey
+    assert sum(v[0][0].equal(plain[2]) for v in views) > 150
+
+
+def test_erasing_is_of_each_view_and_of_cifars_mean():
+    image = np.full((64, 32, 3), 9, np.uint8)
+    transform = ChannelTransform(pad=0, flip=0.0, erasing=1.0)
+    plain, mixed = transform.views(image, np.random.default_rng(3), False)
+    fill = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
+    erased = (plain - fill).abs().amax(0) < 1e-6
+    assert 0.01 < erased.float().mean() < 0.45
+    assert not torch.equal(erased, torch.isclose(mixed[0], mixed[0].max()))
 
 
 def write_golden() -> None:

@@ -22,7 +22,7 @@ from .cache import DecodedCache
 from .images import Intensity, check_intensity, read_image
 from .protocols import Sample, label_order
 from .sampler import BatchSlot, IdentitySampler, generator
-from .transforms import EvalTransform, TrainTransform
+from .transforms import ChannelTransform, EvalTransform, TrainTransform
 
 __all__ = ["EvalBatch", "Loader", "TrainBatch", "TrainLoader", "TrainSet"]
 __all__ += ["cores", "eval_loader", "map_batches", "train_loader"]
@@ -35,11 +35,14 @@ Size = tuple[int, int]
 
 
 class TrainBatch(NamedTuple):
-    """One step: the visible images of P identities, then their infrared ones in the same order."""
+    """One step: the visible images of P identities, then their infrared ones in the same order.
 
-    images: Tensor  # (2*P*K, 3, H, W) float32
-    labels: Tensor  # (2*P*K,) int64, 0..n-1 by sorted identity
-    infrared: Tensor  # (2*P*K,) bool
+    N is 2*P*K, or more where the transform gives several views of an image, one after another.
+    """
+
+    images: Tensor  # (N, 3, H, W) float32
+    labels: Tensor  # (N,) int64, 0..n-1 by sorted identity
+    infrared: Tensor  # (N,) bool
 
 
 class EvalBatch(NamedTuple):
@@ -52,7 +55,7 @@ class EvalBatch(NamedTuple):
 class Item(NamedTuple):
     """One slot of a batch."""
 
-    row: tuple[Tensor, ...] | None  # None: left out
+    rows: list[tuple[Tensor, ...]]  # none if left out, several if the transform gives several views
     broken: list[tuple[str, str]]  # (path, message) of the files that were skipped
 
 
@@ -120,7 +123,7 @@ class TrainSet:
         self,
         samples: Sequence[Sample],
         size: Size,
-        transform: TrainTransform,
+        transform: TrainTransform | ChannelTransform,
         seed: int = 0,
         cache: DecodedCache | None = None,
         skip_broken: bool = False,
@@ -162,8 +165,13 @@ class TrainSet:
                     raise
                 broken.append((self.paths[i], str(error)))
                 continue
-            image = self.transform(pixels, generator(self.seed, 1, epoch, position))
-            return Item((image, torch.tensor(label), torch.tensor(infrared)), broken)
+            rng = generator(self.seed, 1, epoch, position)
+            if isinstance(self.transform, ChannelTransform):
+                views = self.transform.views(pixels, rng, infrared)
+            else:
+                views = [self.transform(pixels, rng)]
+            told = torch.tensor(label), torch.tensor(infrared)
+            return Item([(view, *told) for view in views], broken)
         raise UserError(
             f"all {len(broken)} {'infrared' if infrared else 'visible'} images of identity "
             f"{self.identities[label]} are broken: repair them or leave it out ({broken[0][1]})"
@@ -206,7 +214,7 @@ class Loader(Generic[Batch]):
                     self.broken[path] = message
                     count = len(self.broken)
                     warnings.warn(f"broken file {count} skipped: {message}", stacklevel=2)
-            rows = [item.row for item in items if item.row is not None]
+            rows = [row for item in items for row in item.rows]
             if rows:
                 empty = False
                 yield self._make(*map(torch.stack, zip(*rows, strict=True)))
@@ -229,7 +237,7 @@ class TrainLoader(Loader[TrainBatch]):
 def train_loader(
     samples: Sequence[Sample],
     size: Size,
-    transform: TrainTransform,
+    transform: TrainTransform | ChannelTransform,
     identities_per_batch: int = 6,
     images_per_modality: int = 4,
     seed: int = 0,
@@ -246,7 +254,8 @@ def train_loader(
         samples: Training images of both modalities.
         size: (height, width) of the model's input.
         transform: From :func:`~deen_zoo.data.transforms.train_transform`, or any function of a
-            uint8 image (H, W, 3) and a NumPy generator that gives a float tensor (3, H, W).
+            uint8 image (H, W, 3) and a NumPy generator that gives a float tensor (3, H, W); or a
+            :class:`~deen_zoo.data.transforms.ChannelTransform`, which gives several views.
         identities_per_batch: P, in this process.
         images_per_modality: K.
         seed: Seed of the sampling and the augmentation.
@@ -299,8 +308,8 @@ def eval_loader(
         except UserError as error:
             if not skip_broken:
                 raise
-            return Item(None, [(paths[index], str(error))])
-        return Item((transform(pixels), torch.tensor(index)), [])
+            return Item([], [(paths[index], str(error))])
+        return Item([(transform(pixels), torch.tensor(index))], [])
 
     batches = [
         range(len(paths))[start : start + batch_size] for start in range(0, len(paths), batch_size)

@@ -21,9 +21,11 @@ from .datasets import get_dataset
 from .images import Pixels, resize
 
 __all__ = [
+    "ChannelTransform",
     "EvalTransform",
     "TrainTransform",
     "eval_transform",
+    "mix_channels",
     "random_erasing",
     "to_tensor",
     "train_transform",
@@ -33,6 +35,8 @@ RGB = tuple[float, float, float]
 
 IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
+CIFAR_MEAN: RGB = (0.4914, 0.4822, 0.4465)  # what CAJ erases with
+GREY: RGB = (0.2989, 0.5870, 0.1140)  # of red, green, blue
 
 
 def to_tensor(image: Pixels, mean: RGB = IMAGENET_MEAN, std: RGB = IMAGENET_STD) -> Tensor:
@@ -109,6 +113,68 @@ class TrainTransform:
             image = image[:, ::-1]
         tensor = to_tensor(image, self.mean, self.std)
         return random_erasing(tensor, rng, self.erasing_area, self.erasing)
+
+
+def mix_channels(image: Tensor, choice: int) -> Tensor:
+    """Make the channels of a (3, H, W) image equal, in place: channel augmentation (CAJ).
+
+    Args:
+        image: Normalised, on the CPU.
+        choice: 0, 1, 2 copy that channel to the others; 3 takes the grey value of all.
+    """
+    channels = image.numpy()  # shares the tensor's memory
+    if choice < 3:
+        channels[:] = channels[choice].copy()
+    else:
+        channels[:] = np.tensordot(np.asarray(GREY, np.float32), channels, 1)
+    return image
+
+
+@dataclass(frozen=True)
+class ChannelTransform:
+    """CAJ's augmentation: two views of a visible image, one of an infrared one.
+
+    Each view is padded, cropped, mirrored, normalised and erased by itself. One random channel of
+    the second visible view is then copied to the other two. Of an infrared image a channel is
+    copied with probability 3/4; otherwise it becomes grey with probability ``grayscale``. As in
+    the reference, the rectangle is filled with CIFAR's mean after the normalisation, and channels
+    are mixed after that.
+
+    Attributes:
+        pad: Pixels of black added on each side before a crop of the original size.
+        grayscale: Probability of grey for an infrared image whose channels are not copied.
+        flip: Probability of mirroring.
+        erasing: Probability of :func:`random_erasing`, which covers a share ``erasing_area``.
+        mean: Subtracted after the division by 255.
+        std: Divided by after that.
+    """
+
+    pad: int = 10
+    grayscale: float = 0.5
+    flip: float = 0.5
+    erasing: float = 0.5
+    erasing_area: tuple[float, float] = (0.02, 0.4)
+    mean: RGB = IMAGENET_MEAN
+    std: RGB = IMAGENET_STD
+
+    def views(self, image: Pixels, rng: np.random.Generator, infrared: bool) -> list[Tensor]:
+        """uint8 (H, W, 3) to two float32 (3, H, W), or to one of an infrared image."""
+        if not infrared:
+            return [
+                self._view(image, rng),
+                mix_channels(self._view(image, rng), int(rng.integers(3))),
+            ]
+        view, choice = self._view(image, rng), int(rng.integers(4))
+        if choice < 3 or rng.random() < self.grayscale:
+            mix_channels(view, choice)
+        return [view]
+
+    def _view(self, image: Pixels, rng: np.random.Generator) -> Tensor:
+        plain = TrainTransform(
+            self.pad, 0.0, self.flip, 0.0, self.erasing_area, self.mean, self.std
+        )
+        view = plain(image, rng)
+        return random_erasing(view, rng, self.erasing_area, self.erasing, fill=CIFAR_MEAN)
 
 
 def train_transform(

@@ -21,7 +21,7 @@ from ..data.images import parse_intensity
 from ..errors import UserError, require
 from .sections import Section, Text, convert, parse, setting
 
-__all__ = ["RECIPES", "DEENLoss", "Recipe", "describe", "flat", "get_recipe", "override"]
+__all__ = ["RECIPES", "AGWLoss", "DEENLoss", "Recipe", "describe", "flat", "get_recipe", "override"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class Data(Section):
     image_size: tuple[int, int] | None = setting(
         None, "height and width of the images; none is the model's own", 16
     )
-    augmentation: str = setting("deen", "name of the augmentation, or module:function")
+    augmentation: Literal["deen", "caj"] = setting(
+        "deen", "caj: two views of each visible image, and channels copied to one another"
+    )
     pad: int = setting(10, "pixels added on each side before a random crop", 0)
     grayscale: float = setting(0.5, "probability of dropping the colour, in both modalities", 0, 1)
     flip: float = setting(0.5, "probability of mirroring", 0, 1)
@@ -86,6 +88,17 @@ class DEENLoss(Section):
         "official", "which form of the center-guided pair mining loss"
     )
     orthogonality: float = setting(0.01, "weight of the orthogonality loss", 0)
+
+
+@dataclass(frozen=True)
+class AGWLoss(Section):
+    """Terms of AGW's and CAJ's loss; a weight of 0 leaves a term out."""
+
+    triplet: float = setting(1.0, "weight of the triplet loss", 0)
+    triplet_variant: Literal["weighted", "squared", "batch-hard"] = setting(
+        "weighted", "AGW's, CAJ's, or that of AGW's --method base"
+    )
+    triplet_margin: float = setting(0.3, "margin of the batch-hard triplet loss", 0)
 
 
 @dataclass(frozen=True)
@@ -142,6 +155,40 @@ class Recipe:
         return lr * (factors[-1] if factors else 1.0)
 
 
+_AGW = Recipe(  # train.py of AGW
+    "agw",
+    data=Data(identities_per_batch=8, grayscale=0.0, erasing=0.0),
+    schedule=Schedule(epochs=81, decay=((20, 0.1), (50, 0.01)), test_every=2),
+    loss=AGWLoss(),
+)
+_CAJ = replace(  # train_ext.py of CAJ, with the options of its README
+    _AGW,
+    name="caj",
+    data=Data(identities_per_batch=8, augmentation="caj", erasing_area=(0.02, 0.4)),
+    schedule=replace(_AGW.schedule, epochs=100),
+    loss=AGWLoss(triplet_variant="squared"),
+    model=Model(args={"flip": True}),
+)
+_SYNTHETIC = Recipe(  # from random weights, in two minutes: small batches, all at the full rate
+    "synthetic",
+    data=Data(identities_per_batch=8, images_per_modality=2, pad=5),
+    optimizer=Optimizer(backbone_lr=1.0),
+    schedule=Schedule(epochs=10, warmup=2, decay=((7, 0.1),), test_every=5),
+    loss=DEENLoss(triplet=0.1, cpm=0.1),
+)
+
+
+def _synthetic(recipe: Recipe) -> Recipe:
+    """The same method on drawn people, in batches and epochs as DEEN's recipe has them there."""
+    return replace(
+        _SYNTHETIC,
+        name=f"{recipe.name}-synthetic",
+        data=replace(recipe.data, images_per_modality=2, pad=5),
+        loss=replace(recipe.loss, triplet=0.1),  # type: ignore[call-arg]
+        model=recipe.model,
+    )
+
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -154,13 +201,11 @@ RECIPES = {
             loss=DEENLoss(cpm_variant="paper", orthogonality=0.1),
             model=Model(dee_mean=False, mfa_softmax=True),
         ),
-        Recipe(  # from random weights, in two minutes: small batches, the whole model at full rate
-            "synthetic",
-            data=Data(identities_per_batch=8, images_per_modality=2, pad=5),
-            optimizer=Optimizer(backbone_lr=1.0),
-            schedule=Schedule(epochs=10, warmup=2, decay=((7, 0.1),), test_every=5),
-            loss=DEENLoss(triplet=0.1, cpm=0.1),
-        ),
+        _SYNTHETIC,
+        _AGW,
+        _CAJ,
+        _synthetic(_AGW),
+        _synthetic(_CAJ),
     )
 }
 

@@ -30,7 +30,7 @@ from ..data.images import parse_intensity
 from ..data.loader import train_loader
 from ..data.protocols import Sample, get_protocol
 from ..data.reader import ReidDataset
-from ..data.transforms import TrainTransform
+from ..data.transforms import ChannelTransform, TrainTransform
 from ..device import choose_device, resolve_precision
 from ..distributed import Distributed, join
 from ..errors import UserError
@@ -208,7 +208,7 @@ def train_split(
     loader = train_loader(
         samples,
         size,
-        TrainTransform(
+        (ChannelTransform if recipe.data.augmentation == "caj" else TrainTransform)(
             recipe.data.pad,
             recipe.data.grayscale,
             recipe.data.flip,

@@ -14,11 +14,17 @@ from ..data.loader import TrainBatch
 from ..device import autocast
 from ..distributed import Distributed
 from ..errors import UserError
-from .losses import batch_hard_triplet_loss, cpm_loss, identity_loss, orthogonality_loss
-from .recipes import DEENLoss, Recipe
+from .losses import (
+    batch_hard_triplet_loss,
+    cpm_loss,
+    identity_loss,
+    orthogonality_loss,
+    weighted_triplet_loss,
+)
+from .recipes import AGWLoss, DEENLoss, Recipe
 from .sections import Section
 
-__all__ = ["DEENTask", "Task", "load_object", "task_class"]
+__all__ = ["AGWTask", "DEENTask", "Task", "load_object", "task_class"]
 
 
 class Task(nn.Module):
@@ -98,6 +104,25 @@ class DEENTask(Task):
             terms["cpm"] = loss.cpm * cpm
         if branches > 1 and loss.orthogonality:
             terms["orthogonality"] = loss.orthogonality * orthogonality_loss(pool, branches)
+        return terms
+
+
+class AGWTask(Task):
+    """The loss of AGW and CAJ: identity and weighted regularised triplet."""
+
+    Loss = AGWLoss
+    loss: AGWLoss
+
+    def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
+        loss, out = self.loss, self.features(batch)
+        terms = {"identity": identity_loss(out["logits"], batch.labels)}
+        if loss.triplet and loss.triplet_variant == "batch-hard":
+            triplet = batch_hard_triplet_loss(out["pool"], batch.labels, loss.triplet_margin)
+            terms["triplet"] = loss.triplet * triplet
+        elif loss.triplet:
+            squared = loss.triplet_variant == "squared"
+            triplet = weighted_triplet_loss(out["pool"], batch.labels, squared)
+            terms["triplet"] = loss.triplet * triplet
         return terms
 
 
