@@ -252,3 +252,35 @@ def test_the_ablation_in_two_processes(llcm_tree, tmp_path):
     torchrun(*arguments, "--resume")
     assert json.loads((tmp_path / "ablation.json").read_text())["rows"] == rows
     assert kept.stat().st_mtime_ns == before
+
+
+STOPS = """
+import sys
+from pathlib import Path
+import torch
+from deen_zoo.distributed import join
+from deen_zoo.errors import UserError
+from deen_zoo.training.loop import Diverged, Totals
+from deen_zoo.training.state import Run
+
+with join(torch.device("cpu")) as world:
+    totals, told = Totals(), []
+    totals.add({"loss": torch.tensor(float("nan") if world.rank else 1.0)}, torch.tensor(1.0))
+    try:
+        totals.collect(Run(Path(sys.argv[1])), world)
+    except Diverged:
+        told.append("diverged")
+    try:
+        world.once(lambda: open("/nowhere/file"))
+    except OSError as error:
+        told.append(type(error).__name__)
+    Path(sys.argv[1], f"rank-{world.rank}").write_text(" ".join(told))
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_stop_together(tmp_path):
+    """A6: one process found the loss infinite, or could not write, and the others waited."""
+    launch(STOPS, str(tmp_path))
+    for rank in (0, 1):
+        assert (tmp_path / f"rank-{rank}").read_text() == "diverged FileNotFoundError"

@@ -215,6 +215,65 @@ def test_a_loss_that_is_not_finite_stops_the_run(llcm_tree, tmp_path):
     assert "\n" not in message
 
 
+class Rooted(DEENTask):
+    """A finite loss whose gradient is not finite from the third step on."""
+
+    calls = 0
+
+    def losses(self, batch):
+        Rooted.calls += 1
+        terms = super().losses(batch)
+        nothing = terms["identity"] * 0
+        return {**terms, "root": (nothing + (Rooted.calls < 3)).sqrt()}
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(llcm_tree, tmp_path):
+    """A6: NaN weights were saved, and the message called that file the last good checkpoint."""
+    task, optimizer, loader, run = start(llcm_tree, tmp_path)
+    Rooted.calls = 0
+    task = Rooted(task.model, task.recipe)
+    with pytest.raises(Diverged) as error:
+        train(task, optimizer, loader, run, CPU, 2, save_every=1)
+    message, newest = str(error.value), run.newest
+    assert "epoch 1, step 3" in message and "gradient norm nan" in message
+    assert newest.name == "epoch-00000-step-0000002" and str(newest) in message
+    weights = load_state(newest / "state.safetensors")["model"].values()
+    assert all(tensor.isfinite().all() for tensor in weights)
+
+
+def test_weights_that_are_not_finite_are_never_saved(llcm_tree, tmp_path):
+    """A6: running statistics can overflow while loss and gradient are finite."""
+    task, optimizer, loader, run = start(llcm_tree, tmp_path)
+    task.model.bottleneck.running_var.fill_(torch.inf)
+    with pytest.raises(Diverged, match=r"bottleneck\.running_var; there is no saved state yet"):
+        train(task, optimizer, loader, run, CPU, 1)
+    assert run.newest is None
+
+
+def test_a_test_may_give_any_numbers(llcm_tree, tmp_path):
+    """C13: a test that gave rank-1 alone ended in a traceback."""
+    task, optimizer, loader, run = start(llcm_tree, tmp_path)
+    answers = iter([{"r1": 0.5}, {"r1": 0.25, "mINP": 0.125}])
+    train(task, optimizer, loader, run, CPU, 2, test=lambda: next(answers))
+    head, one, two = (line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines())
+    assert head[-3:] == ["r1", "mAP", "mINP"]
+    assert one[-3:] == ["0.5", "", ""] and two[-3:] == ["0.25", "", "0.125"]
+
+
+def test_a_task_must_keep_its_losses(llcm_tree, tmp_path):
+    task, optimizer, loader, run = start(llcm_tree, tmp_path)
+    whole, seen = task.losses, []
+
+    def losses(batch):
+        seen.append(0)
+        terms = whole(batch)
+        return terms if len(seen) == 1 else {"identity": terms["identity"]}
+
+    task.losses = losses
+    with pytest.raises(deen_zoo.errors.UserError, match="the same ones in every step"):
+        train(task, optimizer, loader, run, CPU, 1)
+
+
 def test_the_log_has_a_row_an_epoch(llcm_tree, tmp_path):
     tests = iter([{"r1": 0.5, "mAP": 0.2}, {"r1": 0.75, "mAP": 0.3}, {"r1": 0.75, "mAP": 0.1}])
     task, optimizer, loader, run = start(llcm_tree, tmp_path, changes={"schedule.test_every": 2})
@@ -265,11 +324,11 @@ def test_a_run_is_resumed_with_the_same_settings_only(llcm_tree, tmp_path):
 
 
 KILLED = '''
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 import torch
 from deen_zoo.training import loop as module
-from deen_zoo.training.state import Run
+from deen_zoo.training.state import Run, load_state
 from tests.test_train import CPU, start
 
 torch.set_num_threads(1)
@@ -308,6 +367,11 @@ cases = [dict(kill_at=n) for n in (1, 3, 5, 9)]
 cases += [dict(kill_in_save=n) for n in (2, 6, 7, 8, 9, 10)]
 for n, case in enumerate(cases):
     assert run(f"killed-{n}", **case) == -signal.SIGKILL, case
+    newest = Run(folder / f"killed-{n}").newest
+    if newest and (history := load_state(newest / "state.safetensors")["history"]):  # B5
+        best = max(history, key=lambda row: row["r1"])["epoch"]
+        config = json.loads((newest / "best" / "config.json").read_text())
+        assert config["deen_zoo"]["trained_on"]["epoch"] == best
     if not Run(folder / f"killed-{n}").newest:
         assert run(f"killed-{n}") == 0  # nothing to resume: from the start
     else:
@@ -318,6 +382,7 @@ print(len(cases))
 
 @pytest.mark.slow
 def test_killed_at_any_step_and_resumed_it_is_the_same_to_the_bit(llcm_tree, tmp_path):
+    """B5: a kill between two files left results of one epoch and weights of another."""
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(llcm_tree), str(tmp_path)],
         capture_output=True,
