@@ -25,6 +25,7 @@ from deen_zoo.training import ablation, reproduce
 from deen_zoo.training.recipes import get_recipe
 from deen_zoo.training.report import markdown, summary, write_results
 from deen_zoo.training.settings import Settings
+from deen_zoo.training.state import Run
 
 PROTOCOLS = {
     "sysu": ["sysu-all", "sysu-indoor"],
@@ -296,10 +297,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(trees, tmp_path):
         [sys.executable, "-c", FULL_DISK, *more], capture_output=True, text=True, check=False
     )
     last = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and re.fullmatch(
-        r"deen-zoo reproduce: error: cannot write \S+/(state|model)\.safetensors: File too large; "
-        r"the file of that name is still the previous one", last
-    )  # fmt: skip
+    said = r"deen-zoo reproduce: error: cannot write \S+/state\.safetensors: File too large"
+    assert done.returncode == 2 and re.fullmatch(said, last), last
+    assert Run(output).newest.name == "epoch-00001-step-0000000"
     assert main(more) == 0
     assert [row["epoch"] for row in read(output)["models"][0]["history"]] == [1, 2]
 
