@@ -12,7 +12,14 @@ from typing import Any
 
 from .errors import UserError
 
-__all__ = ["exclusive", "sha256", "whole_folder", "write_atomically"]
+__all__ = ["cores", "exclusive", "sha256", "whole_folder", "write_atomically"]
+
+
+def cores() -> int:
+    """Number of CPU cores available to this process."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deen_zoo.cli import main
-from deen_zoo.data import check_dataset, open_dataset, open_image
+from deen_zoo.data import IdentitySampler, check_dataset, open_dataset, open_image
 from deen_zoo.data.check import SHOWN
 from deen_zoo.errors import UserError
 
@@ -490,3 +490,24 @@ def test_check_is_silent_about_what_it_reports(copy):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not check_dataset("sysu", root).usable
+
+
+def test_identities_that_lose_a_modality_to_broken_images_are_left_out_too(copy):
+    """B15: the sampler refused after "usable", and the fingerprint counted unused images."""
+    root = copy("llcm")
+    broken = sorted((root / "nir/0002").iterdir())
+    for image in broken:
+        image.write_bytes(b"broken")
+    report = check_dataset("llcm", root)
+    assert [f.kind for f in report.faults] == ["unreadable"] * len(broken) + ["one-modality"]
+    assert report.faults[-1].where == "identity 2"
+    dataset = open_dataset("llcm", root, skip_broken=True)
+    dataset.leave_out(fault.where for fault in report.faults if fault.kind == "unreadable")
+    with pytest.warns(UserWarning, match="1 faults in the training set, such as identity 2"):
+        samples = dataset.train()
+    assert {s.identity for s in samples} == {1, 4}
+    IdentitySampler(*([s.identity for s in samples if s.modality == m]
+                      for m in ("visible", "infrared")), 2, 1)  # fmt: skip
+    used = dataset.fingerprint()
+    assert used["counts"]["train"]["identities"] == 2
+    assert used["images"] < report.fingerprint["images"] - len(broken)

@@ -11,8 +11,22 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from deen_zoo.data import Sample, open_dataset, open_image
+from deen_zoo.cli import main
+from deen_zoo.data import (
+    PROTOCOLS,
+    Protocol,
+    ReidDataset,
+    Sample,
+    check_dataset,
+    images,
+    open_dataset,
+    open_image,
+    register_dataset,
+    register_protocol,
+)
+from deen_zoo.data.datasets import DATASETS, LLCM
 from deen_zoo.errors import UserError
+from deen_zoo.evaluation import evaluate
 
 from . import trees
 from .reference import needs_official, official
@@ -321,3 +335,187 @@ def test_exif_orientation_is_applied(tmp_path):
         exif[0x0112] = orientation
         pixels = decoded(tmp_path / "x.png", encode(image, "PNG", exif=exif))
         assert np.array_equal(pixels, np.asarray(turned)), orientation
+
+
+# What outside trials found
+
+
+def raw_thermal(low: int, high: int) -> Image.Image:
+    return Image.fromarray(np.linspace(low, high, 24 * 48).reshape(48, 24).astype(np.uint16))
+
+
+def test_raw_thermal_counts_are_scaled_by_a_named_rule(tmp_path, monkeypatch):
+    """B3: 14-bit counts in a 16-bit file were squeezed into a few grey levels without a word."""
+    monkeypatch.setattr(images, "_warned", False)
+    for name in ("a.png", "b.png", "c.tif"):
+        raw_thermal(7000, 9000).save(tmp_path / name)
+    with pytest.warns(UserWarning, match="intensity='minmax'") as caught:
+        flat = [np.asarray(open_image(tmp_path / name)) for name in ("a.png", "b.png", "c.tif")]
+    assert len(caught) == 1 and np.ptp(flat[0]) < 9
+    counts = np.asarray(raw_thermal(7000, 9000)).astype(float)
+    low, high = np.percentile(counts, (1, 99))
+    for intensity, least, most in (
+        ("minmax", 7000, 9000),
+        ("percentile", low, high),
+        ((6000, 10000), 6000, 10000),
+        ([7500, 8000], 7500, 8000),
+    ):
+        expected = np.clip((counts - least) / (most - least) * 255, 0, 255)
+        for name in ("a.png", "c.tif"):
+            pixels = np.asarray(open_image(tmp_path / name, intensity)).astype(float)
+            assert np.abs(pixels[..., 0] - expected).max() <= 0.51 and np.ptp(pixels) > 100
+    for wrong in ("auto", (5,), (9000, 7000), (0, 70000), ("a", "b"), None):
+        with pytest.raises(UserError, match="choose full, minmax or percentile"):
+            open_image(tmp_path / "a.png", wrong)
+    eight = noise()
+    eight.save(tmp_path / "d.png")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "d.png", "minmax")), np.asarray(eight))
+
+
+def test_the_full_range_is_no_reason_to_warn(tmp_path, recwarn, monkeypatch):
+    monkeypatch.setattr(images, "_warned", False)
+    raw_thermal(100, 60000).save(tmp_path / "a.png")
+    open_image(tmp_path / "a.png")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("text", ["full", "percentile", "7000,9000"])
+def test_an_intensity_is_read_from_the_command_line(text):
+    assert images.check_intensity(images.parse_intensity(text)) == images.parse_intensity(text)
+    with pytest.raises(UserError, match="LOW,HIGH"):
+        images.parse_intensity(text + ",1,2")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [("jfif", "JPEG"), ("jpe", "JPEG"), ("gif", "GIF"), ("ppm", "PPM"), ("pgm", "PPM"),
+     ("jp2", "JPEG2000"), ("tga", "TGA"), ("avif", "AVIF"), ("webp", "WEBP")],
+)  # fmt: skip
+def test_unusual_names_of_images_are_read(tmp_path, suffix, kind):
+    """B11: these were left out of a dataset, and only `extract` said so."""
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow cannot write {kind}")
+    path = tmp_path / f"x.{suffix}"
+    noise("L" if suffix == "pgm" else "RGB").save(path, kind)
+    assert images.is_image_name(path.name) and open_image(path).size == (24, 48)
+
+
+def test_files_of_other_kinds_next_to_images_are_counted(tmp_path):
+    """B11: what is left out is said by the dataset, not by `check` alone."""
+    root = trees.sysu(tmp_path)
+    (root / "cam1/0001/0009.heic").write_bytes(b"x")
+    (root / "cam1/0001/Thumbs.db").write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"1 files next to the images .* cam1/0001/0009\.heic"):
+        open_dataset("sysu", root).train()
+
+
+def test_postscript_behind_an_image_name_starts_no_program(tmp_path, monkeypatch):
+    """D3: Pillow would start Ghostscript for it."""
+    from PIL import EpsImagePlugin
+
+    def start(*args, **kwargs):
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", start)
+    noise().save(tmp_path / "x.eps")
+    for name in ("x.jpg", "x.tga", "x.eps"):
+        (tmp_path / name).write_bytes((tmp_path / "x.eps").read_bytes())
+        with pytest.raises(UserError, match=f"{name}: (not an image|broken)"):
+            open_image(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda line: f"./{line}",
+        lambda line: f"/{line}",
+        lambda line: line.replace("/", "//", 1),
+        lambda line: f"RegDB/{line}",
+        lambda line: f"{line} 1",
+        lambda line: line.replace("/", "\\"),
+    ],
+    ids=["dot", "root", "double", "name", "column", "backslash"],
+)
+def test_regdb_lists_of_other_hands_are_read(roots, tmp_path, change):
+    """C10: 320 faults, where the reference's reader takes them."""
+    root = trees.regdb(tmp_path / "regdb")
+    for index in (root / "idx").iterdir():
+        index.write_text("".join(f"{change(x)}\n" for x in index.read_text().splitlines()))
+    ours, plain = open_dataset("regdb", root), open_dataset("regdb", roots["regdb"])
+    assert same_names(ours.fingerprint(), plain.fingerprint())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_case_of_folders_does_not_matter(tmp_path, name):
+    """C10: ``visible`` and ``thermal``, as some archives have them."""
+    root, plain = trees.MAKERS[name](tmp_path / "a"), trees.MAKERS[name](tmp_path / "b")
+    for folder in list(root.iterdir()):
+        folder.rename(folder.with_name(folder.name.swapcase()))
+    a, b = open_dataset(name, root), open_dataset(name, plain)
+    assert [s[1:] for s in a.train()] == [s[1:] for s in b.train()]
+    assert all(os.path.isfile(s.path) for s in a.train() + a.test("infrared"))
+    report = check_dataset(name, root)
+    assert report.usable and not [note for note in report.notes if note.kind == "stray"]
+
+
+def test_an_archive_nested_twice_is_found(tmp_path):
+    """C10: the advice was to copy it again."""
+    trees.regdb(tmp_path / "RegDB/RegDB_01")
+    with pytest.raises(UserError, match="did you mean .*RegDB/RegDB_01"):
+        open_dataset("regdb", tmp_path)
+
+
+def test_the_version_of_llcm_is_named(roots):
+    counts = {part: dict(LLCM.expected[part]) for part in ("train", "test")}
+    dataset = open_dataset("llcm", roots["llcm"])
+    assert dataset.version(counts).startswith("the version of the paper")
+    counts["test"]["infrared"] -= 100
+    said = dataset.version(counts)
+    assert "adjusted after publication" in said and "7,066 infrared in test where 7,166" in said
+    assert "neither" in check_dataset("llcm", roots["llcm"]).version
+    assert open_dataset("sysu", roots["sysu"]).version(counts) == ""
+
+
+class Corridor(ReidDataset):
+    """One folder of images called IDENTITY-CAMERA-MODALITY-n.jpg; odd numbers are trained on."""
+
+    name, title = "corridor", "a corridor"
+
+    def _list(self, remainder):
+        found = []
+        for name in self._images("."):
+            identity, camera, modality, _ = name.split("-")
+            if int(identity[1:]) % 2 == remainder:
+                found.append(Sample(self._path(name), identity, camera, modality))
+        return sorted(found, key=lambda sample: sample.modality, reverse=True), []
+
+    def list_train(self, split):
+        return self._list(1)
+
+    def list_test(self, split):
+        return self._list(0)
+
+
+def test_a_dataset_and_a_protocol_from_outside(tmp_path):
+    for identity in range(6):
+        for camera, modality in (("c1", "visible"), ("c2", "infrared")):
+            for n in range(2):
+                trees.write(tmp_path / f"p{identity}-{camera}-{modality}-{n}.jpg", modality)
+    try:
+        register_dataset(Corridor)
+        row = Protocol("corridor", "infrared", "visible", "llcm", range(3))
+        register_protocol("corridor-ir2vis", row)
+        with pytest.raises(UserError, match="registered already"):
+            register_protocol("corridor-ir2vis", row._replace(rule="regdb"))
+        with pytest.raises(UserError, match="rule 'market'; choose from sysu"):
+            register_protocol("other", row._replace(rule="market"))
+        dataset = open_dataset("corridor", tmp_path)
+        samples = dataset.test("visible") + dataset.test("infrared")
+        assert len(dataset.train()) == 12 and len(dataset.gallery("corridor-ir2vis", 2)) == 3
+        features = np.eye(6)[[int(s.identity[1:]) for s in samples]]
+        assert evaluate(features, samples, "corridor-ir2vis").mean["mAP"] == 1
+        assert check_dataset("corridor", tmp_path).usable
+        assert main(["check", "corridor", str(tmp_path)]) == 0
+    finally:
+        DATASETS.pop("corridor", None), PROTOCOLS.pop("corridor-ir2vis", None)

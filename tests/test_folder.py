@@ -12,6 +12,7 @@ from deen_zoo.cli import main
 from deen_zoo.data import Sample, check_dataset, open_dataset
 from deen_zoo.data.folder import UNKNOWN, list_images, open_folder, read_csv
 from deen_zoo.errors import UserError
+from deen_zoo.evaluation import evaluate
 
 from .trees import write
 
@@ -171,3 +172,47 @@ def test_own_data_is_trained_on(tmp_path, capsys):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert set(results["protocols"]) == {"own-ir2vis", "own-vis2ir"}
     assert results["protocols"]["own-ir2vis"]["counts"]["queries"] == 2
+
+
+def test_identities_may_be_words(tmp_path):
+    """C9: person_001 was refused."""
+    for identity in ("person_001", "0007", "alice"):
+        for modality in ("visible", "infrared"):
+            write(tmp_path / modality / identity / "cam2/a.jpg", modality)
+    dataset = open_dataset("own", tmp_path)
+    samples = dataset.test("visible") + dataset.test("infrared")
+    assert {s.identity for s in samples} == {"person_001", 7, "alice"}
+    features = np.eye(3)[[["person_001", 7, "alice"].index(s.identity) for s in samples]]
+    assert evaluate(features, samples, "own-ir2vis").mean["mAP"] == 1
+    table = tmp_path / "test.csv"
+    table.write_text("path,modality,identity,camera\nx.jpg,visible,alice,door\n")
+    assert read_csv(table)[0][1:3] == ("alice", "door")
+    assert check_dataset("own", tmp_path).usable
+
+
+def test_one_layout_for_evaluation_and_below_train_and_test_for_training(tmp_path, capsys):
+    """C11: README's layout was refused by `check own` and `reproduce own`."""
+    for modality in ("visible", "infrared"):
+        write(tmp_path / f"own/{modality}/1/a.jpg", modality)
+    root = tmp_path / "own"
+    assert main(["check", "own", str(root)]) == 0
+    assert "not trained on" in capsys.readouterr().out
+    dataset = open_dataset("own", root)
+    assert not dataset.trainable and len(dataset.query("own-ir2vis")) == 1
+    assert dataset.fingerprint()["images"] == 2
+    with pytest.raises(UserError, match="no folder train in it; training needs ROOT/train"):
+        dataset.train()
+
+
+def test_an_identity_without_images_is_a_fault(tmp_path):
+    """B11: `reproduce own` trained without that person."""
+    root = own_tree(tmp_path)
+    (root / "train/visible/9").mkdir()
+    (root / "train/visible/9/a.heic").write_bytes(b"x")
+    with pytest.raises(UserError, match="train/visible/9: no image in it that can be read"):
+        open_dataset("own", root).train()
+    assert [f.where for f in check_dataset("own", root).faults] == ["train/visible/9"]
+    with pytest.warns(UserWarning) as caught:
+        open_dataset("own", root, skip_broken=True).train()
+    said = " ".join(str(warning.message) for warning in caught)
+    assert "1 faults in the training set" in said and "train/visible/9/a.heic" in said

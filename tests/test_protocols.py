@@ -348,3 +348,19 @@ def test_only_the_images_that_are_drawn_count(protocol, trials):
     assert {WORLD[i].path for i in drawn} == compared
     if protocol == "sysu-indoor" or (trials == 1 and PROTOCOLS[protocol].sampled):
         assert len(others)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_labels_may_be_strings_or_words(protocol):
+    """B2, C9: the draws, the camera rules and the scores are those of the numbers."""
+    trials = 3 if PROTOCOLS[protocol].sampled else 1
+    samples = world_of(protocol)
+    expected = evaluate(FEATURES, samples, protocol, trials=trials).mean
+    strings = [s._replace(identity=f"{s.identity:04d}", camera=str(s.camera)) for s in samples]
+    assert evaluate(FEATURES, strings, protocol, trials=trials).mean == expected
+    unsigned = [
+        s._replace(identity=np.uint16(s.identity), camera=np.uint8(s.camera)) for s in samples
+    ]
+    assert evaluate(FEATURES, unsigned, protocol, trials=trials).mean == expected
+    words = [s._replace(identity=f"person_{s.identity:03d}") for s in samples]  # in the same order
+    assert evaluate(FEATURES, words, protocol, trials=trials).mean == expected

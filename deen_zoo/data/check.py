@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from multiprocessing.pool import ThreadPool
 from typing import Any
 
 from ..errors import UserError
+from ..io import cores
 from .datasets import get_dataset, open_dataset
 from .images import is_image_name, one_channel, open_image
 from .protocols import PROTOCOLS, Sample, draw_gallery, read_permutations
@@ -30,11 +30,13 @@ class CheckReport:
     Attributes:
         dataset: Its name, as :func:`check_dataset` took it.
         root: The folder.
-        counts: Found, by split or protocol and kind; ``expected`` is the like, where known.
+        counts: Counts found, by split or protocol and kind.
+        expected: Counts of a complete copy in the same form, as far as known.
         faults: What makes the dataset unusable: the readers refuse it.
         notes: What is worth knowing and changes no number.
         fingerprint: As :meth:`ReidDataset.fingerprint`; None when an index file is at fault.
         decoded: How many images were decoded.
+        version: Which version of the dataset this most likely is, and why; empty if it has one.
     """
 
     dataset: str
@@ -45,6 +47,7 @@ class CheckReport:
     notes: list[Fault] = field(default_factory=list)
     fingerprint: dict[str, Any] | None = None
     decoded: int = 0
+    version: str = ""
 
     @property
     def usable(self) -> bool:
@@ -65,6 +68,7 @@ class CheckReport:
             "root": self.root,
             "usable": self.usable,
             "complete": self.complete,
+            "version": self.version,
             "counts": counts,
             "faults": [fault._asdict() for fault in self.faults],
             "notes": [note._asdict() for note in self.notes],
@@ -84,6 +88,8 @@ class CheckReport:
             lines += ["", *_listing(heading, findings)] if findings else []
         if self.fingerprint:
             lines += ["", f"fingerprint {self.fingerprint['sha256']}"]
+        if self.version:
+            lines += ["", f"this is {self.version}"]
         lines += ["", f"{self.decoded} images decoded"]
         verdict = "usable" if self.usable else f"unusable: {len(self.faults)} faults"
         lines.append(verdict + ("" if self.complete else ", counts differ from the expected ones"))
@@ -144,7 +150,7 @@ def check_dataset(
     """Check a dataset folder.
 
     Args:
-        name: ``"sysu"``, ``"regdb"``, ``"llcm"`` or ``"own"``.
+        name: Name of a dataset, as :func:`~deen_zoo.data.open_dataset` takes it.
         root: The folder as its authors give it.
         decode: Decode every image, the only way to find a truncated one; else only their sizes
             are looked at, which finds the empty ones.
@@ -161,6 +167,9 @@ def check_dataset(
         _check_permutations(dataset, report)
     _check_strays(dataset, samples, report)
     _check_images(dataset, samples, report, decode, progress)
+    _check_what_is_left(dataset, report)
+    if not dataset.drawn:
+        report.version = dataset.version(report.counts)
     return report
 
 
@@ -221,9 +230,10 @@ def _check_permutations(dataset: ReidDataset, report: CheckReport) -> None:
 
 def _check_strays(dataset: ReidDataset, samples: dict[str, Sample], report: CheckReport) -> None:
     """What lies in the folder and is in no split."""
+    tops = {place.split("/")[0].lower() for place in (*dataset.folders, *samples)}
     known = {*samples, *(fault.where for fault in report.faults)}
     unused: dict[str, list[str]] = {}
-    for kind, relative in _walk(dataset.root, {sub.split("/")[0] for sub in dataset.folders}):
+    for kind, relative in _walk(dataset.root, tops):
         if relative in known:
             continue
         if is_image_name(relative.rsplit("/", 1)[-1]) and dataset.belongs(relative):
@@ -240,14 +250,14 @@ def _walk(root: str, folders: set[str]) -> Iterator[tuple[str, str]]:
     for place, subs, files in os.walk(root, followlinks=True):
         relative = os.path.relpath(place, root).replace(os.sep, "/")
         prefix = "" if relative == "." else f"{relative}/"
-        if prefix in ("exp/", "idx/"):
+        if prefix.lower() in ("exp/", "idx/"):
             subs.clear()
             continue
         subs.sort()
         yield from (("stray", prefix + name) for name in sorted(files))
         if not prefix:
-            yield from (("stray", f"{sub}/") for sub in subs if sub not in folders)
-            subs[:] = [sub for sub in subs if sub in folders]
+            yield from (("stray", f"{sub}/") for sub in subs if sub.lower() not in folders)
+            subs[:] = [sub for sub in subs if sub.lower() in folders]
         elif prefix.count("/") > 3:  # deeper than any layout; a link may point back up
             yield from (("stray", f"{prefix}{sub}/") for sub in subs)
             subs.clear()
@@ -267,8 +277,7 @@ def _check_images(
     names = sorted(samples)
     channels: Counter[str] = Counter()
     look = _decode if decode else _size
-    workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    with ThreadPool(workers) as pool:
+    with ThreadPool(cores()) as pool:
         found = pool.imap(look, (samples[name].path for name in names), chunksize=16)
         bar = tqdm(found, "images", len(names), unit="", disable=None if progress else True)
         for name, (complaint, one_channel) in zip(names, bar, strict=True):
@@ -280,6 +289,14 @@ def _check_images(
         if n:
             detail = f"{n} {modality} images have one channel; they are read as RGB"
             report.notes.append(Fault("one channel", modality, detail))
+
+
+def _check_what_is_left(dataset: ReidDataset, report: CheckReport) -> None:
+    """Training identities that have one modality only without the unreadable images."""
+    dataset.leave_out(fault.where for fault in report.faults if fault.kind == "unreadable")
+    if dataset.left_out and dataset.trainable and report.fingerprint:
+        found = dict.fromkeys(fault for n in dataset.splits for fault in dataset.read_train(n)[1])
+        report.faults += [fault for fault in found if fault not in report.faults]
 
 
 def _decode(path: str) -> tuple[str, bool]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, check_least
+from ..io import cores
 from .cache import DecodedCache
 from .images import Intensity, check_intensity, read_image
 from .protocols import Sample, label_order
@@ -57,13 +58,6 @@ class Item(NamedTuple):
 
     rows: list[tuple[Tensor, ...]]  # none if left out, several if the transform gives several views
     broken: list[tuple[str, str]]  # (path, message) of the files that were skipped
-
-
-def cores() -> int:
-    """Number of CPU cores available to this process."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def map_batches(

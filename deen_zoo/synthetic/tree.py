@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..io import exclusive, whole_folder
+from ..io import cores, exclusive, whole_folder
 from .layouts import LAYOUTS, Shot, path_of, split, write_index
 from .picture import draw
 from .world import Camera, Person, Pose, stream
@@ -111,7 +111,7 @@ def synthesize(
         if multiprocessing.current_process().daemon:  # it may have no children
             workers = 1
         elif workers is None:
-            workers = _cores() if len(paths) > _INLINE else 1
+            workers = cores() if len(paths) > _INLINE else 1
         bar = tqdm(
             total=len(paths), unit="image", desc="drawing", disable=None if progress else True
         )
@@ -223,10 +223,6 @@ def _begin_worker() -> None:
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _draw_person(layout: str, seed: int, job: Job) -> int:
