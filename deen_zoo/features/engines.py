@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..device import autocast
+from ..errors import UserError, require
+from ..io import whole_folder
+from ..models.catalog import weights_home
 
-__all__ = ["TorchEngine"]
+__all__ = ["ENGINES", "BATCH", "OpenVINOEngine", "TorchEngine", "convert", "pixel_statistics"]
+
+ENGINES = ("torch", "openvino")
+BATCH = 8  # images that an OpenVINO graph takes; larger batches are no faster
+KINDS = ("visible", "infrared")
+HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 
 
 class TorchEngine:
@@ -58,3 +74,176 @@ class TorchEngine:
                 images, modality, self.flip, self.descriptor
             )
         return rows.float().cpu()
+
+
+def convert(
+    model: Any,
+    modality: str,
+    flip: bool,
+    descriptor: str,
+    size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Any:
+    """An OpenVINO model of one stem: uint8 (BATCH, H, W, 3) to descriptors (BATCH, D).
+
+    The normalisation is part of the graph, and so is the mirrored image. The batch is static, as
+    OpenVINO's CPU plugin fails on these graphs with a dynamic one.
+    """
+    ov = require("openvino", extra="openvino")
+    preprocess = require("openvino.preprocess", extra="openvino")
+    module = model.for_modality(modality, flip=flip, normalize=False, descriptor=descriptor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's, about checks of shapes
+        graph = ov.convert_model(module, example_input=torch.zeros(2, 3, *size))
+    graph.reshape([BATCH, 3, *size])
+    steps = preprocess.PrePostProcessor(graph)
+    image = steps.input()
+    image.tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
+    image.model().set_layout(ov.Layout("NCHW"))
+    scaled = image.preprocess().convert_element_type(ov.Type.f32)
+    scaled.mean([255 * value for value in mean]).scale([255 * value for value in std])
+    return steps.build()
+
+
+def pixel_statistics(pixels: Tensor) -> Tensor:
+    """Brightness and contrast of uint8 images (n, H, W, 3): (n, 2)."""
+    values = pixels.float().flatten(1)
+    return torch.stack([values.mean(1), values.std(1)], dim=1)
+
+
+class OpenVINOEngine:
+    """OpenVINO on the CPU, one graph per stem; safe to call from several threads.
+
+    Graphs are converted once for the same weights and options, and kept in ``openvino`` next to the
+    folder of installed weights (``DEEN_ZOO_HOME``, or ``~/.cache/deen_zoo``) in compiled form. int8
+    graphs come from the checkpoint folder that ``deen-zoo quantize`` has written.
+
+    Args:
+        options: The arguments of :func:`convert` but for the modality.
+        precision: ``"auto"`` (float32), ``"float32"``, ``"bfloat16"`` or ``"int8"``.
+        key: A digest of the weights.
+        folder: The checkpoint folder, for int8.
+
+    Raises:
+        UserError: No such precision; or int8 graphs are missing or of other options.
+    """
+
+    def __init__(
+        self, options: dict[str, Any], precision: str, key: str, folder: Path | None
+    ) -> None:
+        ov = require("openvino", extra="openvino")
+        self.precision = "float32" if precision == "auto" else precision
+        if self.precision not in HINTS:
+            raise UserError(f"precision {precision!r}: choose from auto, {', '.join(HINTS)}")
+        self._core, self._options = ov.Core(), options
+        if self.precision == "bfloat16" and "BF16" not in self._core.get_property(
+            "CPU", "OPTIMIZATION_CAPABILITIES"
+        ):
+            print("this CPU has no bfloat16: OpenVINO computes in float32", file=sys.stderr)
+        height, width = options["size"]
+        name = f"{key[:16]}-{options['descriptor']}-{'flip' if options['flip'] else 'plain'}"
+        self._home = weights_home().parent / "openvino" / f"{name}-{height}x{width}"
+        self._ranges: dict[str, Tensor] = {}
+        if self.precision == "int8":
+            self._home = self._quantized(folder, key)
+        self._compiled: dict[tuple[str, int], Any] = {}
+        self._lock, self._requests = threading.Lock(), threading.local()
+        self._warned = False
+
+    def _quantized(self, folder: Path | None, key: str) -> Path:
+        graphs = (folder or Path()) / "openvino"
+        try:
+            facts = json.loads((graphs / "quantization.json").read_bytes())
+        except (OSError, ValueError):
+            raise UserError(
+                "precision int8 needs calibrated weights: make a folder of them with "
+                "'deen-zoo quantize MODEL IMAGES FOLDER', and give that folder as the model"
+            ) from None
+        wanted = {"descriptor_sha256": key, **_plain(self._options)}
+        for name, value in wanted.items():
+            if facts.get(name) != value:
+                raise UserError(
+                    f"{graphs} was quantized with {name} {facts.get(name)}, not {value}: quantize "
+                    "again, or extract with that"
+                )
+        self._ranges = {kind: torch.tensor(facts["pixels"][kind]) for kind in KINDS}
+        return graphs
+
+    def __call__(self, pixels: Tensor, infrared: Tensor) -> Tensor:
+        """uint8 (n, H, W, 3) and bool (n,) to float32 (n, D) on the CPU, not normalised."""
+        out: Tensor | None = None
+        for kind, rows in ((KINDS[0], ~infrared), (KINDS[1], infrared)):
+            places = rows.nonzero()[:, 0]
+            if len(places):
+                self._notice(kind, pixels[places])
+            # One image has a graph of its own; the last batch is filled up.
+            size = 1 if len(places) == 1 else BATCH
+            for part in torch.split(places, size):
+                images = pixels[part].numpy()
+                images = np.pad(images, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
+                found = torch.from_numpy(self._request(kind, size).infer([images])[0])
+                out = torch.empty(len(pixels), found.shape[1]) if out is None else out
+                out[part] = found[: len(part)]
+        assert out is not None  # a batch has an image
+        return out
+
+    def embed(self, images: Tensor, infrared: Tensor) -> Tensor:
+        """Raise UserError: the graph normalises by itself."""
+        raise UserError(
+            "engine 'openvino' takes images, not preprocessed tensors: give uint8 arrays, or use "
+            "engine='torch'"
+        )
+
+    def _request(self, kind: str, size: int) -> Any:
+        """This thread's inference request of a graph."""
+        mine: dict[Any, Any] = self._requests.__dict__
+        if (kind, size) not in mine:
+            with self._lock:
+                if (kind, size) not in self._compiled:
+                    self._compiled[kind, size] = self._compile(kind, size)
+            mine[kind, size] = self._compiled[kind, size].create_infer_request()
+        return mine[kind, size]
+
+    def _compile(self, kind: str, size: int) -> Any:
+        ov = require("openvino", extra="openvino")
+        file = self._home / kind / "graph.xml"
+        if not file.exists():
+            with whole_folder(self._home / kind) as folder:
+                graph = convert(modality=kind, **self._options)
+                ov.save_model(graph, folder / file.name, compress_to_fp16=False)
+        graph = self._core.read_model(file)
+        if size != BATCH:
+            graph.reshape([size, *self._options["size"], 3])
+        settings = {
+            "INFERENCE_PRECISION_HINT": HINTS[self.precision],
+            "PERFORMANCE_HINT": "LATENCY",  # one stream on all cores: calls come one by one
+            "CACHE_DIR": str(self._home / "compiled"),
+        }
+        return self._core.compile_model(graph, "CPU", settings)
+
+    def _notice(self, kind: str, pixels: Tensor) -> None:
+        """Warn once if most images are unlike the calibration images."""
+        if kind not in self._ranges or self._warned:
+            return
+        low, high = self._ranges[kind]
+        margin = (high - low) / 2
+        found = pixel_statistics(pixels)
+        far = ((found < low - margin) | (found > high + margin)).any(1)
+        if far.float().mean() > 0.5:
+            self._warned = True
+            print(
+                f"{int(far.sum())} of {len(far)} {kind} images are darker, brighter, flatter or "
+                "more contrasted than those of the int8 calibration: quantize again with such "
+                "images, or use another precision",
+                file=sys.stderr,
+            )
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a quantized folder is made for, as JSON has them."""
+    return {
+        "descriptor": options["descriptor"],
+        "flip": options["flip"],
+        "size": list(options["size"]),
+    }

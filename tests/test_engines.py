@@ -1,0 +1,119 @@
+"""OpenVINO's rows next to torch's, int8 graphs and their bounds."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import deen_zoo
+from deen_zoo.cli import main
+from deen_zoo.data import open_dataset
+from deen_zoo.errors import UserError
+from deen_zoo.features import engines
+from deen_zoo.features.extractor import FeatureExtractor
+from deen_zoo.features.files import read_feature_table
+from deen_zoo.features.quantize import quantize
+
+pytest.importorskip("openvino")
+KINDS = ["visible", "infrared", "infrared"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory):
+    """Converted graphs are kept here, once for all tests of the module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEN_ZOO_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def images() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (200, 90, 3), dtype=np.uint8) for _ in range(21)]
+
+
+@pytest.fixture(scope="module")
+def make(home) -> FeatureExtractor:
+    return FeatureExtractor("test_deen_resnet", engine="openvino", progress=False)
+
+
+def test_rows_equal_torchs(images, make, monkeypatch):
+    """Of mixed modalities, of one image, of a batch that is not full; converted once."""
+    plain = FeatureExtractor("test_deen_resnet", "cpu")
+    modality = [KINDS[i % 3] for i in range(len(images))]
+    wanted = plain(images, modality)
+    torch.testing.assert_close(make(images, modality), wanted, rtol=0, atol=1e-5)
+    one = make(images[4], modality[4])
+    torch.testing.assert_close(one[0], wanted[4], rtol=0, atol=1e-5)
+    assert make((), "visible").shape == (0, make.dim)
+    monkeypatch.setattr(engines, "convert", None)  # the graphs are on the disk by now
+    again = FeatureExtractor("test_deen_resnet", engine="openvino")
+    assert torch.equal(again(images, modality), make(images, modality))
+    assert make.provenance["engine"] == "openvino"
+
+
+def test_many_threads_share_one_engine(images, make):
+    """B1, for OpenVINO: its requests are not to be shared."""
+    wanted = [make(image, "infrared") for image in images]
+    with ThreadPoolExecutor(8) as pool:
+        rows = list(pool.map(lambda image: make(image, "infrared"), images * 4))
+    assert all(torch.equal(row, wanted[i % len(images)]) for i, row in enumerate(rows))
+
+
+def test_mistakes(images, make, tmp_path):
+    for options, message in (
+        ({"engine": "tensorrt"}, "engine 'tensorrt': choose from torch, openvino"),
+        ({"engine": "openvino", "precision": "float64"}, "precision 'float64'"),
+        ({"engine": "openvino", "precision": "int8"}, "deen-zoo quantize"),
+        ({"engine": "openvino", "device": "cuda"}, "computes on the CPU"),
+        ({"precision": "int8"}, "precision 'int8'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            FeatureExtractor("test_deen_resnet", **options)
+    with pytest.raises(UserError, match="takes images, not preprocessed tensors"):
+        make(torch.zeros(1, 3, 128, 64), "visible")
+
+
+@pytest.mark.slow
+def test_int8_from_quantize_to_extract(llcm_tree, tmp_path, capsys):
+    pytest.importorskip("nncf")
+    folder = tmp_path / "int8"
+    arguments = ["quantize", "test_deen_resnet", str(llcm_tree), str(folder), "--layout", "llcm"]
+    bounds = ["--same-first-hit", "0.3", "--map-drop", "0.2"]  # six people say little
+    assert main([*arguments, *bounds, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["queries"] > 0 and 0 < report["mAP_float32"] <= 1
+    assert deen_zoo.create_model(f"local-dir:{folder}", pretrained=True) is not None
+
+    out = tmp_path / "f.safetensors"
+    common = ["extract", str(llcm_tree), "--layout", "llcm", "--model", str(folder), "-o", str(out)]
+    assert main([*common, "--engine", "openvino", "--precision", "int8"]) == 0
+    int8 = read_feature_table(out)
+    exact = FeatureExtractor("test_deen_resnet", "cpu")(
+        open_dataset("llcm", llcm_tree).test("visible")
+    )
+    cosine = (int8.features[: len(exact)] * exact).sum(1)
+    assert 0.9 < float(cosine.min()) < 1 - 1e-6  # it is int8, and close
+    make = FeatureExtractor(folder, engine="openvino", precision="int8")
+    capsys.readouterr()
+    make([np.zeros((128, 64, 3), np.uint8)] * 3, "visible")
+    assert "unlike" in capsys.readouterr().err or make.engine._warned
+    with pytest.raises(UserError, match="quantized with flip True"):
+        FeatureExtractor(folder, engine="openvino", precision="int8", flip=False)
+
+
+@pytest.mark.slow
+def test_nothing_is_written_below_the_bound(llcm_tree, tmp_path):
+    pytest.importorskip("nncf")
+    dataset = open_dataset("llcm", llcm_tree)
+    samples = dataset.test("visible") + dataset.test("infrared")
+    with pytest.raises(UserError, match="int8 keeps the first hit"):
+        quantize("test_deen_resnet", samples, tmp_path / "out", same_first_hit=1.01)
+    with pytest.raises(UserError, match="at least 4"):
+        quantize("test_deen_resnet", samples[:1], tmp_path / "out")
+    assert not list(Path(tmp_path).iterdir())
