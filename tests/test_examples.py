@@ -195,7 +195,7 @@ sys.addaudithook(note)
 
 
 @contextmanager
-def served(*arguments: str, notes: Path) -> Iterator[str]:
+def served(*arguments: str, notes: Path, end: signal.Signals = signal.SIGINT) -> Iterator[str]:
     """The demo in a process of its own: its address. In ``notes`` goes each host that it calls."""
     (notes.parent / "sitecustomize.py").write_text(EAVESDROPPER)
     env = environment() | {"CALLED": str(notes)}
@@ -223,8 +223,8 @@ def served(*arguments: str, notes: Path) -> Iterator[str]:
         browser.wait(answers, "the demo's page")
         yield address
     finally:
-        process.send_signal(signal.SIGINT)  # Ctrl-C
-        assert process.wait(60) == 0
+        process.send_signal(end)
+        assert process.wait(120) == 0
         left = [path for path in Path(env["TMPDIR"]).rglob("*") if path.is_file()]
         assert left == []  # neither uploads nor drawn people stay behind
         shutil.rmtree(env["TMPDIR"])
@@ -283,6 +283,80 @@ def test_demo_in_a_browser(sysu_tree: Path, tmp_path: Path) -> None:
         assert len(asked) > 20
         assert [name for name in asked if not name.startswith((address, "data:", "blob:"))] == []
     assert set(notes.read_text().split()) <= {"127.0.0.1", "localhost", "None"}
+
+
+def answer(url: str, data: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+    """Status and body, redirects and errors too."""
+    request = urllib.request.Request(url, data, headers)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=120) as reply:
+            return reply.status, reply.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def upload(address: str, name: str, content: bytes) -> str:
+    """Where the demo keeps an uploaded file."""
+    boundary = "abc123"
+    head = (
+        f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n'
+        "Content-Type: application/octet-stream\r\n\r\n"
+    )
+    body = head.encode() + content + f"\r\n--{boundary}--\r\n".encode()
+    kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    status, said = answer(f"{address}gradio_api/upload", body, **kind)
+    assert status == 200, said
+    return str(json.loads(said)[0])
+
+
+@pytest.mark.slow
+def test_demo_keeps_to_itself(sysu_tree: Path, tmp_path: Path) -> None:
+    """D2: it read an upload as a list of paths, served every file of the gallery's folders,
+    answered any Host, and left uploads behind after TERM.
+    """
+    pytest.importorskip("gradio")
+    gallery = shutil.copytree(sysu_tree / "cam1", tmp_path / "gallery")
+    (gallery / "secret.txt").write_text("secret")
+    (gallery / "secret.jpg").write_text("not an image, but named like one")
+    with served(
+        "--gallery", str(gallery), "--queries", str(gallery), notes=tmp_path / "called.txt",
+        end=signal.SIGTERM,
+    ) as address:  # fmt: skip
+        assert answer(address)[0] == 200
+        assert answer(address, Host="evil.example")[0] == 400
+        for name in ("secret.txt", "secret.jpg"):
+            status, said = answer(f"{address}gradio_api/file={gallery / name}")
+            assert status in (403, 404) and b"secret" not in said.replace(name.encode(), b"")
+        assert Path(upload(address, "query.jpg", b"left behind?")).exists()
+
+
+def test_the_demo_says_what_its_model_knows() -> None:
+    """E: it gave a real man 0.67 among drawn people without saying what the model knows."""
+    pytest.importorskip("gradio")
+    example = load("demo")
+    tiny = deen_zoo.create_model("test_deen_resnet", num_classes=0)
+    assert "test_deen_resnet" in example.about(tiny) and "drawn people only" in example.about(tiny)
+    real = deen_zoo.create_model("deen_resnet50_regdb", num_classes=0, device="meta")
+    assert "drawn" not in example.about(real) and "deen_resnet50_regdb" in example.about(real)
+
+
+def test_the_demo_reads_an_upload_as_an_image(tmp_path: Path) -> None:
+    """D2: a file that is CSV and PPM at once was read as a list of local paths."""
+    pytest.importorskip("gradio")
+    from PIL import Image
+
+    example = load("demo")
+    for i in range(3):
+        Image.new("RGB", (24, 64), (99 * i, 99, 9)).save(tmp_path / f"{i}.png")
+    extractor = deen_zoo.FeatureExtractor("test_deen_resnet")
+    searcher = example.Searcher(extractor, [str(tmp_path)])
+    (tmp_path / "query.csv").write_bytes(b"P6\n#,path\n2 2\n255\n" + bytes(12) + b"\npath\n0.png\n")
+    hits = searcher(str(tmp_path / "query.csv"), "infrared", 2)
+    assert len(hits) == 2 and all(isinstance(image, Image.Image) for image, _ in hits)
+    (tmp_path / "list.csv").write_text("path\n0.png\n")
+    with pytest.raises(example.gr.Error, match="cannot be read"):
+        searcher(str(tmp_path / "list.csv"), "infrared", 2)
 
 
 def picture_of_the_demo(file: Path, person: int = 15) -> None:
