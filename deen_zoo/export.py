@@ -1,4 +1,4 @@
-"""A model as one file for other runtimes: ONNX, or a ``torch.export`` program.
+"""A model as one file for other runtimes: ONNX, OpenVINO IR, TorchScript or torch.export.
 
 Nothing is written unless the file, read back and run, gives the numbers that torch gives.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,47 +21,54 @@ from torch import Tensor, nn
 
 from .errors import UserError, require
 from .features.extractor import data_config
-from .models import DEEN
+from .models import ReidModel
 from .models.fuse import is_deployed
 
-__all__ = ["FORMS", "MODALITIES", "OUTPUTS", "ExportReport", "export_model"]
+__all__ = ["FORMATS", "MODALITIES", "OUTPUTS", "VARIANTS", "ExportReport", "export_model"]
 
-FORMS = ("deploy", "plain")
+FORMATS = {
+    ".onnx": ("onnx", "onnxscript", "onnxruntime"),
+    ".xml": ("openvino",),
+    ".pt": (),
+    ".pt2": (),
+}  # and what writing it needs
+VARIANTS = ("deploy", "plain")
 OUTPUTS = ("embedding", "logits")
-MODALITIES = ("input", "visible", "infrared")
+MODALITIES = ("visible", "infrared", "input")
 BATCHES = (1, 7)
 
-Run = Callable[[dict[str, Tensor]], Tensor]
+Inputs = dict[str, Tensor]
+Run = Callable[[Inputs], Tensor]
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What :func:`export_model` wrote, and how it was found to agree.
+    """What :func:`export_model` wrote, and how closely it agrees with torch.
 
     Attributes:
         path: The file.
-        form: ``"deploy"`` or ``"plain"``.
-        metadata: What stands in the file: model, output, modality, flip, preprocessing.
-        size_bytes: Of the file.
-        differences: Greatest difference from torch of each check, relative where outputs exceed 1.
+        variant: ``"deploy"`` or ``"plain"``.
+        metadata: What the file says about itself: model, output, modality, flip, preprocessing.
+        size_bytes: Size of the file; of OpenVINO's both files.
+        differences: Greatest difference from torch in each check, relative where outputs exceed 1.
     """
 
     path: str
-    form: str
+    variant: str
     metadata: dict[str, Any]
     size_bytes: int
     differences: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, ready for JSON."""
+        """All fields, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
         channels, height, width = self.metadata["preprocessing"]["input_size"]
         modality = self.metadata["modality"]
-        told = ", modality [batch]" if modality == "input" else f", {modality} alone"
+        told = ", modality [batch]" if modality == "input" else f", {modality} only"
         return (
-            f"{self.path}: {self.form} form, {self.size_bytes / 1e6:.1f} MB, "
+            f"{self.path}: {self.variant} variant, {self.size_bytes / 1e6:.1f} MB, "
             f"images [batch, {channels}, {height}, {width}]{told} -> {self.metadata['output']}\n"
             f"differs from torch by at most {max(self.differences.values()):.1e} "
             f"(batches: {', '.join(self.differences)})"
@@ -68,111 +76,135 @@ class ExportReport:
 
 
 class _Function(nn.Module):
-    """One of the model's calls as a function of tensors alone."""
+    """What is exported: a function of ``images``, and of ``modality`` where it is an input."""
 
-    def __init__(self, model: DEEN, output: str, modality: str, flip: bool) -> None:
+    def __init__(
+        self, model: ReidModel, output: str, modality: str, descriptor: str, flip: bool,
+        normalize: bool,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.model, self.output, self.modality, self.flip = model, output, modality, flip
+        self.output, self.modality, self.descriptor = output, modality, descriptor
+        self.flip, self.normalize = flip, normalize
+        self.one = output == "embedding" and modality != "input"
+        one = (modality, flip, normalize, descriptor)
+        self.model: Any = model.for_modality(*one) if self.one else model
 
     def forward(self, images: Tensor, modality: Tensor | None = None) -> Tensor:
-        told = self.modality if modality is None else modality
-        if self.output == "logits":
-            logits: Tensor = self.model(images, told)
-            return logits
-        return self.model.forward_embedding(images, told, self.flip)
+        if self.one:
+            rows: Tensor = self.model(images)
+        elif self.output == "logits":
+            rows = self.model(images, self.modality if modality is None else modality)
+        else:
+            rows = self.model.forward_embedding(images, modality, self.flip, self.descriptor)
+            rows = nn.functional.normalize(rows) if self.normalize else rows
+        return rows
 
 
 def export_model(
-    model: DEEN,
+    model: ReidModel,
     path: str | os.PathLike[str],
     *,
+    modality: str,
     output: str = "embedding",
-    modality: str = "input",
-    flip: bool = False,
-    form: str = "deploy",
+    descriptor: str = "official",
+    flip: bool | None = None,
+    normalize: bool = True,
+    variant: str = "deploy",
     size: tuple[int, int] | None = None,
     tolerance: float = 1e-4,
 ) -> ExportReport:
-    """Write a model as ONNX (``.onnx``) or as a ``torch.export`` program (``.pt2``).
+    """Write a model as ONNX, OpenVINO IR, TorchScript or a ``torch.export`` program.
 
-    The file takes ``images`` (N, 3, H, W) float32, normalised, of any N, and, unless one modality
-    is baked in, ``modality`` (N,) bool, True for infrared. What the images need stands in its
-    metadata, under ``deen_zoo``. It is run on batches of 1 and 7 of either modality, and of both at
-    once, and its numbers compared with those of ``model`` before it gets its name.
+    The file takes ``images`` (N, 3, H, W) float32, normalised, of any N, and gives the rows that
+    :class:`deen_zoo.FeatureExtractor` gives. Its metadata, under ``deen_zoo``, say how images are
+    prepared. It is run on batches of 1 and 7 before it gets its name, and compared with ``model``.
 
     Args:
         model: It is left as it is; the file is in float32.
-        path: Ends in ``.onnx`` or ``.pt2``.
-        output: ``"embedding"``, the official descriptor of :meth:`DEEN.forward_embedding`, or
-            ``"logits"``.
-        modality: ``"input"``; or ``"visible"`` or ``"infrared"``, which leaves the other stem out.
-        flip: Add the descriptor of the mirrored images, as the reference's test does.
-        form: ``"deploy"``, the same numbers from fewer operations, or ``"plain"``.
+        path: Ends in ``.onnx``, ``.xml`` (OpenVINO; a ``.bin`` is written next to it), ``.pt``
+            (TorchScript) or ``.pt2`` (``torch.export``).
+        modality: ``"visible"`` or ``"infrared"``, which leaves the other stem out; or ``"input"``:
+            the file takes a second input ``modality`` (N,) bool, True for infrared.
+        output: ``"embedding"`` or ``"logits"``.
+        descriptor: Which embedding, one of ``model.descriptors``.
+        flip: Add the descriptor of the mirrored images; None as the model's results were measured.
+        normalize: Scale each embedding to length 1.
+        variant: ``"deploy"``, the same numbers from fewer operations, or ``"plain"``.
         size: (H, W) of the images; the model's own when None.
         tolerance: Greatest difference from torch that passes, relative where outputs exceed 1.
 
     Raises:
         UserError: An argument is none of the above; or the file's numbers are not torch's.
-        MissingExtraError: ONNX is asked for, and the ``export`` extra is not installed.
+        MissingExtraError: What the format needs is not installed.
     """
     path = Path(path)
-    _check(model, path, output, modality, flip, form)
+    _check(model, path, output, modality, descriptor, variant)
+    flip = model.flip if flip is None else flip
     config = data_config(model)
     height, width = size or config["input_size"][1:]
     checks = _checks(modality, (int(model.in_chans), height, width))
     note = {
-        "model": getattr(model, "pretrained_cfg", {}).get("architecture", "DEEN"),
+        "model": getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__),
         "output": output,
+        "descriptor": descriptor if output == "embedding" else None,
         "modality": modality,
         "flip": flip,
+        "normalize": normalize,
         "preprocessing": {**config, "input_size": (model.in_chans, height, width)},
     }
     plain = copy.deepcopy(model).cpu().float().eval()
-    exported: Any = plain if form == "plain" else reparameterize_model(plain)
-    function = _Function(exported, output, modality, flip).eval()
-    reference = _Function(plain, output, modality, flip).eval()
+    exported: Any = plain if variant == "plain" else reparameterize_model(plain)
+    function, reference = (
+        _Function(m, output, modality, descriptor, flip, normalize).eval()
+        for m in (exported, plain)
+    )
     try:
         with torch.inference_mode():
             wanted = {name: reference(**inputs) for name, inputs in checks.items()}
     except ValueError as error:  # MFA does not take every size
         raise UserError(f"size {height} {width}: {error}") from error
     partial = path.with_name(f"{path.name}.partial")
-    write = _write_onnx if path.suffix == ".onnx" else _write_program
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the exporters' own internals
-            run = write(function, list(checks.values())[-1], partial, output, json.dumps(note))
+            example = list(checks.values())[-1]
+            run = WRITERS[path.suffix](function, example, partial / path.name, output, note)
         with torch.inference_mode():
             differences = {k: _difference(run(x), wanted[k]) for k, x in checks.items()}
         _judge(path, differences, tolerance)
-        size_bytes = partial.stat().st_size
-        os.replace(partial, path)
+        written = sorted(partial.iterdir())  # OpenVINO's .bin before the .xml that asks for it
+        size_bytes = sum(file.stat().st_size for file in written)
+        for file in written:
+            os.replace(file, path.with_name(file.name))
     finally:
-        partial.unlink(missing_ok=True)
-    return ExportReport(str(path), form, note, size_bytes, differences)
+        shutil.rmtree(partial, ignore_errors=True)
+    return ExportReport(str(path), variant, note, size_bytes, differences)
 
 
-def _check(model: DEEN, path: Path, output: str, modality: str, flip: bool, form: str) -> None:
+def _check(
+    model: ReidModel, path: Path, output: str, modality: str, descriptor: str, variant: str
+) -> None:
     for name, value, valid in (
         ("output", output, OUTPUTS),
         ("modality", modality, MODALITIES),
-        ("form", form, FORMS),
-        ("ending", path.suffix, (".onnx", ".pt2")),
+        ("descriptor", descriptor, tuple(model.descriptors)),
+        ("variant", variant, VARIANTS),
+        ("ending", path.suffix, tuple(FORMATS)),
     ):
         if value not in valid:
             raise UserError(f"{name} {value!r}: choose from {', '.join(valid)}")
-    if path.suffix == ".onnx":
-        for module in ("onnx", "onnxscript", "onnxruntime"):
-            require(module, "export")
-    if output == "logits" and (flip or not model.num_classes):
-        what = "flip adds descriptors, not logits" if flip else "this model has no classifier"
-        raise UserError(f"logits cannot be exported: {what}; export the embedding")
-    if form == "plain" and is_deployed(model):
-        raise UserError("this model is in the deploy form already: give the one it was made from")
+    for module in FORMATS[path.suffix]:
+        require(module, "openvino" if module == "openvino" else "export")
+    if output == "logits" and not model.num_classes:
+        raise UserError("this model has no classifier: export the embedding")
+    if variant == "plain" and is_deployed(model):
+        raise UserError("this model is in its deploy form already: give the one it was made from")
 
 
-def _checks(modality: str, shape: tuple[int, int, int]) -> dict[str, dict[str, Tensor]]:
-    """Inputs by name of check. Noise is as good as pictures: it reaches every operation."""
+def _checks(modality: str, shape: tuple[int, int, int]) -> dict[str, Inputs]:
+    """Inputs by name of the check. Noise reaches every operation, as pictures do."""
     generator = torch.Generator().manual_seed(0)
     checks = {}
     for batch in BATCHES:
@@ -194,7 +226,7 @@ def _judge(path: Path, differences: dict[str, float], tolerance: float) -> None:
         raise UserError(
             f"{path} was not written: its numbers differ from torch's by up to "
             f"{differences[worst]:.1e} (batch of {worst}), more than {tolerance:.0e}: try "
-            f"form='plain', or report it with your versions of torch and onnxruntime"
+            f"the plain variant, or report it with your versions of torch and the runtime"
         )
 
 
@@ -204,22 +236,53 @@ def _difference(got: Tensor, wanted: Tensor) -> float:
     return float(((got - wanted).abs() / wanted.abs().clamp(min=1)).max())
 
 
-def _write_program(
-    function: _Function, example: dict[str, Tensor], path: Path, output: str, note: str
-) -> Run:
+def _program(function: nn.Module, example: Inputs) -> Any:
     batch = torch.export.Dim("batch")
-    program = torch.export.export(
+    return torch.export.export(
         function, (), example, dynamic_shapes={name: {0: batch} for name in example}
     )
+
+
+def _write_program(
+    function: nn.Module, example: Inputs, path: Path, output: str, note: dict[str, Any]
+) -> Run:
     with open(path, "wb") as file:
-        torch.export.save(program, file, extra_files={"deen_zoo": note})
+        extra = {"deen_zoo": json.dumps(note)}
+        torch.export.save(_program(function, example), file, extra_files=extra)
     with open(path, "rb") as file:
         module = torch.export.load(file).module()
     return lambda inputs: module(**inputs)
 
 
+def _write_torchscript(
+    function: nn.Module, example: Inputs, path: Path, output: str, note: dict[str, Any]
+) -> Run:
+    with torch.no_grad():
+        traced: Any = torch.jit.trace(function, tuple(example.values()), check_trace=False)
+    torch.jit.save(traced, path, _extra_files={"deen_zoo": json.dumps(note)})
+    module: Any = torch.jit.load(path)
+    return lambda inputs: module(*inputs.values())
+
+
+def _write_openvino(
+    function: nn.Module, example: Inputs, path: Path, output: str, note: dict[str, Any]
+) -> Run:
+    import openvino
+
+    model = openvino.convert_model(_program(function, example))
+    for port, name in zip([*model.inputs, *model.outputs], [*example, output], strict=True):
+        port.get_tensor().set_names({name})
+    model.set_rt_info(json.dumps(note), ["deen_zoo"])
+    openvino.save_model(model, path, compress_to_fp16=False)
+    hint = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(str(path), "CPU", hint)
+    return lambda inputs: torch.from_numpy(
+        compiled({name: x.numpy() for name, x in inputs.items()})[0]
+    )
+
+
 def _write_onnx(
-    function: _Function, example: dict[str, Tensor], path: Path, output: str, note: str
+    function: nn.Module, example: Inputs, path: Path, output: str, note: dict[str, Any]
 ) -> Run:
     import onnxruntime
 
@@ -234,12 +297,20 @@ def _write_onnx(
             f"{path.stem}: the ONNX exporter of torch {torch.__version__} failed "
             f"({type(error).__name__}): upgrade torch and onnxscript, or write OUT.pt2"
         ) from error
-    program.model.metadata_props["deen_zoo"] = note
+    program.model.metadata_props["deen_zoo"] = json.dumps(note)
     program.save(path, external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
-    def run(inputs: dict[str, Tensor]) -> Tensor:
+    def run(inputs: Inputs) -> Tensor:
         rows = session.run([output], {name: x.numpy() for name, x in inputs.items()})[0]
         return torch.from_numpy(rows)
 
     return run
+
+
+WRITERS = {
+    ".onnx": _write_onnx,
+    ".xml": _write_openvino,
+    ".pt": _write_torchscript,
+    ".pt2": _write_program,
+}

@@ -1,4 +1,4 @@
-"""A model to ONNX or torch.export, checked against torch before it says done."""
+"""Write a model as ONNX, OpenVINO IR, TorchScript or torch.export, checked against torch."""
 
 from __future__ import annotations
 
@@ -8,31 +8,43 @@ import os
 import sys
 
 EXAMPLES = """\
-  deen-zoo export runs/llcm/checkpoint deen.onnx
-  deen-zoo export test_deen_resnet tiny.onnx --modality infrared --flip
-  deen-zoo export hf-hub:ORG/NAME deen.pt2 --output logits --form plain --json
+  deen-zoo export runs/llcm/checkpoint night.onnx --modality infrared
+  deen-zoo export runs/llcm/checkpoint day.xml --modality visible
+  deen-zoo export test_deen_resnet tiny.pt --modality infrared --no-flip --raw
+  deen-zoo export hf-hub:ORG/NAME deen.pt2 --modality input --output logits --variant plain --json
 
-The file takes "images" (N, 3, H, W), normalised, of any N, and "modality" (N,) bool, True for
-infrared; what the images need stands in its metadata. Embeddings are compared by dot product."""
+The file takes "images" (N, 3, H, W), normalised, of any N, and gives the rows that "deen-zoo
+extract" gives; its metadata say how images are prepared. Embeddings are compared by dot product."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..export import FORMS, MODALITIES, OUTPUTS
-
     add = parser.add_argument
     add("model", metavar="MODEL", help="a name, a checkpoint folder, or hf-hub:ORG/NAME")
-    add("path", metavar="OUT", help="OUT.onnx, or OUT.pt2 for torch.export")
-    add("--output", choices=OUTPUTS, default="embedding")
+    add("path", metavar="OUT", help="OUT.onnx, OUT.xml (OpenVINO), OUT.pt (TorchScript), OUT.pt2")
     add(
         "--modality",
-        choices=MODALITIES,
-        default="input",
-        help="an input of the file (default), or baked in, without the other stem",
+        choices=("visible", "infrared", "input"),
+        required=True,
+        help="of the images, which leaves the other stem out; or a second input of the file",
     )
-    add("--form", choices=FORMS, default="deploy", help="deploy: same numbers, fewer operations")
-    add("--flip", action="store_true", help="add the mirrored image's embedding, as extract does")
+    add("--output", choices=("embedding", "logits"), default="embedding")
+    add("--descriptor", default="official", help="which embedding (default: official)")
+    add("--no-flip", action="store_true", help="without the mirrored image: half the time")
+    add(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="scale embeddings to length 1, as extract does (default)",
+    )
+    add("--raw", dest="normalize", action="store_false", help="the same as --no-normalize")
+    add(
+        "--variant",
+        choices=("deploy", "plain"),
+        default="deploy",
+        help="deploy: the same numbers from fewer operations (default)",
+    )
     add("--size", nargs=2, type=int, metavar=("H", "W"), help="of the images, if not the model's")
-    add("--json", action="store_true", help="the report as JSON on stdout")
+    add("--json", action="store_true", help="print the report as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,10 +53,11 @@ def run(args: argparse.Namespace) -> int:
 
     folder = os.path.isdir(args.model)
     model = create_model(f"local-dir:{args.model}" if folder else args.model, pretrained=True)
-    print(f"exporting {args.model} to {args.path}", file=sys.stderr)
+    print(f"exporting {args.model} to {args.path} ...", file=sys.stderr, flush=True)
     report = export_model(
-        model, args.path, output=args.output, modality=args.modality, flip=args.flip,
-        form=args.form, size=tuple(args.size) if args.size else None,
+        model, args.path, modality=args.modality, output=args.output, descriptor=args.descriptor,
+        flip=False if args.no_flip else None, normalize=args.normalize, variant=args.variant,
+        size=tuple(args.size) if args.size else None,
     )  # fmt: skip
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
     return 0
