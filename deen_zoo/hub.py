@@ -21,7 +21,7 @@ from .errors import UserError
 from .evaluation.results import METRICS
 from .io import sha256, whole_folder
 from .model_card import Measured, card, licence_of
-from .models import DEEN, create_model
+from .models import ReidModel, create_model
 from .models.checkpoint import model_config
 from .models.pretrained import CONFIG, WEIGHTS, hub_errors
 
@@ -102,7 +102,7 @@ def publish(
         )
     left_out = {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, RESULTS, CARD}
     config = model_config(model, digest)
-    config["pretrained_cfg"]["license"] = licence_of(content, found, repo)[0]
+    config["pretrained_cfg"]["license"] = licence_of(content, found, repo, model.source)[0]
 
     def texts(tag: str) -> dict[str, bytes]:
         written = {
@@ -135,7 +135,7 @@ def publish(
     return Publication(repo, tag, url, preview, sizes, sorted(left_out), digest)
 
 
-def _load(folder: Path) -> DEEN:
+def _load(folder: Path) -> ReidModel:
     if not (folder / CONFIG).is_file() and (folder / "checkpoint" / CONFIG).is_file():
         raise UserError(f"{folder} is the folder of a run: give {folder / 'checkpoint'}")
     model = create_model(f"local-dir:{folder}", pretrained=True)

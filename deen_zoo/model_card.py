@@ -14,7 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from .data.datasets import get_dataset
 from .evaluation import report
 from .evaluation.results import METRICS
-from .models import DEEN
+from .models import ReidModel
+from .models.catalog import entries
 
 __all__ = ["Measured", "card", "licence_of"]
 
@@ -28,7 +29,7 @@ class Measured:
     Attributes:
         which: ``"last"`` or ``"best"`` epoch; the latter was chosen on the test set.
         epoch: Counted from 1; None when the weights were evaluated only.
-        split: Of RegDB; None elsewhere.
+        split: RegDB's split; None elsewhere.
         protocols: Entries as ``results.json`` has them, with this file's mean, std and trials.
         drawn: The data is a synthetic world.
     """
@@ -41,7 +42,7 @@ class Measured:
 
 
 def card(
-    model: DEEN,
+    model: ReidModel,
     results: Mapping[str, Any],
     found: Measured,
     repo: str,
@@ -52,14 +53,14 @@ def card(
     dataset = results["dataset"]
     cfg: Any = model.pretrained_cfg
     title = "a synthetic world" if found.drawn else get_dataset(dataset).title
-    licence, name, link, in_words = licence_of(results, found, repo)
+    licence, name, link, in_words = licence_of(results, found, repo, model.source)
     data = ModelCardData(
         license=licence,
         license_name=name,
         license_link=link,
         library_name="timm",
         pipeline_tag="image-feature-extraction",
-        tags=["person-re-identification", "visible-infrared", "deen_zoo", "timm", "DEEN"],
+        tags=["person-re-identification", "visible-infrared", "deen_zoo", "timm", *_family(cfg)],
         model_name=repo.partition("/")[2],
         eval_results=[
             EvalResult(
@@ -86,16 +87,40 @@ def card(
         parameters=f"{sum(p.numel() for p in model.parameters()):,}",
         height=cfg["input_size"][1],
         width=cfg["input_size"][2],
-        descriptor=f"{2 * model.num_branches * model.branch_features:,}",
+        descriptor=f"{model.embed_dim:,}",
+        network=cfg.get("paper_name") or "a network",
+        flip=model.flip,
         identities=model.num_classes,
         results_note=_results_note(found, title),
         results=report(found.protocols),
-        training=_training(results, found),
+        training=_training(results, found, model.source),
+        citation=_citation(cfg),
         data=_data(results, found, title),
         licence=in_words,
         sha256=digest,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def _family(cfg: Mapping[str, Any]) -> list[str]:
+    """``["agw"]`` of ``agw_resnet50_sysu``."""
+    name = str(cfg["architecture"]).removeprefix("test_")
+    return [name.partition("_")[0]]
+
+
+def _citation(cfg: Mapping[str, Any]) -> str:
+    """The network's paper and its authors' code, as far as the model's configuration knows them."""
+    papers = cfg.get("paper_ids") or ()
+    papers = [papers] if isinstance(papers, str) else list(papers)
+    links = [f"https://arxiv.org/abs/{p.partition(':')[2]}" for p in papers if ":" in p]
+    links += [cfg["origin_url"]] if cfg.get("origin_url") else []
+    name = cfg.get("paper_name") or cfg["architecture"]
+    return f"Cite the authors of the network: {', '.join([name, *links])}."
+
+
+def _source(name: str | None) -> Mapping[str, str]:
+    """The catalog's entry of converted weights."""
+    return next((entry for entry in entries() if entry["source"] == name), {})
 
 
 def _results_note(found: Measured, title: str) -> str:
@@ -109,30 +134,37 @@ def _results_note(found: Measured, title: str) -> str:
         )
     if found.which == "best":
         notes.append(
-            "The epoch was chosen by its rank-1 on the test set, as the reference does, which "
-            "flatters."
+            "The epoch was chosen by its rank-1 on the test set, as the reference does: this is "
+            "optimistic."
         )
     return " ".join(notes)
 
 
-def _training(results: Mapping[str, Any], found: Measured) -> str:
+def _training(results: Mapping[str, Any], found: Measured, source: str | None) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     if results["eval_only"]:
+        origin = _source(source).get("repository", "elsewhere")
         return (
-            "The weights come from elsewhere and were evaluated, not trained, with deen_zoo "
-            f"({versions}). How they were trained is for their author to say."
+            f"The weights come from {origin} and were evaluated, not trained, with deen_zoo "
+            f"({versions}). Their authors say how they were trained."
         )
     recipe = dict(results["recipe"])
     name = recipe.pop("name")
     epoch = "" if found.epoch is None else f"; these are the weights after epoch {found.epoch}"
+    epochs, processes = _count(results["epochs"], "epoch"), _count(results["processes"], "process")
     sections = [{key: v} if not isinstance(v, dict) else v for key, v in recipe.items()]
     values = ", ".join(f"{key} {json.dumps(v)}" for part in sections for key, v in part.items())
     return (
         f"Trained with `deen-zoo reproduce {results['dataset']} --recipe {name}`, seed "
-        f"{results['seed']}, {results['epochs']} epochs{epoch}.\n\nThe recipe: {values}.\n\n"
-        f"On {results['device']}, {results['processes']} process(es), precision "
+        f"{results['seed']}, {epochs}{epoch}.\n\nThe recipe: {values}.\n\n"
+        f"On {results['device']}, {processes}, precision "
         f"{results['precision']}; {versions}."
     )
+
+
+def _count(number: int, noun: str) -> str:
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
 
 
 def _data(results: Mapping[str, Any], found: Measured, title: str) -> str:
@@ -151,18 +183,20 @@ def _data(results: Mapping[str, Any], found: Measured, title: str) -> str:
 
 
 def licence_of(
-    results: Mapping[str, Any], found: Measured, repo: str
+    results: Mapping[str, Any], found: Measured, repo: str, source: str | None = None
 ) -> tuple[str, str | None, str | None, str]:
-    """Terms of the weights: the Hub's name for them, their name and link, and all in words."""
+    """The terms of the weights: the Hub's name for them, their name, a link, and words."""
     code = "The code, deen_zoo, is under Apache-2.0."
     if results["eval_only"]:
-        words = "That does not extend to the weights, whose terms are for their author to say."
+        words = "That does not extend to the weights, whose authors set their terms."
+        if _source(source):
+            words += f" The repository that they come from says: {_source(source)['licence']}."
         return "other", "see-card", f"{constants.ENDPOINT}/{repo}#licence", f"{code} {words}"
     if found.drawn:
         words = "So are these weights, which come from drawn pictures alone."
         return "apache-2.0", None, None, f"{code} {words}"
     if not get_dataset(results["dataset"]).home:
-        words = "That does not extend to the weights, whose terms are for their publisher to say."
+        words = "That does not extend to the weights, whose publisher sets their terms."
         return "other", "see-card", f"{constants.ENDPOINT}/{repo}#licence", f"{code} {words}"
     link = get_dataset(results["dataset"]).home
     words = (

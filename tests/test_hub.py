@@ -461,7 +461,7 @@ def test_the_card_has_only_measured_numbers(preview, folder):
     assert shown and all(f"{float(n):.2f}" in per_cent for n in shown)
     assert card.data.license == "other" and card.data.license_name == "research-only"
     for part in (
-        "ZYK100/LLCM", "bibtex", "legal", "bias", "seed 3", "recipe official", "2 epochs",
+        "ZYK100/LLCM", "2303.14481", "legal", "bias", "seed 3", "recipe official", "2 epochs",
         "epoch 2", "54.9", sha256(folder / "model.safetensors"), "1,234 images", "@v7",
         "768 numbers", "128 x 64", "(7,166)",
     ):  # fmt: skip
