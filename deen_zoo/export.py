@@ -140,7 +140,8 @@ def export_model(
     path = Path(path)
     _check(model, path, output, modality, descriptor, variant)
     flip = model.flip if flip is None else flip
-    config = data_config(model)
+    whole: Any = model
+    config = data_config(whole)
     height, width = size or config["input_size"][1:]
     checks = _checks(modality, (int(model.in_chans), height, width))
     note = {
@@ -258,9 +259,11 @@ def _write_torchscript(
     function: nn.Module, example: Inputs, path: Path, output: str, note: dict[str, Any]
 ) -> Run:
     with torch.no_grad():
-        traced: Any = torch.jit.trace(function, tuple(example.values()), check_trace=False)
+        inputs = tuple(example.values())
+        traced: Any = torch.jit.trace(function, inputs, check_trace=False)  # type: ignore[no-untyped-call]
+    traced = torch.jit.freeze(traced)  # without the other methods of the model
     torch.jit.save(traced, path, _extra_files={"deen_zoo": json.dumps(note)})
-    module: Any = torch.jit.load(path)
+    module: Any = torch.jit.load(path)  # type: ignore[no-untyped-call]
     return lambda inputs: module(*inputs.values())
 
 

@@ -181,7 +181,7 @@ class SideBySide(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.reshape(self.branches, -1, x.shape[1], x.shape[2], x.shape[3])
-        return x.transpose(0, 1).flatten(1, 2)
+        return torch.cat(x.unbind(0), dim=1)  # OpenVINO misreads a transposition here
 
 
 class FusedStage(Deployable, nn.Module):
