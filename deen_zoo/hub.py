@@ -88,11 +88,13 @@ def publish(
         raise UserError(f"tag {tag!r}: give one such as v1, of letters, digits, '.', '-' and '_'")
     model = _load(folder)
     digest = sha256(folder / WEIGHTS)
+    trained_on = json.loads((folder / CONFIG).read_text("utf-8"))["deen_zoo"].get("trained_on")
+    source = (trained_on or {}).get("source")
     file = Path(results) if results else folder / RESULTS
     content = _read_results(file, folder)
     with _as_written(file):  # also what is needed later, when something has been created
         found = measured(content, digest)
-        card(model, _without_paths(content), found, repo, tag or "v1", digest)
+        card(model, _without_paths(content), found, repo, tag or "v1", digest, source)
     cfg: Any = model.pretrained_cfg
     architecture = cfg["architecture"]
     if not content["eval_only"] and content["model"] != architecture:
@@ -102,13 +104,13 @@ def publish(
         )
     left_out = {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, RESULTS, CARD}
     config = model_config(model, digest)
-    config["pretrained_cfg"]["license"] = licence_of(content, found, repo, model.source)[0]
+    config["pretrained_cfg"]["license"] = licence_of(content, found, repo, source)[0]
 
     def texts(tag: str) -> dict[str, bytes]:
         written = {
             CONFIG: json.dumps(config, indent=2) + "\n",
             RESULTS: json.dumps(_without_paths(content), indent=2) + "\n",
-            CARD: str(card(model, content, found, repo, tag, digest)),
+            CARD: str(card(model, content, found, repo, tag, digest, source)),
         }
         return {name: text.encode() for name, text in written.items()}
 

@@ -48,12 +48,16 @@ def card(
     repo: str,
     tag: str,
     digest: str,
+    source: str | None = None,
 ) -> ModelCard:
-    """The model card: metadata that the Hub reads, then ``card.md`` filled in."""
+    """The model card: metadata that the Hub reads, then ``card.md`` filled in.
+
+    ``source`` is the catalog's name of what converted weights come from.
+    """
     dataset = results["dataset"]
     cfg: Any = model.pretrained_cfg
     title = "a synthetic world" if found.drawn else get_dataset(dataset).title
-    licence, name, link, in_words = licence_of(results, found, repo, model.source)
+    licence, name, link, in_words = licence_of(results, found, repo, source)
     data = ModelCardData(
         license=licence,
         license_name=name,
@@ -93,7 +97,7 @@ def card(
         identities=model.num_classes,
         results_note=_results_note(found, title),
         results=report(found.protocols),
-        training=_training(results, found, model.source),
+        training=_training(results, found, source),
         citation=_citation(cfg),
         data=_data(results, found, title),
         licence=in_words,

@@ -314,7 +314,7 @@ def test_an_altered_download_is_removed(hub, online, offline, folder, sums, home
 
 CONFIGS = {
     "another": (lambda c: c.update(architecture="resnet50"), "architecture 'resnet50'", "timm"),
-    "newer-model": (lambda c: c.update(architecture="deen_vit_x"), "none of deen_", "pip install"),
+    "newer-model": (lambda c: c.update(architecture="deen_vit_x"), "none of", "pip install"),
     "newer-format": (lambda c: c["deen_zoo"].update(format=2, version="9"), "newer deen_zoo (9)"),
     "newer-switch": (lambda c: c["model_args"].update(dee3=1), "model_args.dee3", "pip install -U"),
     "newer-cfg": (lambda c: c["pretrained_cfg"].update(x=1), "pretrained_cfg.x", "pip install -U"),

@@ -17,7 +17,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # The rooms, from the ground up: an import only ever points to a room before its own.
 ROOMS = [
-    "errors", "io", "device", "distributed", "models", "data", "synthetic", "evaluation",
+    "errors", "terminal", "io", "device", "distributed", "models", "data", "synthetic",
+    "evaluation",
     "features", "search", "visualize", "export", "training", "model_card", "hub", "cli",
     "reproduce", "__main__",
 ]  # fmt: skip
@@ -67,7 +68,7 @@ def graph() -> dict[str, set[str]]:
 
 def test_imports_follow_the_arrows() -> None:
     arrows = graph()
-    assert arrows.pop("__init__") == {"models", "features"}
+    assert arrows.pop("__init__") == {"models", "features", "terminal"}
     assert sorted(arrows) == sorted(ROOMS) and arrows["evaluation"]  # it does see imports
     for room, used in arrows.items():
         above = used & set(ROOMS[ROOMS.index(room) :])
@@ -90,7 +91,7 @@ print(json.dumps([loaded, sorted(libraries)]))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     loaded, libraries = json.loads(done.stdout)
-    light = re.compile(r"deen_zoo(\.errors|\.io|\.models(\..+)?)?")
+    light = re.compile(r"deen_zoo(\.errors|\.terminal|\.io|\.models(\..+)?)?")
     assert [name for name in loaded if not light.fullmatch(name)] == []
     heavy = {
         "matplotlib",

@@ -170,8 +170,8 @@ def test_examples_in_help_parse():
     for verb in VERBS:
         module, parser = load_verb(verb)
         for line in module.EXAMPLES.replace("\\\n", " ").splitlines():
-            words = shlex.split(line.partition(" > ")[0])
-            if words[:2] == ["deen-zoo", verb]:
+            if line.split()[:2] == ["deen-zoo", verb]:
+                words = shlex.split(line.partition(" > ")[0])
                 model = getattr(parser.parse_args(words[2:]), "model", None)
                 known = not model or model in list_models() or ":" in model
                 assert known or model.startswith("runs/"), model
