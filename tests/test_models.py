@@ -50,7 +50,8 @@ def tiny():
 @every_model
 def test_registered_with_timm(name):
     assert name in timm.list_models() and timm.is_model(name)
-    assert timm.get_pretrained_cfg(name).has_weights
+    assert timm.is_model_pretrained(name) == (name in timm.list_models(pretrained=True))
+    assert timm.is_model_pretrained(name) == (name == TINY)  # C6: what can be had, nothing else
     cfg = deen_zoo.create_model(name).pretrained_cfg
     data = resolve_model_data_config(timm.create_model(name))
     assert (data["crop_mode"], data["crop_pct"], data["interpolation"]) == ("squash", 1, "lanczos")

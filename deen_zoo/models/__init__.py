@@ -48,10 +48,18 @@ def create_model(
         )
     if revision and source not in ("hf-hub", "hf_hub"):
         overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-        repo = overlay.get("hf_hub_id") or getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
+        repo = overlay.get("hf_hub_id")
+        if not repo and not timm.get_pretrained_cfg(name.split(".")[0]).has_weights:
+            repo = (weights.hub_repository(name) or ("",))[0]
         if not repo:
             raise UserError(f"revision {revision!r}: {name} is not on the Hub, so it has none")
         kwargs["pretrained_cfg_overlay"] = {**overlay, "hf_hub_id": f"{repo}@{revision}"}
+    checkpoint = str(kwargs.get("checkpoint_path") or ".safetensors")
+    if not checkpoint.endswith(".safetensors"):
+        raise UserError(
+            f"{checkpoint} is not loaded: only safetensors files are; 'deen-zoo convert' turns "
+            f"another repository's file into one"
+        )
     model: Any = timm.create_model(name, pretrained=pretrained, **kwargs)
     return cast(ReidModel, model)
 

@@ -116,16 +116,14 @@ class ReidModel(nn.Module):
         """
         check_images(x, self.in_chans)
         modality = known_modality(x, modality, self.modality)
-        if isinstance(modality, str) and not self.training:
-            return self.infrared_stem(x) if modality == "infrared" else self.visible_stem(x)
-        infrared = infrared_rows(x, modality)
         if self.training:
-            visible_rows, infrared_at = (~infrared).nonzero()[:, 0], infrared.nonzero()[:, 0]
-            out = torch.cat(
-                [self.visible_stem(x[visible_rows]), self.infrared_stem(x[infrared_at])]
-            )
-            return out[torch.cat([visible_rows, infrared_at]).argsort()]
-        infrared = infrared.to(x.device).reshape(-1, 1, 1, 1)
+            infrared = infrared_rows(x, modality)
+            visible_at, infrared_at = (~infrared).nonzero()[:, 0], infrared.nonzero()[:, 0]
+            out = torch.cat([self.visible_stem(x[visible_at]), self.infrared_stem(x[infrared_at])])
+            return out[torch.cat([visible_at, infrared_at]).argsort()]
+        if isinstance(modality, str):
+            return self.infrared_stem(x) if modality == "infrared" else self.visible_stem(x)
+        infrared = infrared_rows(x, modality).to(x.device).reshape(-1, 1, 1, 1)
         return torch.where(infrared, self.infrared_stem(x), self.visible_stem(x))
 
     def forward_features(self, x: torch.Tensor, modality: Modality = None) -> torch.Tensor:
@@ -254,6 +252,8 @@ class ReidModel(nn.Module):
             if global_pool not in ("avg", ""):
                 raise ValueError(f"global_pool must be 'avg' or '' (none): got {global_pool!r}")
             self.global_pool = global_pool
+        if not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"num_classes must be 0 or more: got {num_classes!r}")
         if num_classes and not self.global_pool:
             raise ValueError("a classifier needs pooled features: give global_pool='avg'")
         self.num_classes = num_classes

@@ -46,6 +46,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> StateDict:
         if asked != classifier.shape[0]:
             expected["classifier.weight"] = classifier
 
+    elif model.num_classes != model.pretrained_cfg["num_classes"]:  # a fresh one was asked for
+        expected.pop("classifier.weight", None)
+
     def misfit(name: str) -> bool:
         ours, theirs = expected[name].shape, state_dict[name].shape
         first_conv = re.match(r"(visible|infrared)_stem\.conv1\.(0\.)?weight", name)
@@ -115,5 +118,6 @@ def model_config(model: Any, weights_sha256: str) -> dict[str, Any]:
             "format": FORMAT,
             "version": __version__,
             "weights_sha256": weights_sha256,
+            **({"source": model.source} if model.source else {}),
         },
     }

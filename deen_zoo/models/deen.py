@@ -28,7 +28,7 @@ from .base import (
     resnet_parts,
     without_stride,
 )
-from .pretrained import HUB_ORGANISATION, TINY_WEIGHTS, build_model
+from .pretrained import TINY_WEIGHTS, build_model
 
 __all__ = ["DEEN"]
 
@@ -231,6 +231,9 @@ class DEEN(ReidModel):
         flip: Whether the published results add the descriptor of the mirrored image.
         modality: What ``modality=None`` means in the calls, ``"visible"`` or ``"infrared"``.
         drop_rate: Dropout on DEE's output.
+        drop_path_rate: Stochastic depth of the trunk's blocks, as in timm's ResNet.
+        drop_block_rate: DropBlock in the trunk, as in timm's ResNet.
+        output_stride: 16 only, the stride of the final maps.
         device: Device of the parameters, as for torch's own modules.
         dtype: Type of the parameters.
     """
@@ -253,15 +256,23 @@ class DEEN(ReidModel):
         flip: bool = True,
         modality: Optional[str] = None,
         drop_rate: float = 0.01,
+        drop_path_rate: float = 0.0,
+        drop_block_rate: float = 0.0,
+        output_stride: int = 16,
         device: Any = None,
         dtype: Any = None,
     ):
         super().__init__(in_chans, modality)
         if num_stages not in (3, 4):
-            raise ValueError(f"num_stages must be 3 (RegDB) or 4: got {num_stages}")
+            raise ValueError(f"num_stages must be 3 (RegDB) or 4: got {num_stages!r}")
+        if not 0 <= drop_rate < 1:
+            raise ValueError(f"drop_rate must be in [0, 1): got {drop_rate!r}")
+        if output_stride != 16:
+            raise ValueError(f"output_stride must be 16, DEEN has no other: got {output_stride!r}")
         dd = {"device": device, "dtype": dtype}
         self.flip = flip
         self.num_branches = 3 if dee else 1
+        self.drop_rate = drop_rate
         self.model_args = dict(
             backbone=backbone,
             backbone_args=backbone_args,
@@ -273,9 +284,17 @@ class DEEN(ReidModel):
             flip=flip,
             modality=modality,
             drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            drop_block_rate=drop_block_rate,
         )
         self.visible_stem, self.infrared_stem, trunk = resnet_parts(
-            backbone, backbone_args, pretrained_backbone, in_chans=in_chans, **dd
+            backbone,
+            backbone_args,
+            pretrained_backbone,
+            in_chans=in_chans,
+            drop_path_rate=drop_path_rate,
+            drop_block_rate=drop_block_rate,
+            **dd,
         )
         dims = [trunk.feature_info[i]["num_chs"] for i in range(num_stages + 1)]
         self.feature_info = [dict(num_chs=dims[0], reduction=4, module="visible_stem")]
@@ -389,9 +408,9 @@ def _cfg(num_classes: int, **kwargs: Any) -> Dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "deen_resnet50_sysu": _cfg(395, hf_hub_id=f"{HUB_ORGANISATION}/deen_resnet50_sysu"),
-        "deen_resnet50_regdb": _cfg(206, hf_hub_id=f"{HUB_ORGANISATION}/deen_resnet50_regdb"),
-        "deen_resnet50_llcm": _cfg(713, hf_hub_id=f"{HUB_ORGANISATION}/deen_resnet50_llcm"),
+        "deen_resnet50_sysu": _cfg(395),
+        "deen_resnet50_regdb": _cfg(206),
+        "deen_resnet50_llcm": _cfg(713),
         "test_deen_resnet": _cfg(
             64,
             file=TINY_WEIGHTS,
@@ -404,31 +423,22 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_deen(variant: str, pretrained: bool = False, **kwargs: Any) -> DEEN:
-    form = kwargs.pop("form", None)  # a configuration of version 0.1.0
-    if form is not None:
-        kwargs.update(dee_mean=form != "paper", mfa_softmax=form == "paper")
-        if kwargs.get("modality") == "visible":  # which it wrote where none was given
-            del kwargs["modality"]
-    return build_model(DEEN, variant, pretrained, **kwargs)
-
-
 @register_reid_model
 def deen_resnet50_sysu(pretrained: bool = False, **kwargs: Any) -> DEEN:
     """DEEN for SYSU-MM01: 395 training identities."""
-    return _create_deen("deen_resnet50_sysu", pretrained, **kwargs)
+    return build_model(DEEN, "deen_resnet50_sysu", pretrained, **kwargs)
 
 
 @register_reid_model
 def deen_resnet50_regdb(pretrained: bool = False, **kwargs: Any) -> DEEN:
     """DEEN for RegDB: 206 training identities, no fourth stage, C = 1024."""
-    return _create_deen("deen_resnet50_regdb", pretrained, **{"num_stages": 3, **kwargs})
+    return build_model(DEEN, "deen_resnet50_regdb", pretrained, **{"num_stages": 3, **kwargs})
 
 
 @register_reid_model
 def deen_resnet50_llcm(pretrained: bool = False, **kwargs: Any) -> DEEN:
     """DEEN for LLCM: 713 training identities."""
-    return _create_deen("deen_resnet50_llcm", pretrained, **kwargs)
+    return build_model(DEEN, "deen_resnet50_llcm", pretrained, **kwargs)
 
 
 @register_reid_model
@@ -436,4 +446,4 @@ def test_deen_resnet(pretrained: bool = False, **kwargs: Any) -> DEEN:
     """A tiny DEEN for tests and demonstrations, trained on synthetic people only."""
     tiny = dict(stem_width=16, stem_type="deep", channels=(32, 48, 64, 128))
     model_args = {} if "backbone" in kwargs else dict(backbone="resnet10t", backbone_args=tiny)
-    return _create_deen("test_deen_resnet", pretrained, **dict(model_args, **kwargs))
+    return build_model(DEEN, "test_deen_resnet", pretrained, **dict(model_args, **kwargs))

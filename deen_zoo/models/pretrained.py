@@ -1,19 +1,24 @@
 """Where pretrained weights come from, and what to say when they cannot be had.
 
-timm falls back on a pickle when there is no safetensors file, trusts a download's length, and
-reports the Hub client's errors as they are. Here every source ends in a local safetensors file
-whose digest has been compared with the one it was published with, or in one line that says why not
-and what to do; nothing is ever unpickled.
+In this order: what the caller names, weights installed on this machine (``deen-zoo convert FILE
+--install``), a repository on the Hub. timm falls back on a pickle when there is no safetensors
+file, trusts a download's length, and reports the Hub client's errors as they are. Here every source
+ends in a local safetensors file whose digest has been compared with the one it was published with,
+or in one line that says why not and what to do; nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
-from collections.abc import Iterator
+import sys
+import typing
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -23,22 +28,23 @@ import timm
 from huggingface_hub import constants, errors, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from timm.models._hub import load_model_config_from_path
 from timm.models._pretrained import PretrainedCfg
 
 from ..errors import UserError
 from ..io import sha256
 from .base import NAMES, ReidModel
+from .catalog import installed
+from .catalog import where as public_weights
 
-HUB_ORGANISATION = os.environ.get("DEEN_ZOO_HUB_ORG") or "deen-zoo"  # read once, on import
+# The default organisation is asked only for what is pinned: model -> (ORG/NAME@COMMIT, SHA-256).
+# Nobody who registers a name on the Hub can serve weights that way.
+PINNED: dict[str, tuple[str, str]] = {}
+HUB_ORGANISATION = os.environ.get("DEEN_ZOO_HUB_ORG")  # of one's own; read once, on import
 TINY_WEIGHTS = str(Path(__file__).with_name("test_deen_resnet.safetensors"))
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = 1  # of config.json; a version that older ones must not read raises it
 
-NOT_PUBLISHED = (
-    "No SYSU, RegDB or LLCM weights have been published yet: train with 'deen-zoo reproduce', "
-    "convert an official file with 'deen-zoo convert', or name another repository "
-    "(DEEN_ZOO_HUB_ORG, or create_model('hf-hub:ORG/NAME'))"
-)
 LOGIN = "log in with 'hf auth login', or set HF_TOKEN"
 UPGRADE = "pip install -U deen-zoo"
 
@@ -51,56 +57,153 @@ def build_model(cls: type[ReidModel], variant: str, pretrained: bool, **kwargs: 
         variant: Name of the model, a key of its module's ``default_cfgs``.
         pretrained: Load its weights, from a verified safetensors file only.
         **kwargs: Arguments of ``cls`` and of timm.
+
+    Raises:
+        UserError: The weights cannot be had, or do not fit.
     """
     from .checkpoint import checkpoint_filter_fn
 
+    place, source, kwargs = _resolve(variant, pretrained, kwargs)
     out_indices = tuple(range(kwargs.get("num_stages", 4) + 1))
-    return build_model_with_cfg(
-        cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-        **safe_source(variant, pretrained, kwargs),
-    )
+    try:
+        model = build_model_with_cfg(
+            cls,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+            **_without_form(kwargs),
+        )
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # whatever timm and torch make of a stranger's numbers
+        if not place:
+            raise
+        raise UserError(
+            f"{place}: its {CONFIG} and the arguments given do not build a {variant}: "
+            f"{_brief(error)}"
+        ) from error
+    if isinstance(model, ReidModel):
+        model.source = source
+    return model
 
 
-def safe_source(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _without_form(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments from a configuration of version 0.1.0 as they are called now."""
+    kwargs = dict(kwargs)
+    form = kwargs.pop("form", None)
+    if form is not None:
+        kwargs.update(dee_mean=form != "paper", mfa_softmax=form == "paper")
+        if kwargs.get("modality") == "visible":  # which it wrote where none was given
+            del kwargs["modality"]
+    return kwargs
+
+
+def _resolve(
+    variant: str, pretrained: bool, kwargs: dict[str, Any]
+) -> tuple[str, str | None, dict[str, Any]]:
     """Replace the source of ``build_model_with_cfg``'s arguments by a verified local file.
 
     A Hub id is pinned to the commit that was found, in ``pretrained_cfg["hf_hub_id"]``.
+
+    Returns:
+        Folder or repository of the configuration ("" for the package's own), the catalog's name of
+        the weights' source, and the arguments.
 
     Raises:
         UserError: The weights cannot be had or must not be loaded; the message says what to do.
     """
     given, cache_dir = kwargs.get("pretrained_cfg"), kwargs.get("cache_dir")
     overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
+    tag, kwargs = "", dict(kwargs)
+    if isinstance(given, str):  # as in deen_resnet50_sysu.yyds
+        tag, given = given, None
+        del kwargs["pretrained_cfg"]
+    has_weights = bool(timm.get_pretrained_cfg(variant).has_weights)
+    named = given or any(overlay.get(key) for key in ("file", "hf_hub_id", "url", "state_dict"))
+    if pretrained and (tag or not (named or has_weights)):
+        folder = _installed(variant, tag)
+        if folder:
+            given, _, args = load_model_config_from_path(folder)
+            kwargs = {**args, **kwargs, "pretrained_cfg": given}
+        elif tag or not hub_repository(variant):
+            raise UserError(_no_weights(variant, tag))
     config: dict[str, Any] = {}
+    place = digest = ""
     if isinstance(given, dict) and given.get("source") == "local-dir":
-        config = local_config(given["file"], variant)
+        place = str(given["file"])
+        config = local_config(place, variant)
     elif isinstance(given, dict) and given.get("source") == "hf-hub":
-        config, overlay["hf_hub_id"] = hub_config(given["hf_hub_id"], variant, cache_dir)
+        config, place = hub_config(given["hf_hub_id"], variant, cache_dir)
+        overlay["hf_hub_id"] = place
     cfg = vars(resolve_pretrained_cfg(variant, given, overlay))
     if not pretrained:
-        return kwargs
-    filename = cfg.get("hf_hub_filename") or WEIGHTS
+        return place, None, kwargs
     if cfg.get("source") == "local-dir":
-        file = str(Path(cfg["file"]) / WEIGHTS)
+        file = Path(cfg["file"]) / WEIGHTS
     elif cfg.get("state_dict") and cfg.get("source") != "hf-hub":
-        return kwargs
+        return place, None, kwargs
     elif cfg.get("file") and cfg.get("source") != "hf-hub":
-        file = str(cfg["file"])
-    elif cfg.get("hf_hub_id"):
-        if not config:
-            config, overlay["hf_hub_id"] = hub_config(cfg["hf_hub_id"], variant, cache_dir)
-        file = str(fetch(overlay["hf_hub_id"], filename, cache_dir))
-    else:
+        file = Path(cfg["file"])
+    elif cfg.get("url") and not cfg.get("hf_hub_id"):
         raise UserError(
-            f"no weights for {variant}: give pretrained_cfg_overlay=dict(hf_hub_id='ORG/NAME') or "
-            f"dict(file='FILE.safetensors')"
+            f"{cfg['url']} is not loaded: give dict(file='FILE.safetensors') or "
+            f"dict(hf_hub_id='ORG/NAME')"
         )
-    _check_file(Path(file), config)
-    return {**kwargs, "pretrained_cfg_overlay": {**overlay, "file": file, "source": ""}}
+    else:
+        if not config:
+            repo, digest = cfg.get("hf_hub_id"), ""
+            if not repo:
+                repo, digest = hub_repository(variant) or ("", "")
+            config, place = hub_config(repo, variant, cache_dir)
+            overlay["hf_hub_id"] = place
+        file = fetch(place, cfg.get("hf_hub_filename") or WEIGHTS, cache_dir)
+    _check_file(file, config, digest)
+    if config and "num_classes" not in kwargs and not _has_classifier(file):
+        kwargs["num_classes"] = overlay["num_classes"] = 0
+    kwargs["pretrained_cfg_overlay"] = {**overlay, "file": str(file), "source": ""}
+    return place, (config.get("deen_zoo") or {}).get("source"), kwargs
+
+
+def _installed(variant: str, tag: str) -> Path | None:
+    """Folder of the installed weights of a model, or of one tag of it."""
+    found = installed(variant)
+    if tag and f"{variant}.{tag}" in found:
+        found = {f"{variant}.{tag}": found[f"{variant}.{tag}"]}
+    elif tag:  # one of RegDB's splits: yyds-split3
+        found = {name: path for name, path in found.items() if name.startswith(f"{variant}.{tag}-")}
+    if len(found) > 1:
+        raise UserError(
+            f"several weights of {variant} are installed: create_model one of {', '.join(found)}"
+        )
+    for name, folder in found.items():
+        _say_once(f"using the installed weights {name} ({folder})")
+        return folder
+    return None
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def hub_repository(variant: str) -> tuple[str, str] | None:
+    """The Hub repository of a model by name, and the SHA-256 pinned for its weights, if any."""
+    if HUB_ORGANISATION:
+        return f"{HUB_ORGANISATION}/{variant}", ""
+    return PINNED.get(variant)
+
+
+def _no_weights(variant: str, tag: str) -> str:
+    name = f"{variant}.{tag}" if tag else variant
+    have = ", ".join(installed(variant))
+    public = public_weights(variant) or "No public weights of it are known"
+    return (
+        f"{name} has no weights on this machine" + (f" (there are {have})" if have else "") + ". "
+        f"{public[0].upper()}{public[1:]}; then create_model('{name}', pretrained=True) finds "
+        f"them. Or train with 'deen-zoo reproduce', or name a repository: 'hf-hub:ORG/NAME', or "
+        f"DEEN_ZOO_HUB_ORG"
+    )
 
 
 def backbone_weights(name: str) -> str:
@@ -182,25 +285,33 @@ def _discard(path: Path) -> None:
         entry.unlink(missing_ok=True)
 
 
-def _check_file(path: Path, config: dict[str, Any]) -> None:
+def _check_file(path: Path, config: dict[str, Any], digest: str = "") -> None:
     if path.suffix != ".safetensors":
         raise UserError(
-            f"{path} is not loaded: only safetensors files are; 'deen-zoo convert' turns an "
-            f"official .t file into one"
+            f"{path} is not loaded: only safetensors files are; 'deen-zoo convert' turns another "
+            f"repository's file into one"
         )
     if not path.is_file():
         raise UserError(f"{path}: there is no such file, and no pickle is loaded in its place")
-    wanted = (config.get("deen_zoo") or {}).get("weights_sha256")
+    stated = (config.get("deen_zoo") or {}).get("weights_sha256")
+    if "transformers_version" in config:  # it saves new weights and copies the old digest
+        stated = None
+    wanted = digest or stated
     if wanted and wanted != (found := sha256(path)):
         raise UserError(
             f"{path} is not the file that its {CONFIG} was written for: its SHA-256 is "
-            f"{found[:12]}..., not {wanted[:12]}...: get both anew"
+            f"{found[:12]}..., not {wanted[:12]}...: get both again"
         )
     try:
         with safe_open(str(path), framework="pt"):
             pass
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}): get it anew") from error
+        raise UserError(f"{path} is damaged ({error}): get it again") from error
+
+
+def _has_classifier(path: Path) -> bool:
+    with safe_open(str(path), framework="pt") as file:
+        return "classifier.weight" in file.keys()  # noqa: SIM118
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -212,7 +323,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"'deen-zoo reproduce' (its 'checkpoint') or 'deen-zoo convert' wrote"
         ) from error
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): get it anew") from error
+        raise UserError(f"{path} is not JSON ({error}): get it again") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a model's configuration: it holds {type(config).__name__}")
     return config
@@ -220,13 +331,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _check_config(config: dict[str, Any], where: str, variant: str) -> None:
     """Refuse what this version cannot build, and what would load something else on the way."""
-    from .base import ReidModel
-
-    families = [inspect.signature(family).parameters for family in ReidModel.__subclasses__()]
     own, args, cfg = (config.get(k) or {} for k in ("deen_zoo", "model_args", "pretrained_cfg"))
     backbone_args: Any = args.get("backbone_args") or {} if isinstance(args, dict) else None
     if not all(isinstance(part, dict) for part in (own, args, cfg, backbone_args)):
-        raise UserError(f"{where} has a {CONFIG} that is not a model's: get it anew")
+        raise UserError(f"{where} has a {CONFIG} that is not a model's: get it again")
     if own.get("format", FORMAT) not in range(FORMAT + 1):
         raise UserError(
             f"{where} was written by a newer deen_zoo ({own.get('version')}), whose format "
@@ -238,21 +346,19 @@ def _check_config(config: dict[str, Any], where: str, variant: str) -> None:
             f"{where} is of architecture {architecture!r}, which is none of {', '.join(models)}: "
             f"load it with timm, or, if it is newer than this deen_zoo: {UPGRADE}"
         )
+    if not cfg:
+        raise UserError(f"{where} has a {CONFIG} without a pretrained_cfg: get it again")
     if variant not in ("", architecture):
         raise UserError(
             f"{where} holds a {architecture}, not a {variant}: "
             f"create_model('{architecture}', ...) or create_model('hf-hub:...') builds it"
         )
     known = {
-        "model_args": {"form"}.union(*families) - {"pretrained_backbone", "device", "dtype"},
+        "model_args": _arguments(str(architecture)),
         "backbone_args": set(inspect.signature(timm.models.ResNet).parameters),
         "pretrained_cfg": {field.name for field in fields(PretrainedCfg)} - {"file", "state_dict"},
     }
-    found = {
-        "model_args": args,
-        "backbone_args": backbone_args,
-        "pretrained_cfg": cfg,
-    }
+    found = {"model_args": args, "backbone_args": backbone_args, "pretrained_cfg": cfg}
     unknown = [f"{part}.{key}" for part in known for key in set(found[part]) - known[part]]
     if ":" in str(args.get("backbone", "")):
         unknown.append("model_args.backbone")
@@ -261,6 +367,81 @@ def _check_config(config: dict[str, Any], where: str, variant: str) -> None:
             f"{where} has in its {CONFIG} what this deen_zoo does not take from one: "
             f"{', '.join(sorted(unknown))}; if it is newer: {UPGRADE}"
         )
+    classes = config.get("num_classes", 0)
+    wrong = [] if _count(classes) else [f"num_classes {classes!r}"]
+    wrong += [f"pretrained_cfg.{key} {v!r}" for key, v in cfg.items() if not _fits(key, v)]
+    wrong += [f"model_args.{key} {v!r}" for key, v in args.items() if not _builds(key, v)]
+    if wrong:
+        raise UserError(f"{where} has values in its {CONFIG} that no model has: " + wrong[0][:200])
+
+
+def _arguments(name: str) -> set[str]:
+    """What a model's configuration may pass to its constructor."""
+    entrypoint = timm.models.model_entrypoint(name)
+    cls = typing.get_type_hints(entrypoint).get("return")
+    if not (isinstance(cls, type) and issubclass(cls, ReidModel)):
+        raise UserError(f"the entrypoint {name} must be annotated with the class that it returns")
+    names = set(inspect.signature(cls).parameters) | {"form"}
+    return names - {"pretrained_backbone", "device", "dtype"}
+
+
+def _number(value: Any, low: float, high: float) -> bool:
+    """A finite number in [low, high]."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return plain and math.isfinite(value) and low <= value <= high
+
+
+def _count(value: Any, low: int = 0, high: int = 10**7) -> bool:
+    return isinstance(value, int) and _number(value, low, high)
+
+
+def _numbers(value: Any, low: float, high: float, lengths: tuple[int, ...], whole: bool) -> bool:
+    fits: Callable[..., bool] = _count if whole else _number
+    return (
+        isinstance(value, list | tuple)
+        and len(value) in lengths
+        and all(fits(number, low, high) for number in value)
+    )
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a value of ``pretrained_cfg`` can be a model's."""
+    if key == "mean":
+        return _numbers(value, 0, 1, (1, 3), False)
+    if key == "std":
+        return _numbers(value, 1e-3, 10, (1, 3), False)
+    if key == "input_size":
+        return _numbers(value, 1, 4096, (3,), True)
+    if key == "crop_pct":
+        return _number(value, 0.01, 1)
+    if key == "crop_mode":
+        return value in ("center", "squash", "border")
+    if key == "interpolation":
+        return value in ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")
+    if key == "num_classes":
+        return _count(value)
+    if key in ("custom_load", "label_offset"):  # timm would load by them, or cut the classifier
+        return not value
+    if key in ("first_conv", "classifier"):
+        names = value if isinstance(value, list | tuple) else [value]
+        return all(isinstance(name, str) for name in names)
+    if key in ("test_input_size", "min_input_size", "pool_size", "test_pool_size"):
+        return value is None or _numbers(value, 1, 4096, (2, 3), True)
+    return True  # words
+
+
+def _builds(key: str, value: Any) -> bool:
+    """Whether a value of ``model_args`` is of a size that a model has; its constructor checks it
+    for what it means."""
+    if isinstance(value, dict):
+        return all(_builds(name, inner) for name, inner in value.items())
+    if isinstance(value, list):
+        if key == "layers" and not _numbers(value, 1, 100, (4,), True):
+            return False
+        return len(value) <= 16 and all(_builds("", inner) for inner in value)
+    if isinstance(value, bool) or value is None:
+        return True
+    return len(value) < 200 if isinstance(value, str) else _number(value, 0, 4096)
 
 
 @contextmanager
@@ -301,8 +482,12 @@ def _explain(error: BaseException, repo: str, revision: str, filename: str) -> s
     if isinstance(error, errors.GatedRepoError):
         return f"{repo} is gated: ask for access on {hub}/{repo}, then {LOGIN}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        ours = f" {NOT_PUBLISHED}." if repo.startswith(f"{HUB_ORGANISATION}/deen_") else ""
-        return f"there is no {repo} on {hub} for you.{ours} If it is private, {LOGIN}"
+        variant = repo.rpartition("/")[2]
+        ours = f". {_no_weights(variant, '')}" if hub_repository(variant) == (repo, "") else ""
+        return (
+            f"there is no {repo} on {hub}, or your login has no access to it{ours}; if it is "
+            f"private, {LOGIN}"
+        )
     if isinstance(error, errors.RevisionNotFoundError):
         return (
             f"{repo} has no revision {revision!r}: choose a branch, tag or commit of "
