@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -16,6 +22,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import deen_zoo
 from deen_zoo.errors import UserError
+from deen_zoo.models import base
 from tests import seeded
 
 TINY = "test_deen_resnet"
@@ -427,6 +434,115 @@ def test_export_with_dynamic_batch(tiny):
     for n in (2, 7):
         x, modality = batch(n), torch.arange(n) % 2 == 0
         assert torch.allclose(program.module()(x, modality), tiny(x, modality), atol=1e-5)
+
+
+def one_modality(**kwargs):
+    return make().for_modality("infrared", **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and tracing warns of shapes
+def test_tracing_and_clients_that_trace(tiny):
+    """C1: a Python bool as the fill of torch.full was an internal assertion of the tracer."""
+    x = batch(2)
+    traced = torch.jit.trace(tiny, x)
+    assert torch.allclose(traced(x), tiny(x), atol=1e-5)
+    torch.jit.trace(make().train(), x, check_trace=False)
+    openvino = pytest.importorskip("openvino")
+    compiled = openvino.compile_model(
+        openvino.convert_model(one_modality(), example_input=x), "CPU"
+    )
+    assert torch.allclose(torch.from_numpy(compiled(x.numpy())[0]), one_modality()(x), atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make_graph", [torch.jit.script, lambda m: torch.jit.trace(m, batch(2))])
+@pytest.mark.parametrize("descriptor", ["official", "original"])
+def test_descriptor_as_a_graph_that_is_saved(tmp_path, make_graph, descriptor):
+    """C3: scripting or tracing the descriptor was a recursive call."""
+    plain, x = one_modality(descriptor=descriptor), batch(2)
+    torch.jit.save(make_graph(plain), tmp_path / "graph.pt")
+    with torch.inference_mode():
+        loaded = torch.jit.load(tmp_path / "graph.pt")
+        assert torch.allclose(loaded(x), plain(x), atol=1e-5)
+
+
+def test_one_modality(tiny):
+    x = batch()
+    for flip in (None, False):
+        wanted = tiny.forward_embedding(x, "infrared", flip=flip is None)
+        assert torch.allclose(one_modality(flip=flip, normalize=False)(x), wanted)
+        assert torch.allclose(one_modality(flip=flip)(x), normalize(wanted))
+    with pytest.raises(ValueError, match="visible"):
+        tiny.for_modality("thermal")
+
+
+def test_descriptors(tiny):
+    """Halves of the official one, and the original branch's part without the generated ones."""
+    x, width = batch(), tiny.branch_features
+    rows = {name: tiny.forward_embedding(x, MIXED, True, name) for name in tiny.descriptors}
+    assert {name: r.shape[1] for name, r in rows.items()} == tiny.descriptors
+    assert list(rows)[0] == "official" and tiny.embed_dim == rows["official"].shape[1]
+    assert torch.equal(rows["official"], torch.cat([rows["pool"], rows["bn"]], dim=1))
+    own = torch.cat([rows["pool"][:, :width], rows["bn"][:, :width]], dim=1)
+    assert torch.allclose(rows["original"], own, atol=1e-6)
+    with pytest.raises(ValueError, match="official"):
+        tiny.forward_embedding(x, MIXED, descriptor="other")
+
+
+def test_no_modality_warns_once(tiny):
+    """The stem of the wrong modality was taken in silence."""
+    base._warn_of_no_modality.cache_clear()
+    x = batch(2)
+    with pytest.warns(UserWarning, match="modality="):
+        tiny(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny(x), make(modality="visible")(x), tiny(x, "visible")
+
+
+@pytest.mark.parametrize("feature_cls", ["getter", "hook", "fx"])
+def test_hooks_see_one_map_per_image(feature_cls):
+    """C4: the last stage gave 3N maps for N images, and fewer channels than it said."""
+    net = timm.create_model(TINY, features_only=True, feature_cls=feature_cls).eval()
+    maps = net(batch(2, (96, 96)))
+    assert [tuple(m.shape[:2]) for m in maps] == [(2, c) for c in net.feature_info.channels()]
+    assert net.feature_info.module_name()[-1] == "stages.3"
+
+
+def test_options_of_timm():
+    """C5: drop_path_rate and drop_block_rate as in timm's ResNet, one line for output_stride."""
+    model = deen_zoo.create_model(TINY, drop_rate=0.2, drop_path_rate=0.5, drop_block_rate=0.5)
+    assert model.drop_rate == 0.2
+    kinds = {type(m).__name__ for m in model.stages.modules()}
+    assert {"DropPath", "DropBlock2d"} <= kinds
+    model.train()(batch(4), MIXED).sum().backward()
+    with pytest.raises(ValueError, match="output_stride must be 16"):
+        deen_zoo.create_model(TINY, output_stride=8)
+
+
+def test_pruned_stages_give_a_row_per_image():
+    """B10: three images gave one row."""
+    model = make()
+    model.prune_intermediate_layers([1])
+    assert model.forward_features(batch(3)).shape == model(batch(3)).shape == (3, 32, 24, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("TIMM_CHECKOUT" not in os.environ, reason="needs a checkout of timm")
+def test_timms_own_tests():
+    """timm's tests/test_models.py as it is, over our models. Its test of recorded outputs reads
+    them from timm's organisation on the Hub, for every model whose name begins with test_."""
+    file = Path(os.environ["TIMM_CHECKOUT"]) / "tests" / "test_models.py"
+    names = " or ".join(n for n in deen_zoo.list_models() if n.startswith("test_"))
+    options = ["-p", "deen_zoo.models", "-p", "no:cacheprovider", "-n", "0", "-q"]
+    options += ["--import-mode=importlib", f"--rootdir={file.parent}", "-c", os.devnull]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(file), *options, "-k", f"({names}) and not inference"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 10
 
 
 # drop-in use with the real thing

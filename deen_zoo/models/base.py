@@ -54,12 +54,13 @@ class ReidModel(nn.Module):
         flip: Whether the published results add the descriptor of the mirrored image.
         task: ``"module:Class"`` of the family's training task.
         model_args: What ``config.json`` keeps to build the model again.
-        source: Name of the catalog's entry that the weights are from, if they were converted.
+        trained_on: What the weights were trained on and where they are from, where that is known:
+            ``source``, ``dataset``, ``split``, ...; kept in ``config.json``.
     """
 
     flip = True
     task = ""
-    source: Optional[str] = None
+    trained_on: Optional[Dict[str, Any]] = None
     modality: Optional[str]  # TorchScript reads this
 
     if TYPE_CHECKING:
@@ -420,6 +421,9 @@ def resnet_parts(
     from .pretrained import backbone_weights
 
     args = dict(backbone_args or {})
+    taken = {"in_chans", "num_classes", "global_pool", "output_stride"} & set(args)
+    if taken:
+        raise ValueError(f"backbone_args cannot have {', '.join(sorted(taken))}: the model sets it")
     if pretrained and "pretrained_cfg_overlay" not in args:
         args["pretrained_cfg_overlay"] = dict(file=backbone_weights(backbone))
     net = timm.create_model(backbone, pretrained=pretrained, num_classes=0, **args, **kwargs)

@@ -45,7 +45,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> StateDict:
         model.pretrained_cfg["num_classes"] = classifier.shape[0]  # what timm compares with
         if asked != classifier.shape[0]:
             expected["classifier.weight"] = classifier
-
     elif model.num_classes != model.pretrained_cfg["num_classes"]:  # a fresh one was asked for
         expected.pop("classifier.weight", None)
 
@@ -118,6 +117,6 @@ def model_config(model: Any, weights_sha256: str) -> dict[str, Any]:
             "format": FORMAT,
             "version": __version__,
             "weights_sha256": weights_sha256,
-            **({"source": model.source} if model.source else {}),
+            **({"trained_on": model.trained_on} if model.trained_on else {}),
         },
     }

@@ -63,9 +63,9 @@ def build_model(cls: type[ReidModel], variant: str, pretrained: bool, **kwargs: 
     """
     from .checkpoint import checkpoint_filter_fn
 
-    place, source, kwargs = _resolve(variant, pretrained, kwargs)
-    out_indices = tuple(range(kwargs.get("num_stages", 4) + 1))
+    place, origin, kwargs = _resolve(variant, pretrained, kwargs)
     try:
+        out_indices = tuple(range(kwargs.get("num_stages", 4) + 1))
         model = build_model_with_cfg(
             cls,
             variant,
@@ -84,7 +84,7 @@ def build_model(cls: type[ReidModel], variant: str, pretrained: bool, **kwargs: 
             f"{_brief(error)}"
         ) from error
     if isinstance(model, ReidModel):
-        model.source = source
+        model.trained_on = origin.get("trained_on")
     return model
 
 
@@ -101,14 +101,14 @@ def _without_form(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _resolve(
     variant: str, pretrained: bool, kwargs: dict[str, Any]
-) -> tuple[str, str | None, dict[str, Any]]:
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Replace the source of ``build_model_with_cfg``'s arguments by a verified local file.
 
     A Hub id is pinned to the commit that was found, in ``pretrained_cfg["hf_hub_id"]``.
 
     Returns:
-        Folder or repository of the configuration ("" for the package's own), the catalog's name of
-        the weights' source, and the arguments.
+        Folder or repository of the configuration ("" for the package's own), what it says of the
+        weights (its ``deen_zoo``), and the arguments.
 
     Raises:
         UserError: The weights cannot be had or must not be loaded; the message says what to do.
@@ -138,11 +138,11 @@ def _resolve(
         overlay["hf_hub_id"] = place
     cfg = vars(resolve_pretrained_cfg(variant, given, overlay))
     if not pretrained:
-        return place, None, kwargs
+        return place, {}, kwargs
     if cfg.get("source") == "local-dir":
         file = Path(cfg["file"]) / WEIGHTS
     elif cfg.get("state_dict") and cfg.get("source") != "hf-hub":
-        return place, None, kwargs
+        return place, {}, kwargs
     elif cfg.get("file") and cfg.get("source") != "hf-hub":
         file = Path(cfg["file"])
     elif cfg.get("url") and not cfg.get("hf_hub_id"):
@@ -162,7 +162,7 @@ def _resolve(
     if config and "num_classes" not in kwargs and not _has_classifier(file):
         kwargs["num_classes"] = overlay["num_classes"] = 0
     kwargs["pretrained_cfg_overlay"] = {**overlay, "file": str(file), "source": ""}
-    return place, (config.get("deen_zoo") or {}).get("source"), kwargs
+    return place, config.get("deen_zoo") or {}, kwargs
 
 
 def _installed(variant: str, tag: str) -> Path | None:
@@ -331,7 +331,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _check_config(config: dict[str, Any], where: str, variant: str) -> None:
     """Refuse what this version cannot build, and what would load something else on the way."""
-    own, args, cfg = (config.get(k) or {} for k in ("deen_zoo", "model_args", "pretrained_cfg"))
+    own, cfg = (config.get(key) or {} for key in ("deen_zoo", "pretrained_cfg"))
+    args: Any = config.get("model_args", {})
     backbone_args: Any = args.get("backbone_args") or {} if isinstance(args, dict) else None
     if not all(isinstance(part, dict) for part in (own, args, cfg, backbone_args)):
         raise UserError(f"{where} has a {CONFIG} that is not a model's: get it again")
@@ -369,6 +370,12 @@ def _check_config(config: dict[str, Any], where: str, variant: str) -> None:
         )
     classes = config.get("num_classes", 0)
     wrong = [] if _count(classes) else [f"num_classes {classes!r}"]
+    if args.get("num_classes", classes) != classes:
+        wrong.append(f"model_args.num_classes {args['num_classes']!r} for num_classes {classes!r}")
+    if not isinstance(own.get("weights_sha256", ""), str):
+        wrong.append(f"deen_zoo.weights_sha256 {own['weights_sha256']!r}")
+    if not isinstance(own.get("trained_on") or {}, dict):
+        wrong.append(f"deen_zoo.trained_on {own['trained_on']!r}")
     wrong += [f"pretrained_cfg.{key} {v!r}" for key, v in cfg.items() if not _fits(key, v)]
     wrong += [f"model_args.{key} {v!r}" for key, v in args.items() if not _builds(key, v)]
     if wrong:

@@ -1,0 +1,137 @@
+"""Weights by name: installed ones, none at all, and what is never asked for."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import sys
+
+import pytest
+import timm
+import torch
+
+import deen_zoo
+from deen_zoo.errors import UserError
+from deen_zoo.models import catalog, pretrained
+
+NAME = "deen_resnet50_regdb"
+SMALL = dict(backbone="resnet10t", backbone_args=dict(channels=(8, 8, 8, 8)))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEEN_ZOO_HOME", str(tmp_path))
+    monkeypatch.setattr(pretrained, "HUB_ORGANISATION", None)
+    pretrained._say_once.cache_clear()
+    return catalog.weights_home()
+
+
+def install(home, tag, classes=4):
+    model = deen_zoo.create_model(NAME, num_classes=classes, **SMALL)
+    model.trained_on = {"source": tag, "dataset": "regdb"}
+    return model, deen_zoo.save_pretrained(model, home / f"{NAME}.{tag}")
+
+
+def test_an_empty_machine_says_where_weights_are(home, monkeypatch):
+    """D4: the default organisation, which anybody may register, was asked for weights."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for name in deen_zoo.list_models("deen_*"):
+        for create in (deen_zoo.create_model, timm.create_model):
+            with pytest.raises(UserError) as caught:
+                create(name, pretrained=True)
+            message = str(caught.value)
+            assert "\n" not in message
+            for part in ("github.com/dyhBUPT/YYDS", "deen-zoo convert FILE --install", name):
+                assert part in message
+            assert f"create_model('{name}', pretrained=True)" in message
+    with pytest.raises(UserError, match="not on the Hub"):
+        deen_zoo.create_model(NAME, pretrained=True, revision="v1")
+
+
+@pytest.mark.parametrize("name", [NAME, f"{NAME}.mine"])
+@pytest.mark.parametrize("create", [deen_zoo.create_model, timm.create_model])
+def test_installed_weights_are_found_by_name_and_tag(home, name, create, capsys):
+    model, folder = install(home, "mine")
+    for _ in range(2):
+        found = create(name, pretrained=True)
+    assert capsys.readouterr().err.count("using the installed") == 1
+    assert found.num_classes == 4 and found.trained_on == model.trained_on
+    for key, value in model.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value)
+    assert create(name, pretrained=True, num_classes=0).num_classes == 0
+    with pytest.raises(UserError, match=r"no weights .*other.*mine"):
+        create(f"{NAME}.other", pretrained=True)
+
+
+def test_several_installed_weights_are_named(home):
+    install(home, "yyds-split1"), install(home, "yyds-split2")
+    for name in (NAME, f"{NAME}.yyds"):
+        with pytest.raises(UserError, match="yyds-split1, .*yyds-split2"):
+            deen_zoo.create_model(name, pretrained=True)
+    assert deen_zoo.create_model(f"{NAME}.yyds-split2", pretrained=True).num_classes == 4
+
+
+def test_only_what_can_be_had_is_listed():
+    """C6: three models without weights were listed."""
+    ours = set(deen_zoo.list_models())
+    assert ours & set(timm.list_models(pretrained=True)) == {"test_deen_resnet"}
+    assert [name for name in ours if timm.is_model_pretrained(name)] == ["test_deen_resnet"]
+
+
+@pytest.mark.parametrize("headless", [False, True])
+def test_a_folder_that_transformers_saved_opens(tmp_path, headless):
+    """C2: it copies the old digest along, and AutoModel saves no classifier."""
+    from transformers import AutoModel, AutoModelForImageClassification
+
+    model = deen_zoo.create_model("test_deen_resnet", num_classes=5)
+    deen_zoo.save_pretrained(model, tmp_path / "a")
+    kind = AutoModel if headless else AutoModelForImageClassification
+    tuned = kind.from_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.01)
+    tuned.save_pretrained(tmp_path / "b")
+    again = deen_zoo.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True)
+    assert again.num_classes == (0 if headless else 5)
+    wanted = {k.removeprefix("timm_model."): v for k, v in tuned.state_dict().items()}
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, wanted[key])
+    fresh = deen_zoo.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True, num_classes=7)
+    assert fresh.num_classes == 7 and torch.equal(fresh.bottleneck.weight, again.bottleneck.weight)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    """D1: timm before 1.0.26 ran it."""
+    import pickle
+
+    class Malice:
+        def __reduce__(self):
+            return shutil.rmtree, (str(tmp_path / "victim"),)
+
+    (tmp_path / "victim").mkdir()
+    evil = tmp_path / "evil.pth"
+    evil.write_bytes(pickle.dumps({"classifier.weight": Malice()}))
+    overlay = {"pretrained_cfg_overlay": {"file": str(evil)}}
+    backbone = dict(backbone="resnet10t", pretrained_backbone=True)
+    for create in (deen_zoo.create_model, timm.create_model):
+        for kwargs in (
+            dict(checkpoint_path=str(evil)),
+            dict(pretrained=True, **overlay),
+            dict(backbone_args=overlay, **backbone),
+            dict(backbone_args={"checkpoint_path": str(evil)}),
+        ):
+            with pytest.raises(Exception, match=r"weights_only|not loaded"):
+                create("test_deen_resnet", **kwargs)
+    assert (tmp_path / "victim").exists()
+    if sys.version_info >= (3, 11):
+        from pathlib import Path
+
+        import tomllib
+
+        project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+        assert "timm>=1.0.26" in project["project"]["dependencies"]
