@@ -64,7 +64,7 @@ def test_installed_weights_are_found_by_name_and_tag(home, name, create, capsys)
     for key, value in model.state_dict().items():
         assert torch.equal(found.state_dict()[key], value)
     assert create(name, pretrained=True, num_classes=0).num_classes == 0
-    with pytest.raises(UserError, match=r"no weights .*other.*mine"):
+    with pytest.raises(UserError, match=r"other has no weights .*mine"):
         create(f"{NAME}.other", pretrained=True)
 
 

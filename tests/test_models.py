@@ -509,15 +509,17 @@ def test_hooks_see_one_map_per_image(feature_cls):
     assert net.feature_info.module_name()[-1] == "stages.3"
 
 
-def test_options_of_timm():
+@pytest.mark.parametrize("name", [TINY, "test_agw_resnet"])
+def test_options_of_timm(name):
     """C5: drop_path_rate and drop_block_rate as in timm's ResNet, one line for output_stride."""
-    model = deen_zoo.create_model(TINY, drop_rate=0.2, drop_path_rate=0.5, drop_block_rate=0.5)
+    model = deen_zoo.create_model(name, drop_rate=0.2, drop_path_rate=0.5, drop_block_rate=0.5)
     assert model.drop_rate == 0.2
     kinds = {type(m).__name__ for m in model.stages.modules()}
     assert {"DropPath", "DropBlock2d"} <= kinds
     model.train()(batch(4), MIXED).sum().backward()
     with pytest.raises(ValueError, match="output_stride must be 16"):
-        deen_zoo.create_model(TINY, output_stride=8)
+        deen_zoo.create_model(name, output_stride=8)
+    assert 0.2 in [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
 
 
 def test_pruned_stages_give_a_row_per_image():

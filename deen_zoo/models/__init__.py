@@ -49,7 +49,7 @@ def create_model(
     if revision and source not in ("hf-hub", "hf_hub"):
         overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
         repo = overlay.get("hf_hub_id")
-        if not repo and not timm.get_pretrained_cfg(name.split(".")[0]).has_weights:
+        if not repo and not timm.is_model_pretrained(name.split(".")[0]):
             repo = (weights.hub_repository(name) or ("",))[0]
         if not repo:
             raise UserError(f"revision {revision!r}: {name} is not on the Hub, so it has none")

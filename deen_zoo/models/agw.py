@@ -130,6 +130,10 @@ class AGW(ReidModel):
         neck_bias: Let the BN neck learn a bias.
         flip: Whether the published results add the descriptor of the mirrored image: CAJ's do.
         modality: What ``modality=None`` means in the calls, ``"visible"`` or ``"infrared"``.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth of the trunk's blocks, as in timm's ResNet.
+        drop_block_rate: DropBlock in the trunk, as in timm's ResNet.
+        output_stride: 16 only, the stride of the final maps.
         device: Device of the parameters, as for torch's own modules.
         dtype: Type of the parameters.
     """
@@ -150,13 +154,18 @@ class AGW(ReidModel):
         neck_bias: bool = False,
         flip: bool = False,
         modality: str | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        drop_block_rate: float = 0.0,
+        output_stride: int = 16,
         device: Any = None,
         dtype: Any = None,
     ):
-        super().__init__(in_chans, modality)
+        super().__init__(in_chans, modality, drop_rate, output_stride)
         if pool not in POOLS:
             raise ValueError(f"pool must be one of {', '.join(POOLS)}: got {pool!r}")
         dd = {"device": device, "dtype": dtype}
+        drop = dict(drop_path_rate=drop_path_rate, drop_block_rate=drop_block_rate)
         self.flip = flip
         self.model_args = dict(
             backbone=backbone,
@@ -167,9 +176,11 @@ class AGW(ReidModel):
             neck_bias=neck_bias,
             flip=flip,
             modality=modality,
+            drop_rate=drop_rate,
+            **drop,
         )
         self.visible_stem, self.infrared_stem, trunk = resnet_parts(
-            backbone, backbone_args, pretrained_backbone, in_chans=in_chans, **dd
+            backbone, backbone_args, pretrained_backbone, drop, in_chans=in_chans, **dd
         )
         if not stem_act:
             del self.visible_stem.act1, self.infrared_stem.act1

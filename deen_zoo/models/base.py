@@ -77,8 +77,20 @@ class ReidModel(nn.Module):
         stages: nn.Sequential
         bottleneck: nn.BatchNorm1d
 
-    def __init__(self, in_chans: int = 3, modality: Optional[str] = None):
+    def __init__(
+        self,
+        in_chans: int = 3,
+        modality: Optional[str] = None,
+        drop_rate: float = 0.0,
+        output_stride: int = 16,
+    ):
         super().__init__()
+        if output_stride != 16:
+            raise ValueError(f"output_stride must be 16, there is no other: got {output_stride!r}")
+        if not 0 <= drop_rate < 1:
+            raise ValueError(f"drop_rate must be in [0, 1): got {drop_rate!r}")
+        self.drop_rate = drop_rate
+        self.head_drop = nn.Dropout(drop_rate)
         if modality not in (None, *MODALITIES):
             raise ValueError(f"modality must be 'visible', 'infrared' or None: got {modality!r}")
         self.in_chans = in_chans
@@ -100,7 +112,7 @@ class ReidModel(nn.Module):
         """Images -> what the family's losses read: ``pool``, ``bn`` and ``logits``."""
         pool = self.forward_pool(self.forward_features(x, modality))
         bn = self.bottleneck(pool)
-        return {"pool": pool, "bn": bn, "logits": self.classifier(bn)}
+        return {"pool": pool, "bn": bn, "logits": self.classifier(self.head_drop(bn))}
 
     def describe(self, x: torch.Tensor, modality: Modality, descriptor: str) -> torch.Tensor:
         """Images -> (N, descriptors[descriptor]), of the images as they are."""
@@ -142,7 +154,9 @@ class ReidModel(nn.Module):
         if self.global_pool == "":
             return x
         bn = self.bottleneck(self.forward_pool(x))
-        return bn if pre_logits or self.num_classes == 0 else self.classifier(bn)
+        if pre_logits or self.num_classes == 0:
+            return bn
+        return self.classifier(self.head_drop(bn))
 
     def forward(self, x: torch.Tensor, modality: Modality = None) -> torch.Tensor:
         """Images -> logits (N, num_classes), or BN-neck features (N, num_features)."""
@@ -405,7 +419,11 @@ class BNNeck(nn.BatchNorm1d):
 
 
 def resnet_parts(
-    backbone: str, backbone_args: Optional[Dict[str, Any]], pretrained: bool, **kwargs: Any
+    backbone: str,
+    backbone_args: Optional[Dict[str, Any]],
+    pretrained: bool,
+    drop: Dict[str, float],
+    **kwargs: Any,
 ) -> Tuple[Stem, Stem, nn.Module]:
     """A visible stem, an infrared stem, and the timm ResNet that has the stages.
 
@@ -413,6 +431,7 @@ def resnet_parts(
         backbone: Any timm ResNet by name, with its weight tag (``resnet50.tv_in1k``).
         backbone_args: Keyword arguments for it, such as ``channels``.
         pretrained: Load its weights; both stems start from the same ones.
+        drop: ``drop_path_rate`` and ``drop_block_rate`` of its blocks.
         **kwargs: More of those, which no configuration keeps: ``in_chans``, ``device``, ...
 
     Raises:
@@ -426,6 +445,7 @@ def resnet_parts(
         raise ValueError(f"backbone_args cannot have {', '.join(sorted(taken))}: the model sets it")
     if pretrained and "pretrained_cfg_overlay" not in args:
         args["pretrained_cfg_overlay"] = dict(file=backbone_weights(backbone))
+    args.update((key, rate) for key, rate in drop.items() if rate)
     net = timm.create_model(backbone, pretrained=pretrained, num_classes=0, **args, **kwargs)
     if not isinstance(net, timm.models.ResNet):
         raise ValueError(

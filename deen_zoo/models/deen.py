@@ -230,7 +230,7 @@ class DEEN(ReidModel):
         mfa_softmax: Softmax on MFA's attention as in the paper; the reference has none.
         flip: Whether the published results add the descriptor of the mirrored image.
         modality: What ``modality=None`` means in the calls, ``"visible"`` or ``"infrared"``.
-        drop_rate: Dropout on DEE's output.
+        drop_rate: Dropout on DEE's output, as in the reference.
         drop_path_rate: Stochastic depth of the trunk's blocks, as in timm's ResNet.
         drop_block_rate: DropBlock in the trunk, as in timm's ResNet.
         output_stride: 16 only, the stride of the final maps.
@@ -262,17 +262,13 @@ class DEEN(ReidModel):
         device: Any = None,
         dtype: Any = None,
     ):
-        super().__init__(in_chans, modality)
+        super().__init__(in_chans, modality, drop_rate, output_stride)
         if num_stages not in (3, 4):
             raise ValueError(f"num_stages must be 3 (RegDB) or 4: got {num_stages!r}")
-        if not 0 <= drop_rate < 1:
-            raise ValueError(f"drop_rate must be in [0, 1): got {drop_rate!r}")
-        if output_stride != 16:
-            raise ValueError(f"output_stride must be 16, DEEN has no other: got {output_stride!r}")
         dd = {"device": device, "dtype": dtype}
+        drop = dict(drop_path_rate=drop_path_rate, drop_block_rate=drop_block_rate)
         self.flip = flip
         self.num_branches = 3 if dee else 1
-        self.drop_rate = drop_rate
         self.model_args = dict(
             backbone=backbone,
             backbone_args=backbone_args,
@@ -284,16 +280,14 @@ class DEEN(ReidModel):
             flip=flip,
             modality=modality,
             drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            drop_block_rate=drop_block_rate,
+            **drop,
         )
         self.visible_stem, self.infrared_stem, trunk = resnet_parts(
             backbone,
             backbone_args,
             pretrained_backbone,
+            drop,
             in_chans=in_chans,
-            drop_path_rate=drop_path_rate,
-            drop_block_rate=drop_block_rate,
             **dd,
         )
         dims = [trunk.feature_info[i]["num_chs"] for i in range(num_stages + 1)]

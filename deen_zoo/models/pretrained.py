@@ -119,7 +119,7 @@ def _resolve(
     if isinstance(given, str):  # as in deen_resnet50_sysu.yyds
         tag, given = given, None
         del kwargs["pretrained_cfg"]
-    has_weights = bool(timm.get_pretrained_cfg(variant).has_weights)
+    has_weights = timm.is_model_pretrained(variant)
     named = given or any(overlay.get(key) for key in ("file", "hf_hub_id", "url", "state_dict"))
     if pretrained and (tag or not (named or has_weights)):
         folder = _installed(variant, tag)
@@ -383,12 +383,11 @@ def _check_config(config: dict[str, Any], where: str, variant: str) -> None:
 
 
 def _arguments(name: str) -> set[str]:
-    """What a model's configuration may pass to its constructor."""
-    entrypoint = timm.models.model_entrypoint(name)
-    cls = typing.get_type_hints(entrypoint).get("return")
-    if not (isinstance(cls, type) and issubclass(cls, ReidModel)):
-        raise UserError(f"the entrypoint {name} must be annotated with the class that it returns")
-    names = set(inspect.signature(cls).parameters) | {"form"}
+    """What a model's configuration may pass to its constructor: the arguments of the class that
+    its entrypoint is annotated to return, or those of all families."""
+    cls = typing.get_type_hints(timm.models.model_entrypoint(name)).get("return")
+    families = [cls] if cls else ReidModel.__subclasses__()
+    names = {"form"}.union(*(inspect.signature(family).parameters for family in families))
     return names - {"pretrained_backbone", "device", "dtype"}
 
 
