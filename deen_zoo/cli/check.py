@@ -1,4 +1,4 @@
-"""Check a dataset folder: counts beside the expected ones, every broken, missing or stray file.
+"""Check a dataset folder: counts found and expected, every broken, missing or stray file.
 
 Exit code 1 says that the folder is unusable as it is, 2 that it is not such a dataset at all.
 """

@@ -1,4 +1,4 @@
-"""Score any model's saved features by a named protocol, beside the published numbers."""
+"""Score any model's saved features by a named protocol, next to the published numbers."""
 
 from __future__ import annotations
 
@@ -66,15 +66,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..data.datasets import open_dataset
-    from ..data.protocols import PROTOCOLS, read_permutations
+    from ..data.protocols import get_protocol, read_permutations
     from ..errors import UserError
     from ..evaluation import KReciprocal, evaluate, terminal_table
     from ..features.files import read_feature_table
 
-    terms = PROTOCOLS[args.protocol]
-    if terms.sampled and args.split != 1:
+    protocol = get_protocol(args.protocol)
+    if protocol.sampled and args.split != 1:
         raise UserError(f"--split is for RegDB; {args.protocol} has one split and --trials draws")
-    if not terms.sampled and args.trials not in (None, 1):
+    if not protocol.sampled and args.trials not in (None, 1):
         raise UserError(f"--trials is for drawn galleries; {args.protocol} draws none: say --split")
     if args.draw == "official" and not args.data_root:
         raise UserError(
@@ -83,12 +83,12 @@ def run(args: argparse.Namespace) -> int:
     table = read_feature_table(*args.features)
     if table.provenance.get("normalize") == "true" and table.provenance.get("flip") == "true":
         print(
-            "note: these rows are L2-normalised, those behind published numbers are not: "
-            "'deen-zoo extract --raw' gives the like",
+            "note: these rows are L2-normalised and those behind published numbers are not; "
+            "'deen-zoo extract --raw' writes rows of the same kind",
             file=sys.stderr,
         )
     if args.data_root:
-        dataset = open_dataset(terms.dataset, args.data_root)
+        dataset = open_dataset(protocol.dataset, args.data_root)
         features, samples = table.of_dataset(dataset, args.split)
     else:
         features, samples = table.features, table.samples()
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         features,
         samples,
         args.protocol,
-        trials=args.trials if terms.sampled else [args.split],
+        trials=args.trials if protocol.sampled else [args.split],
         draw=args.draw,
         shots=args.shots,
         permutations=permutations,

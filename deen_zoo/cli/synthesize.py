@@ -21,12 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("layout", choices=tuple(LAYOUTS), help="whose layout")
     parser.add_argument("root", metavar="ROOT", help="folder to write: new, or empty")
     parser.add_argument("--identities", type=int, default=32, metavar="N", help="people (32)")
-    parser.add_argument("--seed", type=seed, default=0, help="of the world (0)")
+    parser.add_argument("--seed", type=seed, default=0, help="number of the world (0)")
     parser.add_argument(
         "--images-per-camera",
         type=int,
         metavar="N",
-        help="of each person in each camera that sees them (sysu 4, regdb 10, llcm 2)",
+        help="images of each person in each camera that sees them (sysu 4, regdb 10, llcm 2)",
     )
     parser.add_argument(
         "--test-fraction",
@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="share of the people to test on (as in the real dataset)",
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (all CPU cores)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that draw (all CPU cores)"
+    )
     parser.add_argument("--sheet", metavar="PNG", help="also write a contact sheet of the people")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 

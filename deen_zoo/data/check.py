@@ -1,4 +1,4 @@
-"""Is a dataset folder complete and sound: counts beside the expected ones, every fault by name."""
+"""Whether a dataset folder is complete and sound: counts found and expected, faults by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranking metrics, the named protocols, and reports beside the published numbers."""
+"""Ranking metrics, the named protocols, and reports with the published numbers."""
 
 from .metrics import Ranking as Ranking
 from .metrics import evaluate_ranking as evaluate_ranking

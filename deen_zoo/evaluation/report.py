@@ -1,4 +1,4 @@
-"""Measured beside published numbers, as Markdown and for the terminal."""
+"""Measured and published numbers in one table, as Markdown and for the terminal."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def report(results: Results) -> str:
     """Markdown: per cent, measured (mean ± standard deviation over trials) above the published.
 
     Args:
-        results: Of :func:`~deen_zoo.evaluation.evaluate`, or their ``to_dict()`` as
-            ``results.json`` has them.
+        results: What :func:`~deen_zoo.evaluation.evaluate` returns, or its ``to_dict()`` as
+            ``results.json`` has it.
 
     Published numbers stand under the protocol that they were measured by and nowhere else: none
-    beside re-ranked or multi-shot results, and the repository's 69.21/55.52 is beside
-    ``llcm-vis2ir-official``.
+    with re-ranked or multi-shot results, and the repository's 69.21/55.52 with
+    ``llcm-vis2ir-official`` alone.
     """
     plain = _plain(results)
     return "\n".join(

@@ -1,8 +1,9 @@
-"""What the protocols give: trials, their means, counts, and published numbers beside them."""
+"""Results of a protocol: its trials, their means, counts, and the published numbers."""
 
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import numpy as np
 from ..data.datasets import get_dataset
 from ..data.protocols import Sample, get_protocol
 from ..errors import UserError
+from ..io import write_atomically
 from .metrics import Ranking
 from .published import published
 from .rerank import KReciprocal
@@ -139,22 +141,25 @@ class ProtocolResult:
         return result
 
     def write_queries(self, path: str | os.PathLike[str]) -> None:
-        """Write a CSV with a row for each query of each trial: trial, path, identity, camera,
-        first_rank (from 1, as the CMC counts), average_precision, inverse_penalty; the last three
-        are empty for a query without a match."""
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(
-                ("trial", "path", "identity", "camera")
-                + ("first_rank", "average_precision", "inverse_penalty")
-            )
-            for t in self.trials:
-                scores = t.ranking
-                columns = scores.first_rank + 1, scores.average_precision, scores.inverse_penalty
-                for i, sample in enumerate(t.queries):
-                    valid = scores.first_rank[i] >= 0
-                    row = [column[i] if valid else "" for column in columns]
-                    writer.writerow((t.number, *sample[:3], *row))
+        """Write a CSV file with one row per query and trial.
+
+        Its columns are trial, path, identity, camera, first_rank (from 1, as the CMC counts),
+        average_precision and inverse_penalty; the last three are empty without a match.
+        """
+        table = io.StringIO(newline="")
+        writer = csv.writer(table)
+        writer.writerow(
+            ("trial", "path", "identity", "camera")
+            + ("first_rank", "average_precision", "inverse_penalty")
+        )
+        for trial in self.trials:
+            scores = trial.ranking
+            columns = scores.first_rank + 1, scores.average_precision, scores.inverse_penalty
+            for i, sample in enumerate(trial.queries):
+                valid = scores.first_rank[i] >= 0
+                row = [column[i] if valid else "" for column in columns]
+                writer.writerow((trial.number, *sample[:3], *row))
+        write_atomically(path, table.getvalue().encode(errors="surrogateescape"))
 
 
 def merge_trials(results: Sequence[ProtocolResult]) -> ProtocolResult:
