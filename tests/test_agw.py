@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
+from torchvision import transforms
 
 import deen_zoo
 from deen_zoo.cli import main
@@ -364,6 +366,79 @@ def test_erasing_is_of_each_view_and_of_cifars_mean():
     erased = (plain - fill).abs().amax(0) < 1e-6
     assert 0.01 < erased.float().mean() < 0.45
     assert not torch.equal(erased, torch.isclose(mixed[0], mixed[0].max()))
+
+
+# End to end: trained by AGW's own classes, converted, evaluated by both programs.
+
+
+@needs("AGW")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This overload of addmm_:UserWarning")
+@pytest.mark.parametrize("folder, tag", [("", "agw"), ("ICCV21_CAJ", "caj")])
+def test_both_programs_give_the_same_table(folder, tag, sysu_tree, tmp_path, monkeypatch, capsys):
+    """A few steps of AGW's and CAJ's training on a drawn tree; rank-1, mAP and mINP to 1e-9."""
+    monkeypatch.setattr(Image, "ANTIALIAS", Image.Resampling.LANCZOS, raising=False)
+    manager, metrics = agw("data_manager", folder), agw("eval_metrics", folder)
+    root, data = str(sysu_tree), agw("data_loader", folder)
+    torch.manual_seed(0)
+    net = agw("model", folder).embed_net(395)
+    train_reference(net, agw("loss", "ICCV21_CAJ"), tag, root)
+    file = tmp_path / f"sysu_{'adp' if tag == 'caj' else 'agw'}_p4_n8_lr_0.1_seed_0_best.t"
+    torch.save({"net": net.state_dict(), "epoch": 0}, file)
+
+    normalise = transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    steps = [transforms.ToPILImage(), transforms.Resize((288, 144)), transforms.ToTensor()]
+    test = transforms.Compose([*steps, normalise])  # as test.py and testa.py
+
+    def describe(images, ids, modal):
+        rows = torch.stack([x for x, _ in data.TestData(images, ids, test, (144, 288))])
+        bn = net(rows, rows, modal=modal)[1]
+        if tag == "caj":
+            bn = (bn + net(rows.flip(3), rows.flip(3), modal=modal)[1]) / 2
+            bn = bn / bn.norm(p=2, dim=1, keepdim=True)
+        return bn.numpy()
+
+    net.eval()
+    theirs = []
+    with torch.no_grad():
+        query, q_ids, q_cams = manager.process_query_sysu(root)
+        rows = describe(query, q_ids, 2)
+        for trial in range(3):
+            gallery, g_ids, g_cams = manager.process_gallery_sysu(root, trial=trial)
+            similarity = rows @ describe(gallery, g_ids, 1).T
+            labels = (q_ids, g_ids, q_cams, g_cams)
+            # With fewer than 20 identities its CMC of 20 ranks has rows of different lengths.
+            cmc, m_ap, m_inp = metrics.eval_sysu(-similarity, *labels, max_rank=1)
+            theirs.append((float(cmc[0]), float(m_ap), float(m_inp)))
+
+    assert main(["convert", str(file), str(tmp_path / "weights"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["source"] == tag
+    arguments = ["reproduce", "sysu", "--data-root", root, "--output", str(tmp_path / "run")]
+    arguments += ["--eval-only", str(tmp_path / "weights"), "--protocols", "sysu-all"]
+    assert main([*arguments, "--precision", "float32"]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["protocols"]["sysu-all"]
+    ours = [(t["r1"], t["mAP"], t["mINP"]) for t in results["trials"][:3]]
+    assert np.abs(np.array(ours) - np.array(theirs)).max() < 1e-9
+    assert 0.1 < ours[0][1] < 0.999  # neither chance nor trivially perfect
+
+
+def train_reference(net, loss, tag, root):
+    """Two steps by the reference's network, losses and optimiser on images of the drawn tree."""
+    samples = open_dataset("sysu", root).train()
+    loader = train_loader(samples, (288, 144), ChannelTransform(), 3, 2)
+    loader.set_epoch(0)
+    triplet = loss.TripletLoss_ADP(square=1) if tag == "caj" else loss.TripletLoss_WRT()
+    optimiser = torch.optim.SGD(net.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=True)
+    net.train()
+    for module in net.modules():  # two steps leave the running statistics behind otherwise
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.momentum = 0.5
+    for (images, labels, infrared), _ in zip(loader, range(2), strict=False):
+        pool, logits = net(images[~infrared], images[infrared])
+        told = torch.cat([labels[~infrared], labels[infrared]])
+        (nn.CrossEntropyLoss()(logits, told) + triplet(pool, told)[0]).backward()
+        optimiser.step()
+        optimiser.zero_grad()
 
 
 def write_golden() -> None:

@@ -79,6 +79,16 @@ def test_sources_of_weights_have_numbers_of_their_own():
     assert all("YYDS" not in e["source"] for e in published("sysu-all"))
 
 
+def test_weights_of_others_have_the_difference_to_their_source():
+    plain = RESULTS["sysu-all"].to_dict()
+    plain |= {"published": published("sysu-all", weights="yyds")}
+    lines = report([plain]).splitlines()
+    (at,) = [i for i, line in enumerate(lines) if "YYDS" in line]
+    assert "72.36" in lines[at] and "difference" in lines[at + 1]
+    difference = 100 * (plain["mean"]["mINP"] - 0.5403)
+    assert f"{difference:+.2f}" in lines[at + 1]
+
+
 def test_ablation():
     rows = published_ablation()
     assert len(rows) == 7

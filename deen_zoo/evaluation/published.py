@@ -31,7 +31,8 @@ def published(
         protocol: Its name.
         method: Of this method alone; None for all, in the order of their table.
         weights: What the source of public weights reports of those (a source of the catalog, such
-            as ``"yyds"``), in place of what papers and tables report.
+            as ``"yyds"``), in place of what papers and tables report; entries then have
+            ``"weights"``, and a report gives the difference.
 
     >>> [(entry["r1"], entry["mAP"]) for entry in published("llcm-vis2ir", "DEEN")]
     [(0.625, 0.658)]
@@ -40,7 +41,7 @@ def published(
     """
     others = [] if weights else _table()["weights"]
     return [
-        _fractions(entry)
+        _fractions(entry) | ({"weights": weights} if weights else {})
         for entry in _table()["results"]
         if entry["protocol"] == protocol
         and method in (None, entry["method"])

@@ -59,6 +59,10 @@ def _rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
             note = f", {entry['note']}" if "note" in entry else ""
             cells = [_per_cent(entry[key]) if key in entry else "-" for key in METRICS]
             rows.append(("", f"{entry['method']}: {entry['source']}{note}", *cells))
+            if "weights" in entry:  # the very weights that were measured
+                away = {key: 100 * (mean[key] - entry[key]) for key in METRICS if key in entry}
+                cells = [f"{away[key]:+.2f}" if key in away else "-" for key in METRICS]
+                rows.append(("", "difference", *cells))
     return rows
 
 

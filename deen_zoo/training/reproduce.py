@@ -409,6 +409,8 @@ class _Measured:
     """Results of all splits, by epoch ("last" or "best") and protocol."""
 
     source: str | None = None  # of converted weights, in the catalog
+    method: str = ""  # as published.json names it
+    descriptor: str = ""
     table: FeatureTable | None = None  # the first split's descriptors, for the pictures
 
     def __init__(self) -> None:
@@ -426,6 +428,9 @@ class _Measured:
             entry["chance"] = _chance(results)
             if self.source:  # what its own source reports
                 entry["published"] = published(name, weights=self.source)
+            elif self.method:
+                entry["published"] = published(name, self.method)
+            entry["descriptor"] = self.descriptor
             if drawn:
                 entry |= {"published": [], "expected_counts": {}}
             if name in self.results["best"]:
@@ -463,7 +468,10 @@ def evaluate_split(
             model = _load(settings, source, world)
             found, table = _evaluate(settings, dataset, model, trial, world)
             measured.table = measured.table or table
-            measured.source = model.source
+            measured.source = (getattr(model, "trained_on", None) or {}).get("source")
+            measured.method = type(model).__name__
+            flipped = "image and mirrored image" if model.flip else "image alone"
+            measured.descriptor = f"official, {flipped}"
         measured.add(which, found)
 
 
