@@ -308,6 +308,24 @@ def test_nothing_gives_no_rows(nothing, extractor):
         assert extractor(nothing).shape == (0, extractor.dim)
 
 
+def test_a_raw_thermal_sensor(tmp_path):
+    """B3: counts of 14 bits in 16 were squeezed to almost one grey: all rows were the same."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(7000, 9000, (64, 32), dtype=np.uint16) for _ in range(4)]
+    for i, array in enumerate(arrays):
+        Image.fromarray(array).save(tmp_path / f"{i}.png")
+    paths, spread = sorted(tmp_path.iterdir()), []
+    for intensity in ("full", "percentile", (7000, 9000)):
+        make = tiny(intensity=intensity)
+        rows = make(paths, "infrared")
+        assert torch.equal(make(arrays, "infrared"), rows)
+        assert make.provenance["intensity"] == str(make.intensity)
+        spread.append(float(torch.pdist(rows).min()))
+    assert min(spread[1:]) > 5 * spread[0]
+    with pytest.raises(UserError, match="intensity"):
+        tiny(intensity="bright")
+
+
 def test_identities_may_be_words(files, extractor, tmp_path):
     """C9: only integers could be stored."""
     samples = [

@@ -41,6 +41,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--precision", choices=(*PRECISIONS, "int8"), default="auto", help="int8: see quantize")
+    add("--project", metavar="HEAD", help="short descriptors, by a head of deen-zoo project")
     add(
         "--engine",
         choices=("torch", "openvino"),
@@ -62,7 +63,7 @@ def extractor(args: argparse.Namespace, **options: Any) -> Any:
     """The FeatureExtractor of the options above."""
     from ..features.extractor import FeatureExtractor
 
-    names = ("precision", "batch_size", "threads", "intensity", "engine")
+    names = ("precision", "batch_size", "threads", "intensity", "engine", "project")
     common = {name: getattr(args, name) for name in names}
     return FeatureExtractor(args.model, options.pop("device", args.device), **common, **options)
 

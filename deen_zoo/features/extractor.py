@@ -41,6 +41,7 @@ from .files import (
     read_feature_table,
     write_feature_table,
 )
+from .project import read_head
 from .sources import Source, infrared_of, resolve_sources
 
 __all__ = ["FeatureExtractor", "data_config", "extract", "weights_sha256"]
@@ -211,6 +212,8 @@ class FeatureExtractor:
             does not: its published numbers use the plain sum of image and mirrored image.
         intensity: How images of 16 bits become 8-bit, see :func:`deen_zoo.data.images.open_image`;
             raw thermal sensors need another than ``"full"``.
+        project: A head of ``deen-zoo project``, which makes short descriptors, of length 1. It was
+            fitted on features of these weights, ``descriptor``, ``flip`` and ``normalize``.
         threads: Threads that decode while the model computes; None is one per available core.
         progress: Show a bar where stderr is a terminal.
 
@@ -236,6 +239,7 @@ class FeatureExtractor:
         dtype: str = "float32",
         normalize: bool = True,
         intensity: Intensity = "full",
+        project: str | os.PathLike[str] | None = None,
         threads: int | None = None,
         progress: bool = True,
         **removed: Any,
@@ -264,6 +268,7 @@ class FeatureExtractor:
         self.transform: EvalTransform = eval_transform(config)
         self.model = model.eval().to(self.device).to(memory_format=torch.channels_last)
         self.flip = model.flip if flip is None else flip
+        self.intensity = check_intensity(intensity)
         self.provenance = {
             "model": str(getattr(model, "pretrained_cfg", {}).get("architecture", "unknown")),
             "weights_sha256": weights_sha256(model),
@@ -275,7 +280,7 @@ class FeatureExtractor:
             "precision": f"{precision} on {self.device.type}",
             "engine": engine,
             "dtype": dtype,
-            "intensity": str(intensity),
+            "intensity": str(self.intensity),
             "deen_zoo": _version(),
         }
         options = {
@@ -292,10 +297,13 @@ class FeatureExtractor:
             self.engine = OpenVINOEngine(options, precision, key, folder)
         else:
             self.engine = TorchEngine(device=self.device, precision=precision, **options)
-        self.dim = int(model.descriptors[descriptor])
+        self.head = read_head(project) if project is not None else None
+        if self.head is not None:
+            self.head.check(self.provenance, os.fspath(project or ""))
+            self.provenance["project"] = self.head.provenance["project"]
+        self.dim = self.head.dim if self.head else int(model.descriptors[descriptor])
         self.normalize, self.dtype, self.batch_size = normalize, DTYPES[dtype], batch_size
         self.threads, self.progress = threads, progress
-        self.intensity = check_intensity(intensity)
 
     def __call__(self, source: Any, modality: Any = None) -> Tensor:
         """Rows (N, D) on the CPU, in the order of the images.
@@ -497,6 +505,7 @@ class FeatureExtractor:
     def _finish(self, rows: Tensor, names: Sequence[str]) -> Tensor:
         """Descriptors (n, D) normalised, as the dtype; all of them must be numbers."""
         rows = F.normalize(rows) if self.normalize else rows
+        rows = self.head(rows) if self.head else rows
         bad = (~rows.isfinite().all(1)).nonzero()
         if len(bad):
             raise UserError(

@@ -1,0 +1,160 @@
+"""Short descriptors: PCA whitening, fitted on features and kept with the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..errors import UserError, check_least
+from ..io import sha256, write_atomically
+from .files import FeatureTable
+
+__all__ = ["Head", "fit_head", "read_head", "size_table", "write_head"]
+
+ROWS = 8192  # most rows that are fitted on: the matrix to decompose has that size at most
+# What a head and the rows that it is applied to must share.
+_MUST_AGREE = ("descriptor_sha256", "descriptor", "flip", "normalize")
+
+
+class Head:
+    """``(rows - mean) @ components``, L2-normalised: (N, D) to (N, dim).
+
+    Attributes:
+        mean: (D,) float32.
+        components: (D, dim) float32, each direction divided by its standard deviation.
+        provenance: What made the features that it was fitted on.
+    """
+
+    def __init__(self, mean: Tensor, components: Tensor, provenance: dict[str, str]) -> None:
+        self.mean, self.components, self.provenance = mean, components, provenance
+        self.dim = components.shape[1]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Rows of the kind that it was fitted on, as float32, of length 1."""
+        return F.normalize((rows.float() - self.mean) @ self.components)
+
+    def check(self, provenance: dict[str, str], name: str) -> None:
+        """Raise UserError unless it was fitted on features made like these."""
+        for key in _MUST_AGREE:
+            ours, theirs = self.provenance.get(key, ""), provenance.get(key, "")
+            if ours != theirs:
+                what = "weights" if key == "descriptor_sha256" else key
+                raise UserError(
+                    f"{name} was fitted on features of {what} {ours[:20]!r}, not {theirs[:20]!r}: "
+                    "fit it on features extracted with this model and these options"
+                )
+
+
+def fit_head(table: FeatureTable, dim: int = 256) -> Head:
+    """Fit PCA whitening on the rows of a table; labels are not used.
+
+    Directions in which the rows vary less are scaled up, so that all count the same. Give images
+    like those to be searched, and at least ten times as many as ``dim`` for a good estimate.
+
+    Args:
+        table: More than ``dim`` rows; of more than 8,192, evenly spread ones are used.
+        dim: Numbers in a descriptor.
+
+    Raises:
+        UserError: Too few rows, or rows of fewer numbers, NaN or infinity.
+    """
+    check_least("dim", dim, 1)
+    count, width = table.features.shape
+    if dim >= count or dim > width:
+        raise UserError(
+            f"{table.source}: {count} rows of {width} numbers give at most "
+            f"{min(count - 1, width)} directions, not {dim}: give more images or a smaller --dim"
+        )
+    table.check_finite()
+    step = -(-count // ROWS)
+    rows = table.features[::step].float()
+    if dim >= len(rows):
+        raise UserError(f"dim {dim}: at most {len(rows) - 1} directions are fitted")
+    mean, least = rows.mean(0), 1e-6 * float(rows.abs().max())
+    rows = rows - mean
+    if len(rows) < width:  # the smaller of the two matrices with the same eigenvalues
+        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        values, vectors = values.flip(0)[:dim], vectors.flip(1)[:, :dim]
+        directions = rows.T @ vectors / values.clamp(min=1e-12).sqrt()
+    else:
+        values, directions = torch.linalg.eigh(rows.T @ rows)
+        values, directions = values.flip(0)[:dim], directions.flip(1)[:, :dim]
+    deviation = (values.clamp(min=0) / (len(rows) - 1)).sqrt()
+    found = int((deviation > least).sum())
+    if found < dim:
+        raise UserError(f"{table.source}: the rows vary in {found} directions only, not {dim}")
+    # A direction may point either way: its largest number is made positive.
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    return Head(mean, directions * largest.sign() / deviation, table.provenance)
+
+
+def write_head(head: Head, file: str | os.PathLike[str]) -> None:
+    """Write a head as safetensors."""
+    file = check_head_name(file)
+    tensors = {"mean": head.mean.contiguous(), "components": head.components.contiguous()}
+    write_atomically(file, save(tensors, head.provenance))
+
+
+def check_head_name(file: str | os.PathLike[str]) -> Path:
+    """Raise UserError unless a head can be written there."""
+    file = Path(file)
+    if file.suffix != ".safetensors" or file.name == "model.safetensors" or file.is_dir():
+        raise UserError(f"{file}: name the head NAME.safetensors, such as project-256.safetensors")
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"{file}: there is no folder {file.parent}; make it first")
+    return file
+
+
+def read_head(file: str | os.PathLike[str]) -> Head:
+    """Read what :func:`write_head` wrote.
+
+    Raises:
+        UserError: There is no such file, or it is no head.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise UserError(f"{file}: there is no such file; 'deen-zoo project' writes one")
+    try:
+        with safe_open(file, "pt") as stored:
+            mean, components = stored.get_tensor("mean"), stored.get_tensor("components")
+            provenance = dict(stored.metadata() or {})
+    except SafetensorError as error:
+        raise UserError(f"{file}: not a head of 'deen-zoo project' ({error})") from error
+    if mean.ndim != 1 or components.ndim != 2 or len(mean) != len(components):
+        raise UserError(f"{file}: not a head of 'deen-zoo project'")
+    return Head(mean, components, {**provenance, "project": sha256(file)})
+
+
+def size_table(
+    fitted: FeatureTable, held_out: FeatureTable, dims: Sequence[int] = (128, 256, 512, 2048)
+) -> list[dict[str, Any]]:
+    """mAP and rank-1 of infrared queries against visible images, by the size of the descriptor.
+
+    Args:
+        fitted: Rows to fit the heads on.
+        held_out: Rows with identities and modalities, of other people.
+        dims: Sizes; those that ``fitted`` is too small for are left out. All numbers come last.
+
+    Returns:
+        Rows of ``dim``, ``mAP`` and ``r1``, fractions.
+    """
+    from ..evaluation.metrics import evaluate_ranking
+
+    infrared, ids = held_out.label("infrared"), held_out.label("identity")
+    largest = min(len(fitted) - 1, len(fitted.features[:: -(-len(fitted) // ROWS)]) - 1)
+    out = []
+    for dim in [*(d for d in dims if d <= min(largest, fitted.features.shape[1])), None]:
+        rows = held_out.features.float()
+        rows = F.normalize(rows) if dim is None else fit_head(fitted, dim)(rows)
+        similarity = (rows[infrared] @ rows[~infrared].T).numpy()
+        found = evaluate_ranking(similarity, ids[infrared], ids[~infrared], rule="regdb")
+        out.append({"dim": rows.shape[1], "mAP": float(found.mAP), "r1": float(found.cmc[0])})
+    return out
