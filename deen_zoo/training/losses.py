@@ -123,8 +123,8 @@ def orthogonality_loss(pool: Tensor, branches: int = 3) -> Tensor:
     """Dot products of all pairs of generated features, summed and divided by the B*N rows.
 
     ``1/(B*N) * sum_i sum_{1 <= a < b < B} <f_a^i, f_b^i>``; features are not normalised. With the
-    reference's two generated branches it is one dot product an image, as there. The paper gives the
-    pairs and no scale; its weight of 0.1 beside the code's 0.01 is the recipes' affair.
+    reference's two generated branches it is one dot product per image, as there. The paper gives
+    the pairs and no scale; its weight is 0.1 and the code's 0.01, which the recipes decide.
 
     Args:
         pool: (B*N, C) pooled features, branch-major, the original branch first.
@@ -183,7 +183,7 @@ def _distinct(labels: Tensor) -> Tensor:
     if len(identities) < 2:
         raise UserError(
             f"a batch of {len(identities)} identity has no negatives: "
-            "draw at least 2 identities a batch (P of P x K)"
+            "draw at least 2 identities per batch (data.identities_per_batch)"
         )
     return identities
 

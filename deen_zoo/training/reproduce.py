@@ -127,6 +127,8 @@ def _check_early(settings: Settings) -> None:
     for trial in settings.trials:
         if settings.eval_only:
             _checkpoint(settings, trial)
+            if Run(settings.folder(trial)).newest:
+                raise UserError(f"{settings.folder(trial)} holds a run: choose another --output")
         elif not settings.resume and Run(settings.folder(trial)).newest:
             raise UserError(
                 f"{settings.folder(trial)} holds a run: continue it with --resume, or choose "
@@ -284,11 +286,17 @@ def _digest(identities: Iterable[object]) -> str:
     return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
 
+def _trained_with(source: str | Path, model: Any = None) -> dict[str, Any]:
+    """What a checkpoint says of its training: source, dataset, split, identities' digest."""
+    file = Path(source) / "config.json"
+    own = json.loads(file.read_text()).get("deen_zoo", {}) if file.is_file() else {}
+    found = own.get("trained_on") or getattr(model, "trained_on", None)
+    return found if isinstance(found, dict) else {}
+
+
 def _refuse_known_people(dataset: ReidDataset, split: int, source: str) -> None:
     """Raise a UserError if a checkpoint was trained on people whom the split tests."""
-    config = Path(source) / "config.json"
-    own = json.loads(config.read_text()).get("deen_zoo", {}) if config.is_file() else {}
-    trained = own.get("trained_on") or {}
+    trained = _trained_with(source)
     if trained.get("dataset") != dataset.name or trained.get("split") == split:
         return
     tested = {sample.identity for kind in MODALITIES for sample in dataset.test(kind, split)}
@@ -468,7 +476,7 @@ def evaluate_split(
             model = _load(settings, source, world)
             found, table = _evaluate(settings, dataset, model, trial, world)
             measured.table = measured.table or table
-            measured.source = (getattr(model, "trained_on", None) or {}).get("source")
+            measured.source = _trained_with(source, model).get("source")
             measured.method = type(model).__name__
             flipped = "image and mirrored image" if model.flip else "image alone"
             measured.descriptor = f"official, {flipped}"

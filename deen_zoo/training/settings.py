@@ -57,7 +57,11 @@ class Settings:
     people: int = option("people in a synthetic world (default: 96)", 96, type=int)
     seed: int = option("seed of the weights, the batches and the augmentation", 0)
     device: str = option("auto, cpu, cuda, cuda:1, ...", "auto")
-    precision: str = option("", "auto", choices=("auto", "float32", "bfloat16"))
+    precision: str = option(
+        "precision of the arithmetic; auto is bfloat16 on a GPU that has it",
+        "auto",
+        choices=("auto", "float32", "bfloat16"),
+    )
     compile: bool = option("use torch.compile", False)
     grad_checkpointing: bool = option(
         "less memory and a little slower: compute the first stages' maps twice", False
