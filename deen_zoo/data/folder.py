@@ -192,6 +192,7 @@ class OwnData(ReidDataset):
 
     @classmethod
     def absent(cls, folder: Path) -> list[str]:
+        """What a root lacks to be evaluated; training needs ``train`` as well."""
         if (folder / "test").is_dir() or (folder / "images.csv").is_file():
             return []
         missing = [kind for kind in _NUMBER if not (folder / kind).is_dir()]
@@ -199,10 +200,12 @@ class OwnData(ReidDataset):
 
     @classmethod
     def looks_like(cls, folder: Path) -> bool:
+        """Whether a folder may be such a root."""
         return not cls.absent(folder)
 
     @property
     def trainable(self) -> bool:
+        """Whether there is a folder ``train``."""
         return Path(self.root, "train").is_dir()
 
     def list_train(self, split: int) -> tuple[list[Sample], list[Fault]]:
