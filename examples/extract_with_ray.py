@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     paths = [os.path.abspath(path) for path in list_images(args.folder)[0]]
     os.makedirs(args.output, exist_ok=True)
     killed = os.path.abspath(f"{args.output}/.killed") if args.kill_one else ""
-    ray.init(num_cpus=args.actors, include_dashboard=False, log_to_driver=False)
+    # One more for the tasks that list and write.
+    ray.init(num_cpus=args.actors + 1, include_dashboard=False, log_to_driver=False)
     try:
         rows = data.from_items(paths).map_batches(
             Actor,
