@@ -77,7 +77,6 @@ def name_unreadable(unreadable: dict[str, str]) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..data.datasets import DATASETS
-    from ..features.extractor import DTYPES
 
     add = parser.add_argument
     add("source", nargs="+", metavar="SOURCE", help="images, folders (at any depth), CSV files")
@@ -91,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", type=int, default=1, metavar="N", help="RegDB's, 1 to 10 (default: 1)")
     add_model_arguments(parser, required=True)
     add("--descriptor", default="official", metavar="NAME", help="bn, pool, original, ...")
-    add("--dtype", choices=DTYPES, default="float32")
+    add("--dtype", choices=("float32", "float16"), default="float32")
     add("--no-flip", action="store_true", help="half the time, without the mirrored image")
     add(
         "--raw",
