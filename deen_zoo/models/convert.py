@@ -11,7 +11,6 @@ import codecs
 import contextlib
 import functools
 import importlib
-import json
 import math
 import os
 import pickle
@@ -26,10 +25,10 @@ import timm
 import torch
 
 from ..errors import UserError
-from ..io import sha256, whole_folder, write_atomically
+from ..io import sha256, whole_folder
 from . import create_model, save_pretrained
 from .catalog import weights_home
-from .pretrained import CONFIG, WEIGHTS
+from .pretrained import WEIGHTS
 
 __all__ = ["SOURCES", "ConversionReport", "Source", "convert", "read_checkpoint", "recognise"]
 
@@ -477,12 +476,11 @@ def convert(
     counters = {n: t for n, t in net.state_dict().items() if n.endswith("num_batches_tracked")}
     weights = {**counters, **weights}
     net.load_state_dict(weights)
-    trained_on = {"source": found.source.tag, "dataset": dataset}
+    net.trained_on = {"source": found.source.tag, "dataset": dataset}
+    if split is not None:
+        net.trained_on["split"] = split
     with whole_folder(target) as partial:
         save_pretrained(net, partial)
-        config = json.loads((partial / CONFIG).read_text(encoding="utf-8"))
-        config["deen_zoo"]["trained_on"] = {**trained_on, **({"split": split} if split else {})}
-        write_atomically(partial / CONFIG, json.dumps(config, indent=2) + "\n")
         loaded = timm.create_model(f"local-dir:{partial}", pretrained=True).state_dict()
         equal = sum(torch.equal(loaded[name], weights[name]) for name in loaded)
         if equal != len(loaded) or len(loaded) != len(weights):
