@@ -1,4 +1,4 @@
-"""Programs that take turns: each in a process of its own, so that each has its own memory."""
+"""Programs that are timed alternately, each in its own process so that each has its own memory."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Spec:
     """What every contestant is told.
 
     Attributes:
-        folder: For files that they share: weights, trees.
+        folder: Folder for shared files: weights, trees.
         official: The reference's ``DEEN`` folder, or None.
-        model: A model's name.
-        images: In two batches of descriptors; in a training step, of each modality.
+        model: Name of the model.
+        images: Batch size of descriptors; in a training step, images of each modality.
         size: (height, width) of the images.
-        device: As torch calls it.
-        threads: Of torch.
+        device: Device name, as torch has it.
+        threads: Number of torch's (and the engines') threads.
     """
 
     folder: Path
@@ -51,17 +51,19 @@ Workload = Callable[[str, Spec], Callable[[], Any]]
 
 @dataclass
 class Outcome:
-    """Of one contestant.
+    """What one contestant did.
 
     Attributes:
-        seconds: Of each round.
+        seconds: Time of each round.
         answer: What it computed in the last round.
-        memory: Peak of the process in bytes; on a GPU, of the tensors there. None if unknown.
+        memory: Peak memory of the process in bytes; on a GPU, of its tensors. None if unknown.
+        failed: Why it could not do the work; empty if it could.
     """
 
     seconds: list[float] = field(default_factory=list)
     answer: Any = None
     memory: int | None = None
+    failed: str = ""
 
     @property
     def median(self) -> float:
@@ -76,27 +78,35 @@ def contest(
     say: Callable[[str], None] = lambda line: None,
     warm_up: bool = True,
 ) -> dict[str, Outcome]:
-    """The contestants in turns, A B A B, each ``rounds`` times: once to warm up and once timed.
+    """Run the contestants alternately, A B A B, each ``rounds`` times: a warm-up and a timed run.
 
-    Between turns a process gives its free memory back to the system, or they would not fit. Without
-    ``warm_up`` each turn is the timed one alone.
-
-    Raises:
-        UserError: A contestant failed; its last line is in the message.
+    Between its turns a process gives its free memory back to the system, or they would not fit.
+    Without ``warm_up`` a turn is the timed run alone. A contestant that fails is left out of the
+    rounds that remain, and its outcome says why.
     """
     outcomes = {name: Outcome() for name in contestants}
     with contextlib.ExitStack() as stack:
         servers = {name: stack.enter_context(_Server(workload, name, spec)) for name in contestants}
+
+        def attempt(name: str, *questions: str) -> list[Any]:
+            try:
+                return [servers[name].ask(question) for question in questions]
+            except UserError as error:
+                outcomes[name].failed = str(error)
+                say(f"{name} failed: {error}")
+                return []
+
+        for name in contestants:
+            attempt(name, "build")
         for turn in range(1, rounds + 1):
-            for name, server in servers.items():
-                if warm_up:
-                    server.ask("warm up")
-                seconds, outcomes[name].answer = server.ask("run")
-                say(f"{name}: round {turn}, {seconds:.3g} s")
-                outcomes[name].seconds.append(seconds)
-                server.ask("rest")
-        for name, server in servers.items():
-            outcomes[name].memory = server.ask("memory")
+            for name in (name for name in contestants if not outcomes[name].failed):
+                done = attempt(name, *["warm up"] * warm_up, "run", "rest")
+                if done:
+                    seconds, outcomes[name].answer = done[-2]
+                    outcomes[name].seconds.append(seconds)
+                    say(f"{name}: round {turn}, {seconds:.3g} s")
+        for name in (name for name in contestants if not outcomes[name].failed):
+            (outcomes[name].memory,) = attempt(name, "memory") or [None]
     return outcomes
 
 
@@ -113,7 +123,6 @@ class _Server:
         theirs.close()
 
     def __enter__(self) -> _Server:
-        self._answer()
         return self
 
     def ask(self, what: str) -> Any:
@@ -147,11 +156,11 @@ def _serve(pipe: Connection, workload: Workload, name: str, spec: Spec) -> None:
         torch.set_num_threads(spec.threads)
         if name not in ("reference", "timm"):
             keep_freed_memory()  # as every command of ours does
-        run = workload(name, spec)
-        pipe.send((None, None))
+        built: list[Callable[[], Any]] = []
         does: dict[str, Callable[[], Any]] = {
-            "warm up": lambda: _timed(run, spec.device) and None,
-            "run": lambda: _timed(run, spec.device),
+            "build": lambda: built.append(workload(name, spec)),
+            "warm up": lambda: _timed(built[0], spec.device) and None,
+            "run": lambda: _timed(built[0], spec.device),
             "rest": _give_memory_back,
             "memory": lambda: peak_memory(spec.device),
         }
