@@ -1,8 +1,4 @@
-"""This package beside the reference, in turns, on the same inputs: speed, memory, agreement."""
+"""Speed and memory of this package, next to the reference's and to plain timm's.
 
-from .rows import WORKS, Row, benchmark, environment, table
-from .scaling import Curves, draw_curves, measure_curves
-
-__all__ = [
-    "WORKS", "Curves", "Row", "benchmark", "draw_curves", "environment", "measure_curves", "table",
-]  # fmt: skip
+Not installed: ``python -m benchmarks`` runs it in a checkout.
+"""

@@ -11,36 +11,38 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from numpy.typing import NDArray
-from timm.utils.model import reparameterize_model
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from deen_zoo import create_model
-from deen_zoo.errors import UserError
+from deen_zoo import FeatureExtractor, create_model
+from deen_zoo.data.images import read_image
+from deen_zoo.data.loader import TrainBatch, map_batches
+from deen_zoo.data.protocols import Sample
+from deen_zoo.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from deen_zoo.evaluation import evaluate_ranking
-from deen_zoo.models import DEEN
-from deen_zoo.models.checkpoint import checkpoint_filter_fn
+from deen_zoo.models import ReidModel
+from deen_zoo.models.convert import convert
 from deen_zoo.training.loop import make_optimizer
 from deen_zoo.training.losses import batch_hard_triplet_loss, cpm_loss, orthogonality_loss
 from deen_zoo.training.recipes import get_recipe
 from deen_zoo.training.reproduce import reproduce
 from deen_zoo.training.settings import Settings
-from deen_zoo.training.tasks import DEENTask
+from deen_zoo.training.tasks import task_class
 
 from . import official
 from .contest import Spec, synchronize
 
-__all__ = ["DATASETS", "descriptors", "losses", "ranking", "ranking_case", "start", "sysu_test"]
-__all__ += ["training_step"]
-
+FILES = 1024  # images of a round of reading
 DATASETS = {f"deen_resnet50_{dataset}": dataset for dataset in ("sysu", "regdb", "llcm")}
 SYSU_SIZE = 128, 64  # of the test's images: those of 384 x 144 have 6.75 times the pixels
 Array = NDArray[Any]
@@ -48,22 +50,23 @@ Case = tuple[Array, Array, Array, Array, Array]
 
 
 def share_weights(spec: Spec) -> Path:
-    """The checkpoint that both programs load; it is made once."""
+    """The checkpoint that both programs load, and next to it the converted one; made once."""
     assert spec.official
     path = spec.folder / "weights.t"
     if not path.exists():
         identities = create_model(spec.model).num_classes
         official.save_weights(spec.official, identities, DATASETS[spec.model], path)
+        convert(path, spec.folder / "converted", model=spec.model)
     return path
 
 
-def _load(spec: Spec, train: bool = False) -> DEEN:
+def _load(spec: Spec, train: bool = False) -> ReidModel:
     """Our model; with a reference, with the weights that it has."""
     torch.manual_seed(0)
-    model: DEEN = create_model(spec.model)
+    name = spec.model
     if spec.official:
-        content = torch.load(share_weights(spec), map_location="cpu", weights_only=True)
-        model.load_state_dict(checkpoint_filter_fn(content, model))
+        name = f"local-dir:{share_weights(spec).parent / 'converted'}"
+    model = create_model(name, pretrained=spec.official is not None)
     return model.to(spec.device).to(memory_format=torch.channels_last).train(train)
 
 
@@ -76,69 +79,96 @@ def _load_reference(spec: Spec, train: bool = False) -> nn.Module:
     return net.to(spec.device).train(train)
 
 
-def descriptors(contestant: str, spec: Spec) -> Callable[[], Array]:
-    """Preprocessed images to official descriptors, half of them visible, half infrared.
+def extractor(
+    model: Any, name: str, calibration: Sequence[Sample] = (), **options: Any
+) -> FeatureExtractor:
+    """An extractor of ``"ENGINE PRECISION"``; int8 is calibrated on the samples, or on noise."""
+    engine, precision = name.split(" ", 1)
+    if precision == "int8":
+        model = quantized(model, calibration)
+    return FeatureExtractor(model, engine=engine, precision=precision, **options)
 
-    Contestants: ``reference``; ``plain``; ``float32``, ``bfloat16``, ``int8``, the optimized forms;
-    ``bfloat16 compiled``.
+
+def descriptors(contestant: str, spec: Spec) -> Callable[[], Array]:
+    """A batch of uint8 images in memory to official descriptors, without mirrored images.
+
+    Contestants: ``reference``, ``timm`` (a plain ResNet-50 with pooling), ``"ENGINE PRECISION"``.
     """
-    torch.manual_seed(1)
-    images = torch.randn(2, spec.images // 2, 3, *spec.size).to(spec.device)
+    pixels = np.random.default_rng(1).integers(0, 256, (spec.images, *spec.size, 3), np.uint8)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(255).sub(mean).div(std)
+    images = images.contiguous().to(spec.device)
+    if contestant == "timm":
+        resnet = timm.create_model("resnet50", num_classes=0).eval().to(spec.device)
+
+        @torch.inference_mode()
+        def plain() -> Array:
+            return np.asarray(resnet(images).float().cpu())
+
+        return plain
     if contestant == "reference":
         net = _load_reference(spec)
 
         @torch.no_grad()
         def theirs() -> Array:
-            rows = []
-            for modal, x in enumerate(images, start=1):
-                parts = [part.chunk(3) for part in net(x, x, modal)]  # pool, bn: (3N, C)
-                rows.append(torch.cat([branch for part in parts for branch in part], dim=1))
-            return torch.cat(rows).float().cpu().numpy()
+            parts = [part.chunk(3) for part in net(images, images, 1)]  # pool, bn: (3N, C)
+            rows = torch.cat([branch for part in parts for branch in part], dim=1)
+            return np.asarray(rows.float().cpu())
 
         return theirs
-    precision, *how = contestant.split()
-    calibration = [(images[0][:8].cpu(), "visible"), (images[1][:8].cpu(), "infrared")]
-    model = _load(spec)
-    if precision != "plain":
-        raise UserError(f"{precision} {calibration and ''}: not measured by this version")
-    run: Callable[..., Tensor] = model.forward_embedding
-    if how == ["compiled"]:
-        run = torch.compile(run, dynamic=False)
-    visible, infrared = (x.contiguous(memory_format=torch.channels_last) for x in images)
-
-    @torch.inference_mode()
-    def ours() -> Array:
-        rows = [run(visible, "visible"), run(infrared, "infrared")]
-        return torch.cat(rows).float().cpu().numpy()
-
-    return ours
+    describe = extractor(
+        _load(spec), contestant, device=spec.device, flip=False, normalize=False,
+        batch_size=spec.images, progress=False,
+    )  # fmt: skip
+    return lambda: np.asarray(describe(pixels, "visible"))
 
 
-def _batch(spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
+def reading(contestant: str, spec: Spec) -> Callable[[], int]:
+    """Files to uint8 batches of 384 x 144. Contestants: ``"N threads"``."""
+    paths = [spec.folder / f"reading-{i}.jpg" for i in range(16)]
+    rng = np.random.default_rng(0)
+    for path in paths:
+        if not path.exists():  # smooth noise compresses as a photograph does
+            noise = Image.fromarray(rng.integers(0, 256, (45, 19, 3), np.uint8))
+            noise.resize((150, 360), Image.Resampling.BICUBIC).save(path, quality=90)
+    files = [str(paths[i % 16]) for i in range(FILES)]
+    batches = [files[i : i + 64] for i in range(0, FILES, 64)]
+    threads = int(contestant.split()[0])
+
+    def run() -> int:
+        done = 0
+        for batch in map_batches(lambda path: read_image(path, (384, 144)), batches, threads):
+            done += len(torch.from_numpy(np.stack(batch)))
+        return done
+
+    return run
+
+
+def _batch(spec: Spec) -> TrainBatch:
     """(2n, 3, H, W) images, (2n,) labels, (2n,) infrared: 4 of each identity and modality."""
     torch.manual_seed(1)
     n = spec.images
     labels = torch.arange(-(-n // 4)).repeat_interleave(4)[:n].repeat(2)
-    return torch.randn(2 * n, 3, *spec.size), labels, torch.arange(2 * n) >= n
+    return TrainBatch(torch.randn(2 * n, 3, *spec.size), labels, torch.arange(2 * n) >= n)
 
 
 def training_step(contestant: str, spec: Spec) -> Callable[[], float]:
-    """Forward, losses, backward, SGD. Contestants: ``reference``, ``float32``, ``bfloat16``,
-    and these two with ``grad checkpointing`` as ``reproduce`` has it."""
-    images, labels, infrared = _batch(spec)
-    recipe = get_recipe("official")
+    """Forward, losses, backward, SGD. Contestants: ``reference``, ``torch float32``,
+    ``torch bfloat16``, and these two followed by ``, grad checkpointing``."""
+    batch, recipe = _batch(spec), get_recipe("official")
     if contestant == "reference":
-        return _reference_step(images, labels, spec)
-    precision, *how = contestant.split()
+        return _reference_step(batch.images, batch.labels, spec)
+    engine, _, how = contestant.partition(", ")
     model = _load(spec, train=True)
     model.set_grad_checkpointing(bool(how), stages=2)
-    task, optimizer = DEENTask(model, recipe, precision), make_optimizer(model, recipe)
-    images = images.to(spec.device, memory_format=torch.channels_last)
+    task = task_class(None, model)(model, recipe, engine.split()[1])
+    optimizer = make_optimizer(model, recipe)
+    batch = batch._replace(images=batch.images.to(spec.device, memory_format=torch.channels_last))
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = torch.stack(list(task(images, labels, infrared).values())).sum()
-        loss.backward()
+        loss = torch.stack(list(task(*batch).values())).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return float(loss.detach())
 
@@ -268,24 +298,22 @@ def _ranking(contestant: str, spec: Spec, rule: str, cases: list[Case]) -> Calla
 
 
 def sysu_test(contestant: str, spec: Spec) -> Callable[[], dict[str, float]]:
-    """SYSU-MM01's test from image files to the printed table: ten trials, mirrored images too.
+    """SYSU-MM01's test from image files to the printed table: ten draws, mirrored images too.
 
-    The reference runs its own test.py. Contestants: ``reference``, ``float32`` (as
-    ``deen-zoo reproduce sysu --eval-only`` does it by default), ``float32 optimized`` and
-    ``bfloat16 optimized`` (with ``--optimize``).
+    The reference runs its own test.py, this package ``deen-zoo reproduce sysu --eval-only``.
     """
     root, weights = spec.folder / "sysu", spec.folder / "sysu.t"
     if contestant == "reference":
         folder = spec.official
         assert folder
         return lambda: official.run_test(folder, "sysu", root, weights, SYSU_SIZE)
-    precision, *how = contestant.split()
+    engine, precision = contestant.split()
 
     def ours() -> dict[str, float]:
         with tempfile.TemporaryDirectory() as scratch:
             settings = Settings.create(
                 "sysu", scratch, root, eval_only=str(spec.folder / "sysu-checkpoint"),
-                precision=precision, protocols=["sysu-all"],
+                engine=engine, precision=precision, protocols=["sysu-all"],
             )  # fmt: skip
             results = reproduce(settings)
         mean = results["protocols"]["sysu-all"]["mean"]
@@ -295,10 +323,15 @@ def sysu_test(contestant: str, spec: Spec) -> Callable[[], dict[str, float]]:
 
 
 def start(contestant: str, spec: Spec) -> Callable[[], None]:
-    """A fresh interpreter that imports one module. Contestants: ``timm``, ``deen_zoo``."""
+    """A fresh interpreter. Contestants: ``timm`` imports it, and two of this package's."""
+    command = ["-c", f"import {contestant}"]
+    if contestant.startswith("import"):
+        command = ["-c", contestant]
+    elif contestant.startswith("deen-zoo"):
+        command = ["-m", "deen_zoo", *contestant.split()[1:]]
 
     def run() -> None:
-        subprocess.run([sys.executable, "-c", f"import {contestant}"], check=True)
+        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
 
     return run
 
@@ -317,9 +350,36 @@ def bfloat16_peak(size: int = 8192, device: str = "cuda", rounds: int = 10) -> f
 
 
 def operations(spec: Spec) -> int:
-    """Floating-point operations of a batch's descriptors in the deploy form, by torch's counter."""
+    """Floating-point operations of a batch's descriptors, by torch's counter."""
     model = _load(replace(spec, device="cpu", official=None))
-    reparameterize_model(model, inplace=True)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model.forward_embedding(torch.zeros(1, 3, *spec.size), "visible")
     return int(spec.images * counter.get_total_flops())
+
+
+def has_amx() -> bool:
+    """Whether this CPU has AMX, the units for products in bfloat16 and int8."""
+    return "amx_bf16" in _cpu_flags()
+
+
+def has_avx512() -> bool:
+    """Whether this CPU has AVX-512."""
+    return "avx512f" in _cpu_flags()
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU computes in bfloat16 faster than it emulates it."""
+    return bool(_cpu_flags() & {"amx_bf16", "avx512_bf16"})
+
+
+def _cpu_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    return set(next((x for x in text.splitlines() if x.startswith("flags")), "").split())
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
