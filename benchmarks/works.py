@@ -11,7 +11,6 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,7 +113,9 @@ def speed(
     """A row of a rate, amount / seconds, or, where ``unit`` is a time, of seconds * amount."""
     ours, engine, precision = found[name], *(name.split(" ", 1) + [""])[:2]
     if ours.failed:
-        return Row(work, engine, precision, unit, target=target, note=f"not measured: {ours.failed}")
+        return Row(
+            work, engine, precision, unit, target=target, note=f"not measured: {ours.failed}"
+        )
 
     def figure(outcome: Outcome | None) -> float | None:
         if outcome is None or outcome.failed:
@@ -137,7 +138,8 @@ def size(
     engine, precision = (name.split(" ", 1) + [""])[:2]
     ratio = reference / ours if ours and reference else None
     figure, theirs = (n / 1e6 if n else None for n in (ours, reference))
-    return Row(work, engine, precision, "MB", figure, theirs, ratio, target=1 / target if target else None)
+    least = 1 / target if target else None
+    return Row(work, engine, precision, "MB", figure, theirs, ratio, target=least)
 
 
 def agreement(ours: Array | None, reference: Array | None) -> str:
@@ -153,7 +155,7 @@ def agreement(ours: Array | None, reference: Array | None) -> str:
 
 
 ENGINES = ("torch float32", "openvino float32", "openvino bfloat16", "openvino int8")
-# Ratios to reach on a CPU with AMX, which has bfloat16 and int8 units; elsewhere there is no target.
+# Ratios to reach on a CPU with AMX, which has units for bfloat16 and int8; else there is none.
 DESCRIPTOR_TARGETS = {"openvino float32": 1.6, "openvino bfloat16": 7.3, "openvino int8": 11.0}
 
 
