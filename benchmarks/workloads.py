@@ -25,13 +25,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deen_zoo import FeatureExtractor, create_model
+from deen_zoo.data import open_dataset
 from deen_zoo.data.images import read_image
 from deen_zoo.data.loader import TrainBatch, map_batches
 from deen_zoo.data.protocols import Sample
 from deen_zoo.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from deen_zoo.evaluation import evaluate_ranking
+from deen_zoo.features.quantize import quantize
 from deen_zoo.models import ReidModel
 from deen_zoo.models.convert import convert
+from deen_zoo.synthetic import synthesize
 from deen_zoo.training.loop import make_optimizer
 from deen_zoo.training.losses import batch_hard_triplet_loss, cpm_loss, orthogonality_loss
 from deen_zoo.training.recipes import get_recipe
@@ -66,7 +69,7 @@ def _load(spec: Spec, train: bool = False) -> ReidModel:
     name = spec.model
     if spec.official:
         name = f"local-dir:{share_weights(spec).parent / 'converted'}"
-    model = create_model(name, pretrained=spec.official is not None)
+    model = create_model(name, pretrained=spec.official is not None, flip=False)
     return model.to(spec.device).to(memory_format=torch.channels_last).train(train)
 
 
@@ -80,12 +83,21 @@ def _load_reference(spec: Spec, train: bool = False) -> nn.Module:
 
 
 def extractor(
-    model: Any, name: str, calibration: Sequence[Sample] = (), **options: Any
+    model: Any, name: str, folder: Path, samples: Sequence[Sample] = (), **options: Any
 ) -> FeatureExtractor:
-    """An extractor of ``"ENGINE PRECISION"``; int8 is calibrated on the samples, or on noise."""
+    """An extractor of ``"ENGINE PRECISION"``; int8 is calibrated once into ``folder``.
+
+    The calibration images are ``samples``, or else drawn people.
+    """
     engine, precision = name.split(" ", 1)
     if precision == "int8":
-        model = quantized(model, calibration)
+        target = folder / "int8"
+        if not target.exists():
+            if not samples:
+                synthesize("llcm", folder / "calibration", 16, images_per_camera=1, progress=False)
+                samples = open_dataset("llcm", folder / "calibration").train()
+            quantize(model, samples, target, images=32, same_first_hit=0.0, map_drop=1.0)
+        model = target
     return FeatureExtractor(model, engine=engine, precision=precision, **options)
 
 
@@ -117,7 +129,7 @@ def descriptors(contestant: str, spec: Spec) -> Callable[[], Array]:
 
         return theirs
     describe = extractor(
-        _load(spec), contestant, device=spec.device, flip=False, normalize=False,
+        _load(spec), contestant, spec.folder, device=spec.device, normalize=False,
         batch_size=spec.images, progress=False,
     )  # fmt: skip
     return lambda: np.asarray(describe(pixels, "visible"))

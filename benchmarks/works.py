@@ -201,7 +201,7 @@ def same_first_hits(
         wanted, found = _first_hits(plain(samples), samples), {}
         for name in names:
             try:
-                extractor = workloads.extractor(model, name, dataset.train(), **options)
+                extractor = workloads.extractor(model, name, folder, dataset.train(), **options)
                 hits = _first_hits(extractor(samples), samples)
             except Exception as error:  # an engine that is not installed, or not for this CPU
                 found[name] = f"first hits not compared: {error}"
