@@ -6,7 +6,7 @@
 
 Rank-1 and mAP are of llcm-ir2vis over synthetic people that the model has not seen; "same first
 hit" is the share of infrared images whose most similar visible image is that of the official
-descriptor. Times are the best of three, in turns, in one CPU thread unless told otherwise.
+descriptor. Times are the best of three alternating runs, in one CPU thread unless told otherwise.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("official, not normalised (`--raw`)", {"normalize": False}),
     ("bn", {"descriptor": "bn"}),
     ("pool", {"descriptor": "pool"}),
-    ("original branch", {"descriptor": "original"}),
-    ("original branch, no flip, float16",
+    ("original", {"descriptor": "original"}),
+    ("original, no flip, float16",
      {"descriptor": "original", "flip": False, "dtype": "float16"}),
 ]  # fmt: skip
 
