@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     # One more for the tasks that list and write.
     ray.init(num_cpus=args.actors + 1, include_dashboard=False, log_to_driver=False)
     try:
-        rows = data.from_items(paths).map_batches(
+        blocks = max(args.actors, len(paths) // args.batch_size)
+        rows = data.from_items(paths, override_num_blocks=blocks).map_batches(
             Actor,
             fn_constructor_args=(args.model, args.modality, killed),
             concurrency=args.actors,
