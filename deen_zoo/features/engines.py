@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +92,10 @@ def convert(
     ov = require("openvino", extra="openvino")
     preprocess = require("openvino.preprocess", extra="openvino")
     module = model.for_modality(modality, flip=flip, normalize=False, descriptor=descriptor)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's, about checks of shapes
-        graph = ov.convert_model(module, example_input=torch.zeros(2, 3, *size))
+    example = (torch.zeros(2, 3, *size),)
+    with torch.inference_mode(False), torch.no_grad():
+        program = torch.export.export(module, example, dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    graph = ov.convert_model(program)
     graph.reshape([BATCH, 3, *size])
     steps = preprocess.PrePostProcessor(graph)
     image = steps.input()
