@@ -450,3 +450,28 @@ def test_images_that_no_trial_draws_are_not_computed(sysu_tree, tmp_path, monkey
               for s in dataset.query(name, 0) + dataset.gallery(name, 0)}  # fmt: skip
     assert set(seen[0]) == wanted and len(seen[0]) == len(wanted)
     assert len(wanted) < len(dataset.test("visible") + dataset.test("infrared"))
+
+
+@pytest.mark.slow
+def test_openvino_evaluates_the_same(llcm_tree, tmp_path):
+    pytest.importorskip("openvino")
+    command = ["reproduce", "llcm", "--data-root", str(llcm_tree), "--eval-only"]
+    command += ["test_deen_resnet", "--output"]
+    found = []
+    for engine in ("torch", "openvino"):
+        output = tmp_path / engine
+        assert main([*command, str(output), "--engine", engine, "--precision", "float32"]) == 0
+        results = json.loads((output / "results.json").read_text())
+        assert results["engine"] == engine
+        found.append(results["protocols"]["llcm-ir2vis"]["mean"])
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options", [["--engine", "openvino"], ["--precision", "int8", "--eval-only", "x"]]
+)
+def test_openvino_only_evaluates(llcm_tree, tmp_path, options, capsys):
+    command = ["reproduce", "llcm", "--data-root", str(llcm_tree), "--output", str(tmp_path / "x")]
+    assert main([*command, *options]) == 2
+    error = capsys.readouterr().err
+    assert "openvino" in error and "--eval-only" in error and not (tmp_path / "x").exists()

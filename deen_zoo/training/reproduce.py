@@ -36,7 +36,7 @@ from ..distributed import Distributed, join
 from ..errors import UserError
 from ..evaluation import ProtocolResult, evaluate, images_of, merge_trials, published
 from ..evaluation.metrics import label_array
-from ..features.extractor import data_config, extract
+from ..features.extractor import FeatureExtractor, data_config, extract
 from ..features.files import FeatureTable
 from ..io import exclusive, sha256
 from ..models import create_model
@@ -474,7 +474,7 @@ def evaluate_split(
         if which == "last" or end["epoch"] != entry["last"]["epoch"]:
             source = settings.output / end["checkpoint"] if entry["history"] else end["checkpoint"]
             model = _load(settings, source, world)
-            found, table = _evaluate(settings, dataset, model, trial, world)
+            found, table = _evaluate(settings, dataset, source, model, trial, world)
             measured.table = measured.table or table
             measured.source = _trained_with(source, model).get("source")
             measured.method = type(model).__name__
@@ -484,18 +484,31 @@ def evaluate_split(
 
 
 def _evaluate(
-    settings: Settings, dataset: ReidDataset, model: Any, trial: int, world: Distributed
+    settings: Settings,
+    dataset: ReidDataset,
+    source: str | Path,
+    model: Any,
+    trial: int,
+    world: Distributed,
 ) -> tuple[list[ProtocolResult], FeatureTable]:
     """Every protocol of a split; each image that any trial compares goes through the model once."""
     samples = dataset.test("visible", trial) + dataset.test("infrared", trial)
     trials = {name: None if get_protocol(name).sampled else [trial] for name in settings.protocols}
     drawn = sorted({i for name in trials for i in images_of(samples, name, trials[name])})
     cache = _cache(settings, dataset, data_config(model)["input_size"][1:])
-    rows = _extract(settings, model, [samples[i] for i in drawn], cache, world)
+    used = [samples[i] for i in drawn]
+    if settings.engine == "torch":
+        rows = _extract(settings, model, used, cache, world)
+    else:  # every process computes all rows
+        rows = FeatureExtractor(
+            source if settings.precision == "int8" else model,
+            precision=settings.precision, engine=settings.engine, normalize=False,
+            intensity=parse_intensity(settings.recipe.data.intensity), threads=settings.threads,
+            progress=world.main,
+        )(used)  # fmt: skip
     features = rows.new_zeros(len(samples), rows.shape[1])  # the others are never looked at
     features[drawn] = rows
     results = [evaluate(features, samples, name, trials=trials[name]) for name in trials]
-    used = [samples[i] for i in drawn]
     labels = {
         "identity": label_array([sample.identity for sample in used]),
         "camera": label_array([sample.camera for sample in used]),
@@ -534,7 +547,10 @@ def _provenance(settings: Settings, world: Distributed) -> dict[str, Any]:
         "device": world.device.type,
         "processes": world.size,
         "threads": torch.get_num_threads(),  # on a CPU another number rounds, and ends, differently
-        "precision": resolve_precision(world.device, settings.precision),
+        "engine": settings.engine,
+        "precision": settings.precision
+        if settings.engine != "torch"
+        else resolve_precision(world.device, settings.precision),
         "compile": settings.compile,
         "versions": {
             "deen_zoo": __version__,

@@ -60,7 +60,12 @@ class Settings:
     precision: str = option(
         "precision of the arithmetic; auto is bfloat16 on a GPU that has it",
         "auto",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", "float32", "bfloat16", "int8"),
+    )
+    engine: str = option(
+        "computes the descriptors of --eval-only; int8 needs openvino and a folder of quantize",
+        "torch",
+        choices=("torch", "openvino"),
     )
     compile: bool = option("use torch.compile", False)
     grad_checkpointing: bool = option(
@@ -128,6 +133,11 @@ class Settings:
         ):
             if number is not None:
                 check_least(name, number, least)
+        engine, precision = others.get("engine", "torch"), others.get("precision", "auto")
+        if engine != "torch" and not others.get("eval_only"):
+            raise UserError(f"--engine {engine} evaluates: give it with --eval-only CHECKPOINT")
+        if precision == "int8" and engine == "torch":
+            raise UserError("--precision int8 is OpenVINO's: give --engine openvino --eval-only")
         known = kind.protocols()
         for name in protocols or ():
             if name not in known:
