@@ -32,7 +32,7 @@ def public_file(path, key):
     names = source.names(NAMES[key])
     ours = model.state_dict()
     state = {
-        theirs: ours[names[theirs]] if theirs in names else torch.zeros(1).expand(shape)
+        theirs: ours[names[theirs]] if theirs in names else torch.tensor(0.0).expand(shape)
         for theirs, shape in NAMES[key].items()
     }
     torch.save({"net": state, "epoch": 1}, path)
