@@ -58,7 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     draw(FeatureExtractor(args.model, progress=False), args.output, args.identities, args.seed)
-    for name in ("ranking", "tsne", "distances", "activations"):
+    for name in ("ranking", "tsne", "similarities", "activations"):
         shrink(args.output / f"{name}.png")
         print(args.output / f"{name}.png")
 
