@@ -145,7 +145,7 @@ def reading(contestant: str, spec: Spec) -> Callable[[], int]:
             noise.resize((150, 360), Image.Resampling.BICUBIC).save(path, quality=90)
     files = [str(paths[i % 16]) for i in range(FILES)]
     batches = [files[i : i + 64] for i in range(0, FILES, 64)]
-    threads = int(contestant.split()[0])
+    threads = int(contestant.split(maxsplit=1)[0])
 
     def run() -> int:
         done = 0

@@ -142,15 +142,16 @@ def size(
     return Row(work, engine, precision, "MB", figure, theirs, ratio, target=least)
 
 
-def agreement(ours: Array | None, reference: Array | None) -> str:
+def agreement(ours: Outcome, reference: Outcome | None) -> str:
     """How far descriptors, or other results, are from the reference's."""
-    if ours is None or reference is None:
+    if reference is None or ours.failed or reference.failed:
         return ""
-    difference = f"greatest difference {np.abs(ours - reference).max():.1e}"
-    if ours.ndim < 2:
+    a, b = ours.answer, reference.answer
+    difference = f"greatest difference {np.abs(a - b).max():.1e}"
+    if a.ndim < 2:
         return difference
-    cosine = (ours * reference).sum(1) / np.linalg.norm(ours, axis=1)
-    cosine = float((cosine / np.linalg.norm(reference, axis=1)).min())
+    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1)
+    cosine = float((cosine / np.linalg.norm(b, axis=1)).min())
     return f"{difference}, lowest cosine {cosine:.5f}"
 
 
@@ -169,7 +170,7 @@ def descriptors(plan: Plan) -> list[Row]:
         found = plan.hold(workloads.descriptors, names, rounds, images=images)
         reference = found.get("reference")
         for name in ENGINES:
-            notes = [agreement(found[name].answer, reference and reference.answer)]
+            notes = [agreement(found[name], reference)]
             if name in hits and images == 32:
                 notes.append(hits[name])
             target = DESCRIPTOR_TARGETS.get(name) if workloads.has_amx() else None
@@ -260,7 +261,7 @@ def ranking(plan: Plan) -> list[Row]:
     ):
         found = plan.hold(workload, ("reference", "numpy float32"), 5)
         reference = found.get("reference")
-        note = agreement(found["numpy float32"].answer, reference and reference.answer)
+        note = agreement(found["numpy float32"], reference)
         rows.append(speed(work, "numpy float32", "s", 1, found, 60.0, note))
     return rows
 
@@ -269,7 +270,7 @@ def losses(plan: Plan) -> list[Row]:
     """The losses of 48 images, forward and backward."""
     found = plan.hold(workloads.losses, ("reference", "torch float32"), 15)
     reference = found.get("reference")
-    note = agreement(found["torch float32"].answer, reference and reference.answer)
+    note = agreement(found["torch float32"], reference)
     work = "losses forward and backward, 48 images"
     return [speed(work, "torch float32", "ms", 100, found, 7.0, note)]
 
@@ -342,7 +343,7 @@ def gpu(plan: Plan) -> list[Row]:
     names = ("reference", "timm", name)
     found = plan.hold(workloads.descriptors, names, 10, device="cuda", images=images)
     reference = found.get("reference")
-    note = agreement(found[name].answer, reference and reference.answer)
+    note = agreement(found[name], reference)
     if not found[name].failed:
         peak = workloads.bfloat16_peak()
         share = workloads.operations(replace(plan.spec, images=images)) / found[name].median / peak

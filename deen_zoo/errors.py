@@ -41,6 +41,6 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(
-            f"{module.split('.')[0]} is not installed ({error}); "
+            f"{module.split('.', maxsplit=1)[0]} is not installed ({error}); "
             f"install it with: pip install 'deen-zoo[{extra}]'"
         ) from error

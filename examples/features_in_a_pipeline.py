@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from deen_zoo import create_model
 from deen_zoo.evaluation import evaluate_ranking
+from deen_zoo.models import ReidModel
 from deen_zoo.synthetic import picture
 
 WORLD = 5  # the shipped tiny model was trained on people of world 0
@@ -27,15 +28,15 @@ CAMERAS = {"infrared": 1, "visible": 4}
 
 class Score(NamedTuple):
     r1: float
-    mAP: float  # noqa: N815
+    mAP: float
 
 
 class TrackletDescriptor(nn.Module):
     """Frames (N, T, 3, H, W) of N tracklets, T frames each, to descriptors (N, B*C) of length 1."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: ReidModel) -> None:
         super().__init__()
-        self.model = model
+        self.model: ReidModel = model
 
     def forward(self, frames: Tensor, modality: str) -> Tensor:
         maps = self.model.forward_features(frames.flatten(0, 1), modality)  # (N*T, B*C, h, w)
@@ -43,7 +44,7 @@ class TrackletDescriptor(nn.Module):
         return nn.functional.normalize(self.model.forward_head(maps, pre_logits=True))
 
 
-def film(model: nn.Module, people: int, frames: int, modality: str) -> Tensor:
+def film(model: ReidModel, people: int, frames: int, modality: str) -> Tensor:
     """A tracklet of each drawn person, (people, frames, 3, H, W), as the model wants its images."""
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 

@@ -25,7 +25,7 @@ from deen_zoo.device import choose_device
 from deen_zoo.distributed import Distributed
 from deen_zoo.evaluation import Ranking, evaluate_ranking
 from deen_zoo.features.extractor import data_config
-from deen_zoo.models import DEEN
+from deen_zoo.models import ReidModel
 from deen_zoo.synthetic import synthesize
 from deen_zoo.training.loop import make_optimizer, train
 from deen_zoo.training.recipes import Recipe, get_recipe, override
@@ -56,7 +56,7 @@ def split(samples: list[Sample], share: float) -> tuple[list[Sample], list[Sampl
     return training, [sample for sample in samples if sample.identity in kept]
 
 
-def score(model: DEEN, samples: list[Sample]) -> Ranking:
+def score(model: ReidModel, samples: list[Sample]) -> Ranking:
     """Every infrared image searches all visible ones."""
     table = FeatureExtractor(model, batch_size=32).table(samples)
     infrared, ids, cameras = (table.label(n) for n in ("infrared", "identity", "camera"))
@@ -72,7 +72,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     return override(get_recipe("official"), {**changes, "data.pad": 5})
 
 
-def fit(model: DEEN, samples: list[Sample], output: Path, args: argparse.Namespace) -> None:
+def fit(model: ReidModel, samples: list[Sample], output: Path, args: argparse.Namespace) -> None:
     config, recipe = data_config(model), recipe_of(args)
     data = recipe.data
     transform = TrainTransform(
@@ -83,7 +83,7 @@ def fit(model: DEEN, samples: list[Sample], output: Path, args: argparse.Namespa
     batch = data.identities_per_batch, data.images_per_modality
     loader = train_loader(samples, size, transform, *batch, threads=2)
     world = Distributed(choose_device())
-    model.to(world.device, memory_format=torch.channels_last)
+    model.to(world.device).to(memory_format=torch.channels_last)
     task = DEENTask(model, recipe)
     train(task, make_optimizer(model, recipe), loader, Run(output), world, args.epochs)
     save_pretrained(model, output / "checkpoint")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -63,7 +64,7 @@ def extract(name: str, samples: list[Sample]) -> np.ndarray:
         with Image.open(sample.path) as image:
             rows.append(DESCRIPTORS[name](image.convert("RGB")).astype(np.float32))
     features = np.stack(rows)
-    return features / np.linalg.norm(features, axis=1, keepdims=True)
+    return np.asarray(features / np.linalg.norm(features, axis=1, keepdims=True))
 
 
 def save(file: Path, features: np.ndarray, samples: list[Sample]) -> None:
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[ProtocolResult]]:
     args = parser.parse_args(argv)
     results = {}
     # drawn people are not those of the papers, whose numbers would stand beside them
-    beside = {} if args.root else {"published": [], "expected_counts": {}}
+    beside: dict[str, Any] = {} if args.root else {"published": [], "expected_counts": {}}
     with tempfile.TemporaryDirectory() as scratch:
         root = args.root or f"{scratch}/LLCM"
         if not args.root:

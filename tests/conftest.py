@@ -7,11 +7,11 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from deen_zoo.device import keep_freed_memory  # noqa: E402
-from deen_zoo.synthetic import synthesize  # noqa: E402
+from deen_zoo.device import keep_freed_memory
+from deen_zoo.synthetic import synthesize
 
 torch.set_num_threads(1)
 keep_freed_memory()  # as every command does

@@ -94,7 +94,8 @@ def tvi_net(num_classes: int) -> nn.Module:
     import torchvision
 
     build = torchvision.models.resnet50
-    without_weights = mock.patch.object(torchvision.models, "resnet50", lambda pretrained: build())
+    fresh = mock.Mock(side_effect=lambda pretrained: build())
+    without_weights = mock.patch.object(torchvision.models, "resnet50", fresh)
     with importable(Path(CHECKOUTS["TVI"] or "")), without_weights:
         clip = importlib.import_module("network.clip_model.clip_model")
         # RN50_ORI with the sizes of CLIP's RN50 text encoder, 2,048 numbers and GeM: its defaults.

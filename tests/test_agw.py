@@ -294,7 +294,7 @@ def test_non_local_block_is_the_textbooks():
 # training
 
 
-@pytest.mark.parametrize("recipe, views", [("agw", 1), ("caj", 2)])
+@pytest.mark.parametrize(("recipe", "views"), [("agw", 1), ("caj", 2)])
 def test_schedule_and_batches_are_the_references(recipe, views):
     recipe = RECIPES[recipe]
     rates = [round(recipe.lr(e), 6) for e in (0, 9, 19, 20, 49, 50, 80)]
@@ -374,7 +374,7 @@ def test_erasing_is_of_each_view_and_of_cifars_mean():
 @needs("AGW")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This overload of addmm_:UserWarning")
-@pytest.mark.parametrize("folder, tag", [("", "agw"), ("ICCV21_CAJ", "caj")])
+@pytest.mark.parametrize(("folder", "tag"), [("", "agw"), ("ICCV21_CAJ", "caj")])
 def test_both_programs_give_the_same_table(folder, tag, sysu_tree, tmp_path, monkeypatch, capsys):
     """A few steps of AGW's and CAJ's training on a drawn tree; rank-1, mAP and mINP to 1e-9."""
     monkeypatch.setattr(Image, "ANTIALIAS", Image.Resampling.LANCZOS, raising=False)

@@ -342,8 +342,8 @@ def test_faults_of_labels_and_lists_are_named(copy, case, capsys):
     assert any(detail in str(warning.message) for warning in caught)
     assert not {fault.where for fault in report.faults} & left or kind == "index"
     if kind in ("one-modality", "leak"):
-        with pytest.warns(UserWarning):
-            dataset = open_dataset(name, root, skip_broken=True)
+        dataset = open_dataset(name, root, skip_broken=True)
+        with pytest.warns(UserWarning, match="faults"):
             identities = {s.identity for s in dataset.train(2 if name == "regdb" else 1)}
         assert int(found[0].where.split()[1]) not in identities
 

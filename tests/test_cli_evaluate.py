@@ -196,7 +196,7 @@ def test_files_of_two_models_do_not_join(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         (["--protocol", "llcm-ir2vis", "--split", "2"], "--split is for RegDB"),
         (["--protocol", "regdb-ir2vis", "--trials", "10"], "--trials is for drawn galleries"),

@@ -118,7 +118,7 @@ TIMM = os.environ.get("TIMM_CHECKOUT", "")
 
 @pytest.mark.skipif(not TIMM, reason="TIMM_CHECKOUT names no checkout of timm")
 @pytest.mark.parametrize(
-    "script, arguments",
+    ("script", "arguments"),
     [
         ("benchmark.py", "--model test_deen_resnet --bench infer --device cpu -b 4 "
          "--num-warm-iter 1 --num-bench-iter 2"),

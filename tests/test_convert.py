@@ -125,7 +125,7 @@ def test_the_folder_loads_in_a_process_that_only_imported_deen_zoo(checkpoint, t
 
 
 @pytest.mark.parametrize(
-    "spoil, message",
+    ("spoil", "message"),
     [
         (lambda s: s.pop("MFA2.CNL.g.weight"), "missing: stages.1.cnl.g.weight"),
         (lambda s: s.update({"MFA9.x": torch.zeros(1)}), "surplus: MFA9.x"),

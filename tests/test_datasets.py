@@ -46,7 +46,7 @@ def test_sysu_samples(roots):
     assert {s.identity for s in train} == set(trees.TRAIN)
     assert {s.identity for s in dataset.test("visible")} == set(trees.TEST)
     for sample in [*train, *dataset.test("infrared"), *dataset.test("visible")]:
-        camera, identity, name = Path(sample.path).relative_to(roots["sysu"]).parts
+        camera, identity, _name = Path(sample.path).relative_to(roots["sysu"]).parts
         assert camera == f"cam{sample.camera}" and int(identity) == sample.identity
         assert sample.modality == ("infrared" if sample.camera in (3, 6) else "visible")
         assert os.path.isfile(sample.path)

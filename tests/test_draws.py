@@ -138,7 +138,7 @@ def test_the_order_of_the_samples_does_not_matter():
         assert a == [shuffled[i] for i in draw_gallery(shuffled, 5, shots)]
 
 
-@pytest.mark.parametrize("images, each", [(4, 4), (10, 10), (25, 10)])
+@pytest.mark.parametrize(("images", "each"), [(4, 4), (10, 10), (25, 10)])
 def test_multi_shot_takes_ten_or_all_of_each_identity_and_camera(images, each):
     samples = side(images)
     drawn = draw_gallery(samples, 0, shots=10)
@@ -179,7 +179,9 @@ def write_permutations(root: Path, drop: int = 0) -> dict[tuple[int, int], np.nd
 
 
 @pytest.mark.parametrize("shots", [1, 10])
-@pytest.mark.parametrize("protocol, cameras", [("sysu-all", (1, 2, 4, 5)), ("sysu-indoor", (1, 2))])
+@pytest.mark.parametrize(
+    ("protocol", "cameras"), [("sysu-all", (1, 2, 4, 5)), ("sysu-indoor", (1, 2))]
+)
 def test_official_draw_takes_the_first_of_the_permutation(tmp_path, protocol, cameras, shots):
     pytest.importorskip("scipy")
     known = write_permutations(trees.sysu(tmp_path, images=4))

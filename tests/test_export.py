@@ -106,7 +106,7 @@ def test_program(model, variant, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "suffix, modality",
+    ("suffix", "modality"),
     [(".onnx", "infrared"), (".xml", "infrared"), (".pt", "infrared"), (".pt2", "infrared")]
     + [pytest.param(s, "input", marks=pytest.mark.slow) for s in (".xml", ".pt")],
 )

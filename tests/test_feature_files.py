@@ -128,7 +128,7 @@ def test_mapped_not_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "tables, message",
+    ("tables", "message"),
     [
         ([], "none of the images can be read: there is none"),
         ([table([])], "none of the images can be read: gone"),
@@ -181,7 +181,7 @@ def test_labels_that_are_needed():
 
 
 @pytest.mark.parametrize(
-    "tensors, metadata, message",
+    ("tensors", "metadata", "message"),
     [
         ({"paths": torch.tensor([1, 2], dtype=torch.uint8)}, {}, "its paths are not JSON"),
         ({"unreadable": torch.tensor([91, 93], dtype=torch.uint8)}, {"paths": '["a"]'}, "objects"),

@@ -434,7 +434,7 @@ def test_mistakes(name, files, extractor):
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"descriptor": "mean"}, "descriptor 'mean': choose from official, bn, pool"),
         ({"branches": "original"}, "descriptor='original'"),

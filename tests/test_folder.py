@@ -48,7 +48,7 @@ def test_csv(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    ("text", "message"),
     [
         ("", "the first line is ''; write path,identity,camera,modality"),
         ("file,identity\nx.jpg,1\n", "the first line is 'file,identity'"),
@@ -91,7 +91,7 @@ def test_two_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names, message",
+    ("names", "message"),
     [
         (["visible/1/a.jpg"], "no folder infrared in it; lay images out"),
         (["a.jpg"], "no folder visible in it; lay images out"),
@@ -212,7 +212,7 @@ def test_an_identity_without_images_is_a_fault(tmp_path):
     with pytest.raises(UserError, match="train/visible/9: no image in it that can be read"):
         open_dataset("own", root).train()
     assert [f.where for f in check_dataset("own", root).faults] == ["train/visible/9"]
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="training set") as caught:
         open_dataset("own", root, skip_broken=True).train()
     said = " ".join(str(warning.message) for warning in caught)
     assert "1 faults in the training set" in said and "train/visible/9/a.heic" in said

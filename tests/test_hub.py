@@ -515,7 +515,7 @@ def test_weights_that_were_not_measured(folder, tmp_path):
         publish(bare, "lab/tiny", results=folder / "results.json", dry_run=tmp_path / "out")
 
 
-@pytest.mark.parametrize("repo, tag", [("tiny", "v1"), ("a/b/c", "v1"), ("a/b", "v 1")])
+@pytest.mark.parametrize(("repo", "tag"), [("tiny", "v1"), ("a/b/c", "v1"), ("a/b", "v 1")])
 def test_bad_names(folder, tmp_path, repo, tag, capsys):
     arguments = [str(folder), repo, "--tag", tag, "--dry-run", str(tmp_path / "out")]
     assert main(["publish", *arguments]) == 2

@@ -56,7 +56,7 @@ def test_an_empty_machine_says_where_weights_are(home, monkeypatch):
 @pytest.mark.parametrize("name", [NAME, f"{NAME}.mine"])
 @pytest.mark.parametrize("create", [deen_zoo.create_model, timm.create_model])
 def test_installed_weights_are_found_by_name_and_tag(home, name, create, capsys):
-    model, folder = install(home, "mine")
+    model, _folder = install(home, "mine")
     for _ in range(2):
         found = create(name, pretrained=True)
     assert capsys.readouterr().err.count("using the installed") == 1

@@ -74,7 +74,7 @@ def test_a_batch_is_visible_then_infrared_aligned_by_identity(samples):
         assert labels.dtype == torch.int64 and infrared.dtype == torch.bool
         assert infrared.tolist() == [False] * 6 + [True] * 6 and infrared.device.type == "cpu"
         assert torch.equal(labels[:6], labels[6:])
-        red, _, blue = images.amin((2, 3)).mul(255).round().unbind(1)  # an erased box is brighter
+        _red, _, _blue = images.amin((2, 3)).mul(255).round().unbind(1)  # an erased box is brighter
         for label, pixel, side in zip(labels, images.unbind(0), infrared, strict=True):
             # the colour says which file it was: red is the identity, blue the modality
             flat = {tuple(c) for c in pixel.flatten(1).mul(255).round().int().T.tolist()}

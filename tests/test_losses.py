@@ -256,10 +256,10 @@ def test_errors_say_what_is_wrong():
         batch_hard_triplet_loss(x, one.repeat(3))
     with pytest.raises(UserError, match="at least 2 identities"):
         weighted_triplet_loss(x, one.repeat(3))
+    lacking = INFRARED.clone()
+    lacking[LABELS == 3] = True
+    lacking[LABELS == 17] = False
     with pytest.raises(UserError, match=r"identities \[3, 17\] .* one modality"):
-        lacking = INFRARED.clone()
-        lacking[LABELS == 3] = True
-        lacking[LABELS == 17] = False
         cpm_loss(x[:30], x[30:60], LABELS, lacking)
     with pytest.raises(UserError, match="official, paper"):
         cpm_loss(x[:30], x[30:60], LABELS, INFRARED, form="oficial")

@@ -65,7 +65,7 @@ def test_registered_with_timm(name):
     assert data["input_size"] == cfg["input_size"]
 
 
-@pytest.mark.parametrize("name, size", CASES)
+@pytest.mark.parametrize(("name", "size"), CASES)
 def test_shapes(name, size):
     model = make(name, num_classes=11)
     x = batch(2, size)
@@ -255,7 +255,7 @@ def test_a_stem_learns_from_its_own_rows_only():
 
 
 @pytest.mark.parametrize(
-    "modality, message",
+    ("modality", "message"),
     [
         ("thermal", "must be 'visible', 'infrared' or a bool tensor"),
         (torch.tensor([True]), "one entry per image"),
@@ -289,7 +289,7 @@ def test_wrong_channels(tiny, shape):
 
 
 @pytest.mark.parametrize(
-    "kwargs, message",
+    ("kwargs", "message"),
     [
         ({"modality": "ir"}, "modality must be"),
         ({"num_stages": 2}, "num_stages must be 3"),
@@ -481,7 +481,7 @@ def test_descriptors(tiny):
     x, width = batch(), tiny.branch_features
     rows = {name: tiny.forward_embedding(x, MIXED, True, name) for name in tiny.descriptors}
     assert {name: r.shape[1] for name, r in rows.items()} == tiny.descriptors
-    assert list(rows)[0] == "official" and tiny.embed_dim == rows["official"].shape[1]
+    assert next(iter(rows)) == "official" and tiny.embed_dim == rows["official"].shape[1]
     assert torch.equal(rows["official"], torch.cat([rows["pool"], rows["bn"]], dim=1))
     own = torch.cat([rows["pool"][:, :width], rows["bn"][:, :width]], dim=1)
     assert torch.allclose(rows["original"], own, atol=1e-6)

@@ -28,10 +28,12 @@ def name(value):
     return "x".join(map(str, value)) if isinstance(value, tuple) else words.get(value, value)
 
 
-cases = pytest.mark.parametrize("dataset, size, batch", [*map(marked, parity.CASES)], ids=name)
+cases = pytest.mark.parametrize(
+    ("dataset", "size", "batch"), [*map(marked, parity.CASES)], ids=name
+)
 # Training at full size takes seconds each: one batch of both modalities stands for all.
 golden_cases = pytest.mark.parametrize(
-    "dataset, size, batch, train",
+    ("dataset", "size", "batch", "train"),
     [
         marked((*case, train))
         for case in parity.CASES

@@ -27,7 +27,7 @@ def table(count: int, width: int = 40, people: int = 12, seed: int = 0) -> Featu
     return FeatureTable("table", rows, [f"{seed}/{i}" for i in range(count)], labels)
 
 
-@pytest.mark.parametrize("count, dim", [(300, 8), (30, 8), (300, 40)])
+@pytest.mark.parametrize(("count", "dim"), [(300, 8), (30, 8), (300, 40)])
 def test_projected_rows_are_white_and_equal_an_svd(count, dim):
     made = table(count)
     head = fit_head(made, dim)

@@ -94,7 +94,7 @@ def test_settings_are_changed_by_options_and_files(tmp_path):
     assert recipe.name == "mine" and recipe.lr(3) == 0.05 * 4 / 10
 
 
-@pytest.mark.parametrize("change, says", [
+@pytest.mark.parametrize(("change", "says"), [
     ("optimizer.learning_rate=1", "optimizer.lr"),
     ("loss.orthogonalty=1", "loss.orthogonality"),
     ("cpm=1", "loss.cpm"),

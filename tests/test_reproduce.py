@@ -109,8 +109,8 @@ def test_synthetic_twice_and_resumed_gives_the_same(tmp_path, capsys):
     """Draws its own world; a run that stops after an epoch and goes on is the run that did not."""
     common = ["reproduce", "synthetic", "--people", "12", "--threads", "1", "--device", "cpu"]
     stages = {"one": [["2"]], "two": [["2"]], "halves": [["1"], ["2", "--resume"]]}
-    for name in stages:
-        for stage in stages[name]:
+    for name, runs in stages.items():
+        for stage in runs:
             output = ["--output", str(tmp_path / name), "--epochs", *stage]
             if name != "one":
                 output += ["--data-root", str(tmp_path / "one" / "data")]
@@ -131,7 +131,7 @@ def test_synthetic_twice_and_resumed_gives_the_same(tmp_path, capsys):
     assert "holds a run: continue it with --resume" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dataset, place", [
+@pytest.mark.parametrize(("dataset", "place"), [
     ("sysu", "github.com/wuancong/SYSU-MM01"),
     ("regdb", "dm.dongguk.edu"),
     ("llcm", "github.com/ZYK100/LLCM"),
@@ -144,7 +144,7 @@ def test_without_data_it_says_where_to_ask(dataset, place, tmp_path, capsys):
         assert place in error and "deen-zoo reproduce synthetic" in error
 
 
-@pytest.mark.parametrize("arguments, says", [
+@pytest.mark.parametrize(("arguments", "says"), [
     (["llcm", "--trials", "2"], "RegDB's splits"),
     (["llcm", "--epochs", "0"], "--epochs 0: give 1 or more"),
     (["llcm", "--protocols", "sysu-all"], "choose from llcm's, llcm-ir2vis, "),
@@ -191,7 +191,7 @@ def test_a_second_run_in_the_same_folder_is_refused(trees, tmp_path, capsys):
     assert "another process" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change, says", [
+@pytest.mark.parametrize(("change", "says"), [
     (["--set", "loss.cpm=0.5"], "recipe.loss.cpm 0.8, now 0.5"),
     (["--precision", "bfloat16"], "precision 'float32', now 'bfloat16'"),
     (["--set", "model.args.drop_rate=0.2"], "recipe.model.args.drop_rate None, now 0.2"),

@@ -108,7 +108,7 @@ def _first_allowed(distance: np.ndarray, trial) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "shape, queries, parameters",
+    ("shape", "queries", "parameters"),
     [
         ((4, 5), 2, KReciprocal()),
         ((4, 4), 0, KReciprocal()),

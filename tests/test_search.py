@@ -53,7 +53,7 @@ def oracle(query, gallery, k):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("count, k", [(1, 3), (57, 8), (200, 200)])
+@pytest.mark.parametrize(("count", "k"), [(1, 3), (57, 8), (200, 200)])
 def test_equal_to_a_sort_of_all_pairs(dtype, count, k, monkeypatch):
     monkeypatch.setattr(module, "FLOATS", 24 * 16)  # blocks of 16 rows
     monkeypatch.setattr(module, "QUERIES", 3)
@@ -95,7 +95,7 @@ def test_words_and_numbers_of_one_person():
 
 
 @pytest.mark.parametrize(
-    "query, gallery, options, message",
+    ("query", "gallery", "options", "message"),
     [
         (table(1), table(2), {"k": 0}, "k is 0"),
         (table(1), table(0), {}, "a gallery of 0"),

@@ -127,7 +127,7 @@ def test_half_precision_bare_dictionaries_and_missing_counters(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, extra, words",
+    ("change", "extra", "words"),
     [
         ({"module.DEE.FC1.bias": torch.full((512,), torch.nan)}, {}, "diverged: stages.2.dee"),
         ({}, {"epoch": "best"}, "epoch as 'best'"),

@@ -179,7 +179,7 @@ def settle(process: subprocess.Popen[str]) -> str:
 
 
 @linux
-@pytest.mark.parametrize("number, word", [(signal.SIGINT, "interrupted"), (15, "terminated")])
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (15, "terminated")])
 def test_a_signal_while_torch_is_imported(number, word, tmp_path):
     """E: Ctrl-C in the first seconds printed up to 95 lines."""
     process = start(["check", "llcm", str(tmp_path)], tmp_path)

@@ -131,7 +131,7 @@ def random_batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return images, LABELS, INFRARED
 
 
-@pytest.mark.parametrize("dee, cpm, ort", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (1, 1, 1)])
+@pytest.mark.parametrize(("dee", "cpm", "ort"), [(0, 1, 1), (1, 0, 1), (1, 1, 0), (1, 1, 1)])
 def test_switched_off_terms_are_left_out(dee, cpm, ort):
     recipe = override(OFFICIAL, {"loss.cpm": 0.8 * cpm, "loss.orthogonality": 0.01 * ort})
     terms = DEENTask(tiny(dee=bool(dee)), recipe)(*random_batch())

@@ -93,7 +93,7 @@ class SysuMM01(ReidDataset):
     erasing_area = (0.2, 0.8)
     # train, query and gallery: facts of the protocol as the field reports them; cameras of the test
     # set and the indoor gallery: from the lengths in the authors' own test_id and rand_perm_cam
-    expected = {
+    expected: ClassVar[Mapping[str, Mapping[str, int]]] = {
         "train": {"identities": 395, "visible": 22258, "infrared": 11909},
         "test": {
             "identities": 96, "visible": 6775, "infrared": 3803,
@@ -144,7 +144,7 @@ class RegDB(ReidDataset):
     folders = ("Visible", "Thermal", "idx")
     default_model = "deen_resnet50_regdb"
     splits = range(1, 11)
-    expected = {
+    expected: ClassVar[Mapping[str, Mapping[str, int]]] = {
         **{
             f"{part} {split}": {"identities": 206, "visible": 2060, "infrared": 2060}
             for split in splits
@@ -185,7 +185,10 @@ class LLCM(ReidDataset):
     name, title = "llcm", "LLCM"
     home = "https://github.com/ZYK100/LLCM"
     ask = f"the signed agreement in {home}"
-    test_cameras = {VISIBLE: (1, 2, 3, 4, 5, 6, 7, 8, 9), INFRARED: (1, 2, 4, 5, 6, 7, 8, 9)}
+    test_cameras: ClassVar[Mapping[str, tuple[int, ...]]] = {
+        VISIBLE: (1, 2, 3, 4, 5, 6, 7, 8, 9),
+        INFRARED: (1, 2, 4, 5, 6, 7, 8, 9),
+    }
     folders = (
         "vis", "nir", "idx",
         *(f"test_vis/cam{camera}" for camera in test_cameras[VISIBLE]),

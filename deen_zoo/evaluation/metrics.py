@@ -34,8 +34,8 @@ class Ranking:
     """
 
     cmc: NDArray[np.float64]
-    mAP: float  # noqa: N815
-    mINP: float  # noqa: N815
+    mAP: float
+    mINP: float
     first_rank: NDArray[np.int64]
     average_precision: NDArray[np.float64]
     inverse_penalty: NDArray[np.float64]

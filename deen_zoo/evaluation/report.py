@@ -84,7 +84,7 @@ def _count_rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def _markdown(head: Row, rows: Sequence[Row]) -> str:
-    rule = ["---" if i < 2 and len(head) > 4 or i == 0 else "---:" for i in range(len(head))]
+    rule = ["---" if (i < 2 and len(head) > 4) or i == 0 else "---:" for i in range(len(head))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
 
 

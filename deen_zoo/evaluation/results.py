@@ -52,7 +52,7 @@ class CameraPair(NamedTuple):
     gallery_camera: int
     queries: float  # valid ones, mean over trials
     r1: float | None
-    mAP: float | None  # noqa: N815
+    mAP: float | None
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,15 @@ class ProtocolResult:
         table = io.StringIO(newline="")
         writer = csv.writer(table)
         writer.writerow(
-            ("trial", "path", "identity", "camera")
-            + ("first_rank", "average_precision", "inverse_penalty")
+            (
+                "trial",
+                "path",
+                "identity",
+                "camera",
+                "first_rank",
+                "average_precision",
+                "inverse_penalty",
+            )
         )
         for trial in self.trials:
             scores = trial.ranking

@@ -17,7 +17,7 @@ from ..errors import UserError, require
 from ..io import whole_folder
 from ..models.catalog import weights_home
 
-__all__ = ["ENGINES", "BATCH", "OpenVINOEngine", "TorchEngine", "convert", "pixel_statistics"]
+__all__ = ["BATCH", "ENGINES", "OpenVINOEngine", "TorchEngine", "convert", "pixel_statistics"]
 
 ENGINES = ("torch", "openvino")
 BATCH = 8  # images that an OpenVINO graph takes; larger batches are no faster

@@ -234,7 +234,7 @@ class FeatureTable:
                     raise UserError(f"{source}: modality must be visible or infrared in every row")
                 arrays["infrared"] = np.array([kind == "infrared" for kind in kinds], bool)
             metadata = table.schema.metadata or {}
-            for name in {"provenance", "unreadable"}:
+            for name in ("provenance", "unreadable"):
                 if name.encode() in metadata:
                     arrays[name] = _decode(source, name, metadata[name.encode()])
         return _checked(source, arrays)

@@ -136,7 +136,7 @@ def _flatten(source: Any, modality: Any) -> Iterator[tuple[Item, str | None, Lab
                 yield sample.path, own, (sample.identity, sample.camera)
         else:
             yield path, None, UNLABELLED
-    elif isinstance(source, Image.Image) or isinstance(source, np.ndarray) and source.ndim != 4:
+    elif isinstance(source, Image.Image) or (isinstance(source, np.ndarray) and source.ndim != 4):
         yield source, None, UNLABELLED
     elif isinstance(source, Iterable) and not isinstance(source, Tensor):
         for one in source:

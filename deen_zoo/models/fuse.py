@@ -12,6 +12,8 @@ ends here. Every step is exact but for rounding:
   softmax, are multiplied in the cheaper order.
 """
 
+import itertools
+
 import torch
 import torch.nn as nn
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -104,7 +106,7 @@ def _fold_all(module: nn.Module) -> nn.Module:
         if isinstance(parent, (BasicBlock, Bottleneck)):
             pairs = [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")]
         elif isinstance(parent, nn.Sequential):
-            pairs = list(zip(names, names[1:]))
+            pairs = list(itertools.pairwise(names))
         else:
             continue
         for first, second in pairs:
