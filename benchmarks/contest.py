@@ -196,6 +196,9 @@ def peak_memory(device: str = "cpu") -> int | None:
     """Most bytes that this process has held so far (on a GPU, in tensors)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":  # ru_maxrss would count the parent's memory before the exec
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
     if sys.platform == "win32":
         return None
     import resource

@@ -17,7 +17,7 @@ from PIL import Image
 
 from deen_zoo.data import cache as cache_module
 from deen_zoo.data.cache import open_cache
-from deen_zoo.data.images import Pixels, open_image, read_image
+from deen_zoo.data.images import open_image, read_image
 from deen_zoo.data.loader import eval_loader, train_loader
 from deen_zoo.data.protocols import Sample
 from deen_zoo.data.transforms import EvalTransform, train_transform
@@ -212,69 +212,3 @@ def test_a_build_killed_half_way_is_no_cache_and_is_cleared_away(paths, tmp_path
     cache = open_cache(tmp_path / "cache", paths, SIZE)
     assert caches(tmp_path / "cache") == [cache.folder]
     assert all(np.array_equal(cache.read(p), read_image(p, SIZE)) for p in paths)
-
-
-class InMemory:
-    """What the reference does: every image decoded into one array."""
-
-    size = (384, 144)
-
-    def __init__(self, paths: list[str]) -> None:
-        self.images = np.stack([read_image(path, self.size) for path in paths])
-        self.rows = {path: row for row, path in enumerate(paths)}
-
-    def read(self, path: str) -> Pixels:
-        return self.images[self.rows[path]]
-
-
-def torchvision_recipe(image: Pixels, _: np.random.Generator) -> torch.Tensor:
-    """The reference's pipeline on its in-memory arrays, without the erasing."""
-    from torchvision import transforms as T
-
-    steps = [T.ToPILImage(), T.Pad(10), T.RandomGrayscale(0.5), T.RandomCrop((384, 144))]
-    steps += [T.RandomHorizontalFlip(), T.ToTensor()]
-    return T.Compose([*steps, T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])(image)
-
-
-@pytest.mark.slow
-def test_an_epoch_from_the_cache_is_as_fast_as_from_an_array_in_memory(tmp_path):
-    rng = np.random.default_rng(0)
-    paths = []
-    for i in range(96):
-        pixels = rng.integers(0, 256, (24, 9, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((160, 400)).save(tmp_path / f"{i}.jpg")
-        paths.append(str(tmp_path / f"{i}.jpg"))
-    samples = [
-        Sample(path, i // 8, 1, ("visible", "infrared")[i % 2]) for i, path in enumerate(paths)
-    ]
-    memory, recipe = InMemory(paths), train_transform("sysu")
-    sources = {
-        "files": (None, recipe),
-        "cache": (open_cache(tmp_path / "cache", paths), recipe),
-        "memory": (memory, recipe),
-        "reference": (memory, torchvision_recipe),
-    }
-    loaders = {
-        name: train_loader(samples, (384, 144), transform, 6, 4, threads=1, cache=source)
-        for name, (source, transform) in sources.items()
-    }
-    # The same batches side by side. CPU time is wall time where nothing else runs and the file is
-    # in the page cache, and what else runs does not move it much.
-    seconds: dict[str, list[float]] = {name: [] for name in sources}
-    for epoch in range(5):
-        for loader in loaders.values():
-            loader.set_epoch(epoch)
-        iterators = {name: iter(loader) for name, loader in loaders.items()}
-        for _ in range(len(loaders["cache"])):
-            for name, batches in iterators.items():
-                start = time.process_time()
-                next(batches)
-                seconds[name].append(time.process_time() - start)
-    speed = {name: 48 / np.median(of_a_batch) for name, of_a_batch in seconds.items()}
-
-    def ratio(name: str) -> float:
-        """Time of a batch from the cache over the same batch from another source."""
-        return float(np.median(np.divide(seconds["cache"], seconds[name])))
-
-    print(*(f"{name}: {speed[name]:.0f} images/s, {ratio(name):.2f};" for name in sources))
-    assert ratio("memory") < 1.2 and ratio("reference") < 1 and ratio("files") < 0.7
