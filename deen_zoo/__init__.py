@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import terminal
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if terminal.is_command():
     terminal.prepare()  # the verb imports the models, if it needs them: --help is fast
