@@ -180,8 +180,10 @@ class SideBySide(nn.Module):
         self.branches = branches
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.reshape(self.branches, -1, x.shape[1], x.shape[2], x.shape[3])
-        return torch.cat(x.unbind(0), dim=1)  # OpenVINO misreads a transposition here
+        # Three dimensions at a time: OpenVINO cannot convert a transposition of five here.
+        channels, height, width = x.shape[1], x.shape[2], x.shape[3]
+        x = x.reshape(self.branches, -1, channels * height * width).transpose(0, 1)
+        return x.reshape(-1, self.branches * channels, height, width)
 
 
 class FusedStage(Deployable, nn.Module):
