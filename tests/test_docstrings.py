@@ -81,7 +81,8 @@ def faults(module: ModuleType, name: str, value: Any) -> Iterator[str]:
                 and isinstance(n.target, ast.Name)}  # fmt: skip
         yield from (f"no attribute {name}" for name in found["Attributes"] if name not in has)
         if is_dataclass(value):
-            missing = [f.name for f in fields(value) if f.name not in found["Attributes"]]
+            public = [f.name for f in fields(value) if not f.name.startswith("_")]
+            missing = [name for name in public if name not in found["Attributes"]]
             missing = [name for name in missing if f"``{name}``" not in value.__doc__]
             yield from (f"field {name} is not told" for name in missing)
     for reference in REFERENCE.findall(value.__doc__ or ""):

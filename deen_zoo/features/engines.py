@@ -30,6 +30,8 @@ class TorchEngine:
 
     Args:
         model: In eval mode, on ``device``.
+        device: Device of the model.
+        precision: As for :func:`deen_zoo.device.autocast`.
         mean: RGB means of the normalisation.
         std: RGB standard deviations.
         flip: Add the descriptor of the mirrored image.

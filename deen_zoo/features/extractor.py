@@ -216,6 +216,7 @@ class FeatureExtractor:
             fitted on features of these weights, ``descriptor``, ``flip`` and ``normalize``.
         threads: Threads that decode while the model computes; None is one per available core.
         progress: Show a bar where stderr is a terminal.
+        **removed: Options of 0.1.0, which are refused with the name of what replaces them.
 
     Attributes:
         dim: D, numbers in a row.

@@ -59,7 +59,7 @@ class ReidModel(nn.Module):
     """
 
     flip = True
-    task = ""
+    task: str = ""
     trained_on: Optional[Dict[str, Any]] = None
     modality: Optional[str]  # TorchScript reads this
 
