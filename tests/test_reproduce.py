@@ -263,11 +263,33 @@ def test_people_that_a_model_was_trained_on_are_not_scored(trees, tmp_path, caps
 def test_a_half_drawn_world_is_drawn_again(tmp_path):
     """A3: it was "not LLCM" ever after, with or without --resume."""
     root = tmp_path / "run" / "data"
-    (root / "vis" / "0001").mkdir(parents=True)
+    for folder in ("vis/0001", ".unfinished"):  # as 0.1.0 left it
+        (root / folder).mkdir(parents=True)
     settings = Settings.create("synthetic", tmp_path / "run", people=8)
     reproduce._draw(settings)
     assert (root / "synthetic.json").is_file() and not (root / ".unfinished").exists()
     assert open_dataset("synthetic", root).train()
+
+
+def test_files_where_people_are_to_be_drawn_are_left_alone(tmp_path, capsys):
+    """A folder "data" of somebody's in the output folder was removed, to draw there."""
+    thesis = tmp_path / "data" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    command = ["reproduce", "synthetic", "--people", "8", "--output", str(tmp_path)]
+    assert main(command) == 2
+    assert "holds other files" in capsys.readouterr().err
+    assert thesis.read_text() == "years of work"
+
+
+def test_a_folder_named_partial_beside_a_tree_is_no_reason_to_draw_again(tmp_path):
+    settings = Settings.create("synthetic", tmp_path / "run", people=8)
+    reproduce._draw(settings)
+    mark = tmp_path / "run" / "data" / "synthetic.json"
+    (tmp_path / "run" / "data.partial").mkdir()
+    before = mark.stat().st_mtime_ns
+    reproduce._draw(settings)
+    assert mark.stat().st_mtime_ns == before
 
 
 def test_an_output_that_cannot_be_written_is_one_line(trees, tmp_path, capsys):

@@ -172,17 +172,23 @@ def check_data(settings: Settings, world: Distributed) -> ReidDataset:
 
 
 def _draw(settings: Settings) -> None:
-    """Draw the people, unless they are there; a tree that was left half drawn is drawn again."""
+    """Draw the people, unless they are there; a tree that 0.1.0 left half drawn is drawn again.
+
+    Raises:
+        UserError: Other files are in that folder, which are left alone.
+    """
     root = settings.data_root
-    half = (root / ".unfinished").exists() or root.with_name(f"{root.name}.partial").exists()
-    ours = root == settings.output / "data"
-    if (root / "synthetic.json").exists() and not half:
-        return
-    if root.exists() and (half or ours):
+    if (root / ".unfinished").exists():  # 0.1.0 drew in it
         shutil.rmtree(root)
-    if not root.exists():
-        print(f"drawing {settings.people} synthetic people into {root}", file=sys.stderr)
-        synthesize(settings.kind.layout, root, identities=settings.people)
+    if (root / "synthetic.json").exists():
+        return
+    if root.exists() and any(root.iterdir()):
+        raise UserError(
+            f"{root} holds other files than a whole tree of drawn people: choose another --output, "
+            "or remove that folder"
+        )
+    print(f"drawing {settings.people} synthetic people into {root}", file=sys.stderr)
+    synthesize(settings.kind.layout, root, identities=settings.people)
 
 
 def train_split(
