@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .features.files import FeatureTable, blocks, check_comparable, read_feature_table, unknown
+from .features.files import (
+    FeatureTable,
+    blocks,
+    check_comparable,
+    label_column,
+    read_feature_table,
+    unknown,
+)
 
 __all__ = ["Calibration", "SearchResult", "calibrate", "search"]
 
@@ -43,8 +50,8 @@ class SearchResult:
         tables = self.query, self.gallery
         if any("identity" not in t.labels or unknown(t.labels["identity"]).any() for t in tables):
             return None
-        ids = self.gallery.labels["identity"].astype(str)[self.indices.numpy()]
-        return torch.from_numpy(ids == self.query.labels["identity"].astype(str)[:, None])
+        ids, gallery_ids = (label_column(t.labels["identity"].tolist()).astype(str) for t in tables)
+        return torch.from_numpy(gallery_ids[self.indices.numpy()] == ids[:, None])
 
     def to_dict(self, threshold: float = -math.inf) -> list[dict[str, Any]]:
         """For each query its path, labels and ``hits`` of at least that score, ready for JSON."""
@@ -195,7 +202,9 @@ def calibrate(
     gallery = _open(gallery)
     check_comparable(query, gallery)
     # Numbers and words are compared as text, and as small integers from then on.
-    ids, gallery_ids = (t.label("identity").astype(str).tolist() for t in (query, gallery))
+    ids, gallery_ids = (
+        label_column(t.label("identity").tolist()).astype(str).tolist() for t in (query, gallery)
+    )
     number = {identity: i for i, identity in enumerate(dict.fromkeys([*ids, *gallery_ids]))}
     images = Counter(gallery_ids)
     same = sum(images[identity] for identity in ids)

@@ -15,7 +15,7 @@ from deen_zoo.cli import main
 from deen_zoo.data import open_dataset
 from deen_zoo.errors import UserError
 from deen_zoo.features.extractor import FeatureExtractor
-from deen_zoo.features.files import FeatureTable, write_feature_table
+from deen_zoo.features.files import FeatureTable, read_feature_table, write_feature_table
 from deen_zoo.models.pretrained import TINY_WEIGHTS
 from deen_zoo.search import calibrate, search
 from deen_zoo.synthetic import synthesize
@@ -92,6 +92,22 @@ def test_words_and_numbers_of_one_person():
     assert torch.equal(search(query, gallery).correct, search(query, named).correct)
     assert calibrate(query, named, 0.1) == calibrate(query, gallery, 0.1)
     assert search(query, named).to_dict()[0]["hits"][0]["identity"] in words["identity"]
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_digits_with_zeros_before_them_are_that_number(suffix, tmp_path):
+    """B2: no hit was correct, and pairs of one person counted as two, without a word."""
+    query, gallery = table(20, 1), table(30, 2)
+    digits = np.array([f"{i:04d}" for i in gallery.labels["identity"].tolist()])
+    padded = table(30, 2, labels={**gallery.labels, "identity": digits})
+    file = tmp_path / f"padded{suffix}"
+    write_feature_table(file, [padded])
+    for named in (padded, read_feature_table(file)):
+        assert torch.equal(search(query, gallery).correct, search(query, named).correct)
+        assert calibrate(query, named, 0.1) == calibrate(query, gallery, 0.1)
+    assert (
+        read_feature_table(file).labels["identity"].tolist() == gallery.labels["identity"].tolist()
+    )
 
 
 @pytest.mark.parametrize(

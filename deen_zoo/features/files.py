@@ -43,7 +43,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..data.protocols import Sample
+from ..data.protocols import Sample, as_label
 from ..data.reader import ReidDataset
 from ..errors import UserError, require
 
@@ -62,12 +62,20 @@ _DTYPES = {**_FLOATS, torch.int64: "I64", torch.bool: "BOOL", torch.uint8: "U8"}
 def label_column(values: Sequence[Any]) -> Column:
     """Identities or cameras as int64, or as words if any of them is one (-1 becomes "").
 
-    >>> label_column([7, -1]), label_column([7, -1, "ann"])
+    Digits in a string are that number, as :func:`~deen_zoo.data.protocols.as_label` has it.
+
+    Raises:
+        UserError: A value is neither a whole number of 64 bits nor a word.
+
+    >>> label_column([7, -1]), label_column(["0007", -1, "ann"])
     (array([ 7, -1]), array(['7', '', 'ann'], dtype='<U3'))
     """
-    if any(isinstance(value, str) for value in values):
-        return np.array([x if isinstance(x, str) else "" if x == -1 else str(x) for x in values])
-    return np.array(values, np.int64)
+    if not any(isinstance(value, str) for value in values):
+        return np.array(values, np.int64)
+    labels = [as_label(x) if not isinstance(x, str) or x.strip() else -1 for x in values]
+    if any(isinstance(label, str) for label in labels):
+        return np.array(["" if label == -1 else str(label) for label in labels])
+    return np.array(labels, np.int64)
 
 
 def unknown(values: Column) -> npt.NDArray[np.bool_]:
@@ -558,4 +566,9 @@ def _label(source: str, name: str, values: Any, count: int) -> Column:
         raise UserError(f"{source}: {len(values)} {name} for {count} rows of features")
     if values.dtype.kind == "u" and count and int(values.max()) > np.iinfo(np.int64).max:
         raise UserError(f"{source}: {name} {values.max()} is too large; store int64 or words")
-    return np.asarray(values if values.dtype.kind in "bU" else values.astype(np.int64))
+    if values.dtype.kind == "U":
+        try:
+            return label_column(values.tolist())
+        except UserError as error:
+            raise UserError(f"{source}: {name}: {error}") from None
+    return np.asarray(values if values.dtype.kind == "b" else values.astype(np.int64))
