@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def quantize(
     Args:
         model: A name or a checkpoint folder.
         samples: Labelled images of both modalities, like those that will be extracted.
-        output: The folder to write; it loads wherever a checkpoint folder does.
+        output: The folder to write, absent or empty; it loads wherever a checkpoint folder does.
         images: Calibration images of each modality, at most.
         same_first_hit: Least share of queries whose first hit stays the same image.
         map_drop: Largest loss of mAP, as a fraction of 1.
@@ -51,13 +52,16 @@ def quantize(
 
     Raises:
         UserError: Fewer than four identities have both modalities, or int8 is worse than a bound;
-            then nothing is written.
+            or ``output`` holds something; then nothing is written.
     """
     from ..models import save_pretrained
 
     nncf = require("nncf", extra="openvino")
     ov = require("openvino", extra="openvino")
     check_least("images", images, BATCH)
+    target = Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists already: choose another folder, or remove it")
     people = [{str(s.identity) for s in samples if s.modality == kind} for kind in KINDS]
     both = sorted(people[0] & people[1])
     if len(both) < 4:
