@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,6 +56,48 @@ def test_rows_equal_torchs(images, make, monkeypatch):
     again = FeatureExtractor("test_deen_resnet", engine="openvino")
     assert torch.equal(again(images, modality), make(images, modality))
     assert make.provenance["engine"] == "openvino"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change", [{"mfa_softmax": True}, {"pretrained_cfg_overlay": {"mean": (0.2, 0.2, 0.2)}}]
+)
+def test_the_same_weights_in_another_model_have_a_graph_of_their_own(images, make, change):
+    """The kept graph of other arguments or another normalisation was taken: other rows."""
+    make(images[:2], "visible")
+    model = deen_zoo.create_model("test_deen_resnet", pretrained=True, **change)
+    wanted = FeatureExtractor(model, "cpu")(images[:2], "visible")
+    rows = FeatureExtractor(model, engine="openvino")(images[:2], "visible")
+    torch.testing.assert_close(rows, wanted, rtol=0, atol=1e-5)
+
+
+def test_engines_that_convert_at_the_same_time_wait_for_one_another(tmp_path, monkeypatch):
+    """Each removed the folder that the other one was writing, in another process as well."""
+    converted = []
+
+    def convert(**options):
+        converted.append(options["modality"])
+        time.sleep(0.3)
+        return "graph"
+
+    class Files:
+        @staticmethod
+        def save_model(graph, file, **options):
+            time.sleep(0.3)
+            file.write_text(graph)
+
+    monkeypatch.setattr(engines, "convert", convert)
+    monkeypatch.setattr(engines, "require", lambda *names, **extra: Files)
+    file = tmp_path / "home" / "visible" / "graph.xml"
+
+    def work(_) -> None:
+        engine = object.__new__(engines.OpenVINOEngine)  # with a lock of its own, as elsewhere
+        engine._home, engine._options = file.parents[1], {}
+        engine._convert("visible", file)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert converted == ["visible"] and file.read_text() == "graph"
 
 
 def test_many_threads_share_one_engine(images, make):
@@ -117,3 +160,13 @@ def test_nothing_is_written_below_the_bound(llcm_tree, tmp_path):
     with pytest.raises(UserError, match="at least 4"):
         quantize("test_deen_resnet", samples[:1], tmp_path / "out")
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_a_folder_in_use_is_not_replaced_by_quantized_weights(llcm_tree, tmp_path):
+    """All that was in it was removed, the images themselves if that was their folder."""
+    pytest.importorskip("nncf")
+    (tmp_path / "mine.txt").write_text("mine")
+    samples = open_dataset("llcm", llcm_tree).test("visible")
+    with pytest.raises(UserError, match="exists already"):
+        quantize("test_deen_resnet", samples, tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "mine"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import threading
@@ -117,7 +118,7 @@ def pixel_statistics(pixels: Tensor) -> Tensor:
 class OpenVINOEngine:
     """OpenVINO on the CPU, one graph per stem; safe to call from several threads.
 
-    Graphs are converted once for the same weights and options, and kept in ``openvino`` next to the
+    Graphs are converted once for the same model and options, and kept in ``openvino`` next to the
     folder of installed weights (``DEEN_ZOO_HOME``, or ``~/.cache/deen_zoo``) in compiled form. int8
     graphs come from the checkpoint folder that ``deen-zoo quantize`` has written.
 
@@ -145,7 +146,8 @@ class OpenVINOEngine:
             print("this CPU has no bfloat16: OpenVINO computes in float32", file=sys.stderr)
         height, width = options["size"]
         name = f"{key[:16]}-{options['descriptor']}-{'flip' if options['flip'] else 'plain'}"
-        self._home = weights_home().parent / "openvino" / f"{name}-{height}x{width}"
+        name += f"-{height}x{width}-{_rest(options)}"
+        self._home = weights_home().parent / "openvino" / name
         self._ranges: dict[str, Tensor] = {}
         if self.precision == "int8":
             self._home = self._quantized(folder, key)
@@ -208,12 +210,9 @@ class OpenVINOEngine:
         return mine[kind, size]
 
     def _compile(self, kind: str, size: int) -> Any:
-        ov = require("openvino", extra="openvino")
         file = self._home / kind / "graph.xml"
         if not file.exists():
-            with whole_folder(self._home / kind) as folder:
-                graph = convert(modality=kind, **self._options)
-                ov.save_model(graph, folder / file.name, compress_to_fp16=False)
+            self._convert(kind, file)
         graph = self._core.read_model(file)
         if size != BATCH:
             graph.reshape([size, *self._options["size"], 3])
@@ -223,6 +222,18 @@ class OpenVINOEngine:
             "CACHE_DIR": str(self._home / "compiled"),
         }
         return self._core.compile_model(graph, "CPU", settings)
+
+    def _convert(self, kind: str, file: Path) -> None:
+        """Write a graph; of several processes that want it the others wait."""
+        from filelock import FileLock
+
+        ov = require("openvino", extra="openvino")
+        self._home.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._home / f"{kind}.lock"):
+            if not file.exists():
+                with whole_folder(self._home / kind) as folder:
+                    graph = convert(modality=kind, **self._options)
+                    ov.save_model(graph, folder / file.name, compress_to_fp16=False)
 
     def _notice(self, kind: str, pixels: Tensor) -> None:
         """Warn once if most images are unlike the calibration images."""
@@ -240,6 +251,18 @@ class OpenVINOEngine:
                 "images, or use another precision",
                 file=sys.stderr,
             )
+
+
+def _rest(options: dict[str, Any]) -> str:
+    """A digest of what else is in a graph: the normalisation, and the model apart from its weights
+    (its class and arguments, as of this version)."""
+    from .. import __version__
+
+    model = options["model"]
+    arguments = getattr(model, "model_args", {})
+    parts = [type(model).__qualname__, arguments, options["mean"], options["std"], __version__]
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
