@@ -257,6 +257,10 @@ def test_people_that_a_model_was_trained_on_are_not_scored(trees, tmp_path, caps
     assert main([*evaluation, "--trials", "2", "--output", str(tmp_path / "two")]) == 2
     error = capsys.readouterr().err
     assert "trained on split 1" in error and "test set of split 2" in error
+    # Named in another way, as installed weights and those of the Hub are, they know them as well.
+    named = [*evaluation[:-1], f"local-dir:{checkpoint}", "--trials", "2"]
+    assert main([*named, "--output", str(tmp_path / "named")]) == 2
+    assert "trained on split 1" in capsys.readouterr().err
     assert main([*evaluation, "--trials", "1", "--output", str(tmp_path / "one")]) == 0
 
 

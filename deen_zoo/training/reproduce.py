@@ -300,9 +300,14 @@ def _trained_with(source: str | Path, model: Any = None) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _refuse_known_people(dataset: ReidDataset, split: int, source: str) -> None:
-    """Raise a UserError if a checkpoint was trained on people whom the split tests."""
-    trained = _trained_with(source)
+def _refuse_known_people(
+    dataset: ReidDataset, split: int, source: str | Path, model: Any = None
+) -> None:
+    """Raise a UserError if a checkpoint was trained on people whom the split tests.
+
+    A folder says so before it is loaded; installed weights and those of the Hub when they are.
+    """
+    trained = _trained_with(source, model)
     if trained.get("dataset") != dataset.name or trained.get("split") == split:
         return
     tested = {sample.identity for kind in MODALITIES for sample in dataset.test(kind, split)}
@@ -480,6 +485,8 @@ def evaluate_split(
         if which == "last" or end["epoch"] != entry["last"]["epoch"]:
             source = settings.output / end["checkpoint"] if entry["history"] else end["checkpoint"]
             model = _load(settings, source, world)
+            if not entry["history"]:
+                _refuse_known_people(dataset, trial, source, model)
             found, table = _evaluate(settings, dataset, source, model, trial, world)
             measured.table = measured.table or table
             measured.source = _trained_with(source, model).get("source")
