@@ -51,7 +51,8 @@ def rows(path: Path, infrared: bool | None = None, names: str = "{}.png") -> Pat
     generator = torch.Generator().manual_seed(0)
     features = torch.eye(3)[ids] + 0.3 * torch.randn(12, 3, generator=generator)
     paths = [str(path.parent / names.format(i)) for i in range(12)]
-    labels = {"identity": ids, "camera": kind.long() + 1, "infrared": kind}
+    columns = {"identity": ids, "camera": kind.long() + 1, "infrared": kind}
+    labels = {name: column.numpy() for name, column in columns.items()}
     features = torch.nn.functional.normalize(features)
     write_feature_table(path, [FeatureTable("people", features, paths, labels)])
     return path
@@ -110,7 +111,7 @@ def test_names_with_escape_codes(tmp_path, capsys):
 def test_closed_streams(tmp_path):
     """E: with 2>&- what was meant for stderr went to stdout."""
     file = rows(tmp_path / "f.npz")
-    line = f'{" ".join(DEEN_ZOO)} visualize distances "$1" -o "$2"'
+    line = f'{" ".join(DEEN_ZOO)} visualize similarities "$1" -o "$2"'
     picture = tmp_path / "d.png"
     done = shell(f"{line} 2>&-", file, picture)
     assert (done.returncode, done.stdout) == (0, f"{picture}\n".encode())
