@@ -281,6 +281,10 @@ def test_many_threads_share_one_extractor(files, precision):
 
 
 def daemon(queue, checkpoint: str, file: str) -> None:
+    if sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     torch.set_num_threads(1)
     queue.put(FeatureExtractor(checkpoint, "cpu")(file, "visible").tolist())
 
