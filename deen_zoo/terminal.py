@@ -6,6 +6,7 @@ seconds, and Ctrl-C in those seconds must print one line as well.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import os
@@ -82,6 +83,7 @@ def interrupt_work() -> None:
 def exit_quietly(code: int) -> None:
     """From here on a signal ends the process with ``code``: its work and its output are done."""
     _handle(lambda number, frame: os._exit(code))
+    atexit.register(_handle, signal.SIG_IGN)  # Python's own end would put the default back
 
 
 def _handle(handler: Any) -> None:

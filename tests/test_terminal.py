@@ -87,6 +87,22 @@ def test_a_program_is_not_the_command(monkeypatch):
         assert terminal.is_command() is expected, words
 
 
+@linux
+def test_a_signal_while_python_ends_changes_nothing():
+    """By then its handlers are gone: the work was done, and the exit code said "killed"."""
+    code = (
+        "import os, signal\n"
+        "from deen_zoo import terminal\n"
+        "class Last:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid()):\n"
+        "        kill(pid, 15)\n"
+        "import builtins; builtins.last = Last()\n"  # goes when the interpreter does
+        "terminal.exit_quietly(0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_closed_locale(tmp_path):
     """E: ``LC_ALL=C`` died on the sign of a standard deviation."""
     file = rows(tmp_path / "f.npz")
