@@ -101,7 +101,7 @@ def test_ray(tmp_path, llcm_tree) -> None:
     folder, target = llcm_tree / "test_nir", tmp_path / "rows"
     command = [sys.executable, str(ROOT / "examples/extract_with_ray.py"), str(folder),
                "--modality", "infrared", "--output", str(target), "--kill-one"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, done.stderr[-2000:]
     import pyarrow.parquet as pq
 
@@ -147,7 +147,7 @@ def test_timm_scripts(script, arguments, tmp_path) -> None:
         f"runpy.run_path({TIMM + '/' + script!r}, run_name='__main__')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=280, cwd=tmp_path,
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=1000, cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

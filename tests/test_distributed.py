@@ -89,7 +89,7 @@ def launch(script: str, *arguments: str, size: int = 2) -> None:
         )
         for rank in range(size)
     ]
-    errors = [process.communicate(timeout=280)[1] for process in started]
+    errors = [process.communicate(timeout=1000)[1] for process in started]
     assert not any(process.returncode for process in started), errors
 
 
@@ -175,7 +175,7 @@ def torchrun(*arguments: str, kill_when: Path | None = None) -> None:
         start_new_session=True,
     )
     if kill_when is None:
-        output = process.communicate(timeout=280)[0]
+        output = process.communicate(timeout=1000)[0]
         assert process.returncode == 0, output
         return
     while process.poll() is None and not kill_when.exists():

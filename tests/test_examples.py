@@ -48,7 +48,7 @@ def run(*arguments: object) -> str:
     name, *rest = map(str, arguments)
     command = [sys.executable, str(ROOT / f"examples/{name}.py"), *rest]
     done = subprocess.run(
-        command, cwd=ROOT.parent, env=environment(), capture_output=True, text=True, timeout=280
+        command, cwd=ROOT.parent, env=environment(), capture_output=True, text=True, timeout=1000
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -296,7 +296,7 @@ def test_a_daemonic_process_with_few_open_files(files, checkpoint):
     arguments = (queue, checkpoint, str(files[0]))
     process = context.Process(target=daemon, args=arguments, daemon=True)
     process.start()
-    rows = torch.tensor(queue.get(timeout=200))
+    rows = torch.tensor(queue.get(timeout=1000))
     process.join()
     torch.testing.assert_close(rows, FeatureExtractor(checkpoint, "cpu")(files[0], "visible"))
 
@@ -773,8 +773,10 @@ def test_two_processes_write_the_same_file(files, checkpoint, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launch += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     two, one = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
-    subprocess.run([*launch, *arguments, str(two)], check=True, env=environment, timeout=200)
-    subprocess.run([sys.executable, *arguments, str(one)], check=True, env=environment, timeout=200)
+    subprocess.run([*launch, *arguments, str(two)], check=True, env=environment, timeout=1000)
+    subprocess.run(
+        [sys.executable, *arguments, str(one)], check=True, env=environment, timeout=1000
+    )
     assert two.read_bytes() == one.read_bytes()
 
 

@@ -39,7 +39,7 @@ def shell(command: str, *arguments: object, **more: str) -> subprocess.Completed
         env=environment(**more),
         cwd=ROOT.parent,
         capture_output=True,
-        timeout=280,
+        timeout=1000,
         stdin=subprocess.DEVNULL,
     )
 
@@ -187,7 +187,7 @@ def start(words: list[str], cwd: Path) -> subprocess.Popen[str]:
 
 def settle(process: subprocess.Popen[str]) -> str:
     """Wait until the process and all that it started have ended; its stderr."""
-    said = process.communicate(timeout=250)[1]
+    said = process.communicate(timeout=1000)[1]
     end = time.monotonic() + 60
     while left := session(process.pid):
         assert time.monotonic() < end, f"orphans {left}"
