@@ -215,19 +215,9 @@ class AGW(ReidModel):
         pool = self.forward_pool(self.forward_features(x, modality))
         return F.normalize(pool if descriptor == "pool" else self.bottleneck(pool))
 
-    @torch.jit.export
-    def forward_embedding(
-        self,
-        x: torch.Tensor,
-        modality: Modality = None,
-        flip: bool = False,
-        descriptor: str = "official",
-    ) -> torch.Tensor:
-        """See :meth:`ReidModel.forward_embedding`; always of length 1, mirrored image or not."""
-        if descriptor not in self.descriptors:
-            raise ValueError(f"descriptor must be one of {self.descriptors}: got {descriptor}")
-        out = self.describe(x, modality, descriptor)
-        return F.normalize(out + self.describe(x.flip(3), modality, descriptor)) if flip else out
+    def add_mirrored(self, out: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+        """The sum, of length 1 again, as in CAJ's test."""
+        return F.normalize(out + mirrored)
 
 
 def _cfg(num_classes: int, **kwargs: Any) -> dict[str, Any]:

@@ -181,7 +181,13 @@ class ReidModel(nn.Module):
         if descriptor not in self.descriptors:
             raise ValueError(f"descriptor must be one of {self.descriptors}: got {descriptor}")
         out = self.describe(x, modality, descriptor)
-        return out + self.describe(x.flip(3), modality, descriptor) if flip else out
+        if flip:
+            out = self.add_mirrored(out, self.describe(x.flip(3), modality, descriptor))
+        return out
+
+    def add_mirrored(self, out: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+        """Combine the descriptors of images and of mirrored images, (N, D) each: their sum."""
+        return out + mirrored
 
     def forward_intermediates(
         self,
