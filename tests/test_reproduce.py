@@ -27,6 +27,8 @@ from deen_zoo.training.report import markdown, summary, write_results
 from deen_zoo.training.settings import Settings
 from deen_zoo.training.state import Run
 
+from . import trees as tiny_trees
+
 PROTOCOLS = {
     "sysu": ["sysu-all", "sysu-indoor"],
     "regdb": ["regdb-vis2ir", "regdb-ir2vis"],
@@ -249,7 +251,8 @@ def test_people_that_a_model_was_trained_on_are_not_scored(trees, tmp_path, caps
     trained = json.loads((checkpoint / "config.json").read_text())["deen_zoo"]["trained_on"]
     people = sorted({str(s.identity) for s in open_dataset("regdb", trees["regdb"]).train(1)})
     assert trained == {
-        "dataset": "regdb", "split": 1, "seed": 0, "epoch": 1, "identities": len(people),
+        "dataset": "regdb", "split": 1, "seed": 0, "epoch": 1, "intensity": "full",
+        "identities": len(people),
         "identities_sha256": hashlib.sha256("\n".join(people).encode()).hexdigest(),
     }  # fmt: skip
     evaluation = [*command[:4], "--device", "cpu", "--threads", "1", "--eval-only", str(checkpoint)]
@@ -262,6 +265,39 @@ def test_people_that_a_model_was_trained_on_are_not_scored(trees, tmp_path, caps
     assert main([*named, "--output", str(tmp_path / "named")]) == 2
     assert "trained on split 1" in capsys.readouterr().err
     assert main([*evaluation, "--trials", "1", "--output", str(tmp_path / "one")]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*16-bit counts:UserWarning")
+def test_a_checkpoint_is_evaluated_at_the_intensity_it_was_trained_at(tmp_path, monkeypatch):
+    """16-bit thermal images were scaled by the recipe's rule, whatever the model was trained at."""
+    root = tmp_path / "regdb"
+    tiny_trees.regdb(root, 4, 2)
+    monkeypatch.setattr("deen_zoo.training.report._draw", lambda *_: None)
+    used, whole = [], reproduce.extract
+
+    def spy(*args, intensity, **kwargs):
+        used.append(intensity)
+        return whole(*args, intensity=intensity, **kwargs)
+
+    monkeypatch.setattr(reproduce, "extract", spy)
+    for file in root.glob("Thermal/*/*.bmp"):  # as a thermal camera has them: in a narrow range
+        with Image.open(file) as image:
+            counts = 7000 + 8 * np.asarray(image.convert("L").resize((32, 64))).astype(np.uint16)
+        file.unlink()
+        Image.fromarray(counts).save(file, "PNG")
+    command = ["reproduce", "regdb", "--data-root", str(root), *FAST[:2], *FAST[4:], "--trials",
+               "1", "--protocols", "regdb-ir2vis", "--output"]  # fmt: skip
+    scaled = "data.intensity=7000,9040"
+    small = ["--set", "data.identities_per_batch=2", "--set", "data.images_per_modality=2"]
+    assert main([*command, str(tmp_path / "run"), "--epochs", "1", *small, "--set", scaled]) == 0
+    again = ["--eval-only", str(tmp_path / "run/trial-1/checkpoint")]
+    assert main([*command, str(tmp_path / "again"), *again]) == 0
+    assert main([*command, str(tmp_path / "full"), *again, "--set", "data.intensity=full"]) == 0
+    run, same, other = (read(tmp_path / name)["protocols"]["regdb-ir2vis"]
+                        for name in ("run", "again", "full"))  # fmt: skip
+    assert used == [(7000.0, 9040.0)] * 3 + ["full"]  # test and evaluation of the run, then alone
+    assert same["mean"] == run["mean"]
+    assert "9040" in same["descriptor"] and "9040" not in other["descriptor"]
 
 
 def test_a_half_drawn_world_is_drawn_again(tmp_path):

@@ -52,6 +52,7 @@ def _rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
     for result in results:
         trials, mean, std = len(result["trials"]), result["mean"], result["std"]
         how = f"measured, {trials} {result['draw'] or 'split'} trial{'s' if trials > 1 else ''}"
+        how += f", {result['descriptor']}" if "descriptor" in result else ""
         spread = [f" ± {100 * std[key]:.2f}" if trials > 1 else "" for key in METRICS]
         cells = [f"{100 * mean[key]:.2f}{s}" for key, s in zip(METRICS, spread, strict=True)]
         rows.append((result["name"], how, *cells))

@@ -11,9 +11,12 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from pathlib import Path
 
-__all__ = ["entries", "installed", "weights_home", "where"]
+from ..errors import UserError
+
+__all__ = ["entries", "installed", "installed_splits", "weights_home", "where"]
 
 
 @functools.cache
@@ -45,6 +48,26 @@ def installed(model: str = "") -> dict[str, Path]:
         if whole and not folder.name.endswith(".partial"):
             found[folder.name] = folder
     return found
+
+
+def installed_splits(name: str) -> dict[int, Path]:
+    """Installed weights of RegDB's splits, by split, of a model or of one tag of it.
+
+    Args:
+        name: ``deen_resnet50_regdb.yyds``, or without the tag if one source's are installed.
+
+    Raises:
+        UserError: Several sources have weights of a split; the message names them.
+    """
+    model, _, tag = name.partition(".")
+    tags: dict[str, dict[int, Path]] = {}
+    for full, folder in installed().items():
+        match = re.fullmatch(rf"{re.escape(model)}\.(.+)-split(\d+)", full)
+        if match and tag in ("", match[1]):
+            tags.setdefault(f"{model}.{match[1]}", {})[int(match[2])] = folder
+    if len(tags) > 1:
+        raise UserError(f"several weights of {model} are installed: give one of {', '.join(tags)}")
+    return {split: splits[split] for splits in tags.values() for split in sorted(splits)}
 
 
 def where(model: str) -> str:

@@ -43,13 +43,15 @@ class Data(Section):
     erasing_area: tuple[float, float] | None = setting(
         None, "share of the image that is erased; none is the official code's for the dataset", 0, 1
     )
-    intensity: str = setting(
-        "full", "how 16-bit images become 8-bit: full, minmax, percentile, or LOW,HIGH"
+    intensity: str | None = setting(
+        None,
+        "how 16-bit images become 8-bit: full, minmax, percentile, or LOW,HIGH; none is full, or "
+        "with --eval-only as the checkpoint was trained",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parse_intensity(self.intensity)
+        parse_intensity(self.intensity or "full")
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,6 @@ def markdown(folder: Path, results: dict[str, Any]) -> str:
     lines = [f"# {results['model']} on {title}", ""]
     if results["eval_only"]:
         lines.append(f"The weights `{results['eval_only']}` were evaluated, not trained here.")
-        descriptor = next(iter(results["protocols"].values())).get("descriptor")
-        lines += [f"Descriptor: {descriptor}."] if descriptor else []
     else:
         lines.append(
             f"Trained with the recipe `{results['recipe']['name']}` for {_epochs(results)}, seed "

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from ..data.cache import DecodedCache, open_cache
 from ..data.check import check_dataset
 from ..data.datasets import open_dataset
-from ..data.images import parse_intensity
+from ..data.images import Intensity, parse_intensity
 from ..data.loader import train_loader
 from ..data.protocols import Sample, get_protocol
 from ..data.reader import ReidDataset
@@ -41,6 +41,7 @@ from ..features.files import FeatureTable
 from ..io import exclusive, sha256
 from ..models import create_model
 from ..models.base import MODALITIES, NAMES, ReidModel
+from ..models.catalog import installed_splits
 from ..synthetic import synthesize
 from .loop import make_optimizer, train
 from .report import command, write_results
@@ -212,7 +213,8 @@ def train_split(
         model.set_grad_checkpointing(True, stages=2)  # half of the maps
     data = data_config(model)
     size = data["input_size"][1:]
-    cache = _cache(settings, dataset, size)
+    intensity = _intensity(settings)
+    cache = _cache(settings, dataset, size, intensity)
     loader = train_loader(
         samples,
         size,
@@ -232,7 +234,7 @@ def train_split(
         cache,
         rank=world.rank,
         world_size=world.size,
-        intensity=parse_intensity(recipe.data.intensity),
+        intensity=intensity,
     )
     protocol = settings.protocols[0]
     row = get_protocol(protocol)
@@ -241,7 +243,7 @@ def train_split(
 
     def test() -> dict[str, float]:
         """As the reference chooses the best epoch: one protocol, one gallery."""
-        features = _extract(settings, model, sides, cache, world)
+        features = _extract(settings, model, sides, cache, intensity, world)
         mean = evaluate(features, sides, protocol, trials=[number]).mean
         return {"r1": mean["r1"], "mAP": mean["mAP"]}
 
@@ -282,6 +284,7 @@ def _trained_on(settings: Settings, samples: Sequence[Sample], split: int) -> di
         "dataset": settings.dataset,
         "split": split,
         "seed": settings.seed,
+        "intensity": settings.recipe.data.intensity or "full",
         "identities": len(identities),
         "identities_sha256": _digest(identities),
     }
@@ -292,8 +295,15 @@ def _digest(identities: Iterable[object]) -> str:
     return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
 
+def _intensity(settings: Settings, trained: dict[str, Any] | None = None) -> Intensity:
+    """How 16-bit images become 8-bit: by the recipe, or else as a checkpoint was trained."""
+    return parse_intensity(
+        settings.recipe.data.intensity or str((trained or {}).get("intensity", "full"))
+    )
+
+
 def _trained_with(source: str | Path, model: Any = None) -> dict[str, Any]:
-    """What a checkpoint says of its training: source, dataset, split, identities' digest."""
+    """What a checkpoint says of its training: source, dataset, split, intensity, ..."""
     file = Path(source) / "config.json"
     own = json.loads(file.read_text()).get("deen_zoo", {}) if file.is_file() else {}
     found = own.get("trained_on") or getattr(model, "trained_on", None)
@@ -333,8 +343,20 @@ def given_checkpoint(settings: Settings, dataset: ReidDataset, trial: int) -> di
 
 
 def _checkpoint(settings: Settings, trial: int) -> str:
-    """The checkpoint to evaluate on a split: ``eval_only``, or what a RegDB run has in it."""
+    """The checkpoint to evaluate on a split: ``eval_only``, or what is of that split in it.
+
+    A run on RegDB holds a checkpoint of each split; installed weights may be of several.
+    """
     source = str(settings.eval_only)
+    splits = installed_splits(source)
+    if splits:
+        if trial not in splits:
+            have = " ".join(map(str, splits))
+            raise UserError(
+                f"{source}: no weights of split {trial} are installed: install them with "
+                f"'deen-zoo convert FILE --install', or evaluate those there are, --trials {have}"
+            )
+        return str(splits[trial])
     if len(settings.trials) > 1:
         folder = Path(source) / f"trial-{trial}" / "checkpoint"
         if not folder.is_dir():
@@ -395,13 +417,13 @@ def _load(settings: Settings, source: str | Path, world: Distributed) -> Any:
     return model.to(world.device).to(memory_format=torch.channels_last)
 
 
-def _cache(settings: Settings, dataset: ReidDataset, size: tuple[int, int]) -> DecodedCache | None:
+def _cache(
+    settings: Settings, dataset: ReidDataset, size: tuple[int, int], intensity: Intensity
+) -> DecodedCache | None:
     if settings.cache is None:
         return None
     paths = [sample.path for _, samples, _ in dataset.read_splits() for sample in samples]
-    return open_cache(
-        settings.cache, paths, size, intensity=parse_intensity(settings.recipe.data.intensity)
-    )
+    return open_cache(settings.cache, paths, size, intensity=intensity)
 
 
 def _extract(
@@ -409,6 +431,7 @@ def _extract(
     model: Any,
     samples: Sequence[Sample],
     cache: DecodedCache | None,
+    intensity: Intensity,
     world: Distributed,
 ) -> torch.Tensor:
     return extract(
@@ -420,7 +443,7 @@ def _extract(
         threads=settings.threads,
         cache=cache,
         progress=True,
-        intensity=parse_intensity(settings.recipe.data.intensity),
+        intensity=intensity,
     )
 
 
@@ -489,10 +512,13 @@ def evaluate_split(
                 _refuse_known_people(dataset, trial, source, model)
             found, table = _evaluate(settings, dataset, source, model, trial, world)
             measured.table = measured.table or table
-            measured.source = _trained_with(source, model).get("source")
+            trained = _trained_with(source, model)
+            measured.source = trained.get("source")
             measured.method = type(model).__name__
-            flipped = "image and mirrored image" if model.flip else "image alone"
-            measured.descriptor = f"official, {flipped}"
+            measured.descriptor = "image and mirrored image" if model.flip else "image alone"
+            intensity = _intensity(settings, trained)
+            if intensity != "full":
+                measured.descriptor += f", 16-bit images scaled by {intensity}"
         measured.add(which, found)
 
 
@@ -508,16 +534,16 @@ def _evaluate(
     samples = dataset.test("visible", trial) + dataset.test("infrared", trial)
     trials = {name: None if get_protocol(name).sampled else [trial] for name in settings.protocols}
     drawn = sorted({i for name in trials for i in images_of(samples, name, trials[name])})
-    cache = _cache(settings, dataset, data_config(model)["input_size"][1:])
+    intensity = _intensity(settings, _trained_with(source, model))
+    cache = _cache(settings, dataset, data_config(model)["input_size"][1:], intensity)
     used = [samples[i] for i in drawn]
     if settings.engine == "torch":
-        rows = _extract(settings, model, used, cache, world)
+        rows = _extract(settings, model, used, cache, intensity, world)
     else:  # every process computes all rows
         rows = FeatureExtractor(
             source if settings.precision == "int8" else model,
             precision=settings.precision, engine=settings.engine, normalize=False,
-            intensity=parse_intensity(settings.recipe.data.intensity), threads=settings.threads,
-            progress=world.main,
+            intensity=intensity, threads=settings.threads, progress=world.main,
         )(used)  # fmt: skip
     features = rows.new_zeros(len(samples), rows.shape[1])  # the others are never looked at
     features[drawn] = rows
