@@ -27,6 +27,14 @@ def check_least(name: str, number: int, least: int) -> None:
         raise UserError(f"{name} {number}: give {least} or more")
 
 
+def plural(number: int, noun: str) -> str:
+    """
+    >>> plural(1, "image"), plural(1200, "image")
+    ('1 image', '1,200 images')
+    """
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional dependency, or say how to install it.
 

@@ -115,51 +115,44 @@ def ranking_sheet(
     if not rows:
         raise UserError("a ranking sheet needs at least one query")
     k, correct = result.indices.shape[1], result.correct
-    wide, high, gap, text = 0.72, 0.72 * size[0] / size[1], 0.16, 0.42  # inches
-    first = wide + 0.5  # where the hits begin
-    width = first + k * (wide + gap)
-    top = 0.62
-    height = top + len(rows) * (high + text)
-    with _figure(file, width, height) as figure:
-
-        def place(left: float, line: int) -> Any:
-            bottom = height - top - line * (high + text) - high
-            return figure.add_axes((left / width, bottom / height, wide / width, high / height))
-
-        for line, q in enumerate(rows):
-            axes = place(0, line)
-            _show(axes, result.query.paths[q], size, INK, 1.2)
-            axes.set_xlabel(_caption(result.query, q, _modality(result.query, q)), fontsize=7.5)
-            if line == 0:
-                axes.set_title("query", loc="center")
+    image = size[0] / size[1]  # height of an image, in widths of a column
+    with _figure(file, 0.88 * (k + 1.4), 0.75 * len(rows) * (image + 0.6) + 0.6) as figure:
+        grid = figure.subplots(
+            len(rows), k + 2, squeeze=False,  # the second column is a gap
+            gridspec_kw={
+                "width_ratios": [1, 0.4] + k * [1], "wspace": 0.2, "hspace": 0.6 / image,
+                "left": 0, "right": 1, "bottom": 0,
+            },
+        )  # fmt: skip
+        for axes in grid.flat:
+            axes.set(xticks=[], yticks=[], frame_on=False)
+        grid[0, 0].set_title("query", loc="center")
+        for rank, axes in enumerate(grid[0, 2:], start=1):
+            axes.set_title(str(rank), loc="center")
+        for line, q in zip(grid, rows, strict=True):
+            _show(line[0], result.query, q, _modality(result.query, q), size, INK, 1.2)
             hits = zip(result.indices[q].tolist(), result.scores[q].tolist(), strict=True)
             for rank, (i, score) in enumerate(hits):
                 if i < 0:
                     continue
-                axes = place(first + rank * (wide + gap), line)
                 right = None if correct is None else bool(correct[q, rank])
                 color, mark = {None: (PLAIN, ""), True: (RIGHT, "✓ "), False: (WRONG, "✗ ")}[right]
-                _show(axes, result.gallery.paths[i], size, color, 2.6, faded=score < threshold)
-                caption = _caption(result.gallery, i, f"{mark}{score:.3f}")
-                axes.set_xlabel(caption, fontsize=7.5, color=color)
-                if line == 0:
-                    axes.set_title(str(rank + 1), loc="center")
-        keys = [] if correct is None else [(RIGHT, "same person"), (WRONG, "another person")]
+                label, faded = f"{mark}{score:.3f}", score < threshold
+                _show(line[rank + 2], result.gallery, i, label, size, color, 2.6, faded)
+                line[rank + 2].xaxis.label.set_color(color)
         handles = [
             Line2D([], [], marker="s", markersize=9, markerfacecolor="none", markeredgewidth=2,
-                   linestyle="none", color=color, label=label) for color, label in keys
+                   linestyle="none", color=color, label=label)
+            for color, label in ((RIGHT, "same person"), (WRONG, "another person"))
+            if correct is not None
         ]  # fmt: skip
         if threshold > -math.inf:
             handles.append(Line2D([], [], linestyle="none", label=f"faded: below {threshold:.3f}"))
-        figure.text(
-            first / width, 1 - 0.05 / height, "Most similar images, best first. Number: similarity "
-            "(1 = identical).", va="top", fontsize=8.5, color=FAINT,
+        figure.legend(
+            handles=handles, loc="lower left", ncols=3, borderaxespad=1.5, alignment="left",
+            bbox_to_anchor=grid[0, 2].get_position().corners()[1],
+            title="Most similar images, best first. Number: similarity (1 = identical).",
         )  # fmt: skip
-        if handles:
-            figure.legend(
-                handles=handles, loc="upper left", ncols=len(handles), handletextpad=0.3,
-                bbox_to_anchor=(first / width, 1 - 0.17 / height), borderaxespad=0, borderpad=0.2,
-            )  # fmt: skip
 
 
 def sample_ranking(
@@ -328,46 +321,30 @@ def activation_maps(
     size = extractor.transform.size
     names = ["original", *(f"generated {n}" for n in range(1, maps.shape[1]))]
     names = ["image", *(names if len(names) > 1 else ["map"])]
-    wide, gap = 0.8, 0.05  # inches
-    high = wide * size[0] / size[1]
-    blocks = [range(i, min(i + columns, len(paths))) for i in range(0, len(paths), columns)]
-    width = len(blocks[0]) * (wide + gap) + 0.5
-    block_high = len(names) * (high + gap) + 0.4
-    height = len(blocks) * block_high
-    with _figure(file, width, height) as figure:
-        for n, block in enumerate(blocks):
-            for column, i in enumerate(block):
-                photo = resize(open_image(paths[i]), size)
-                for row, name in enumerate(names):
-                    bottom = height - n * block_high - 0.3 - (row + 1) * (high + gap)
-                    axes = figure.add_axes(
-                        (column * (wide + gap) / width, bottom / height, wide / width,
-                         high / height)
-                    )  # fmt: skip
-                    axes.set(xticks=[], yticks=[])
-                    axes.spines[:].set_visible(False)
-                    if row == 0:
-                        axes.imshow(photo, aspect="auto")
-                        kind = "infrared" if infrared[i] else "visible"
-                        axes.set_title(kind, loc="center", fontsize=8.5, pad=4)
-                    else:
-                        axes.imshow(photo.mean(axis=2), cmap="gray", aspect="auto")
-                        smooth = _scaled(maps[i, row - 1], size)
-                        axes.imshow(smooth, cmap="turbo", alpha=0.5, aspect="auto")
-                    if column == 0:
-                        axes.set_ylabel(name, fontsize=8.5)
-        bar = figure.add_axes(
-            (
-                (width - 0.35) / width,
-                (height - 0.3 - 2 * (high + gap)) / height,
-                0.1 / width,
-                (high + gap) / height,
-            )
-        )  # next to the first map
-        bar.imshow(np.linspace(1, 0, 256)[:, None], cmap="turbo", aspect="auto", alpha=0.7)
-        bar.set(xticks=[], yticks=[0, 255], yticklabels=["most", "least"])
-        bar.yaxis.tick_right()
-        bar.set_title("response", loc="center", fontsize=8)
+    columns = min(columns, len(paths))
+    blocks = -(-len(paths) // columns)
+    high = len(names) * 0.85 * size[0] / size[1] + 0.4  # inches, of a block
+    with _figure(file, 0.85 * columns, blocks * high) as figure:
+        parts = figure.subfigures(blocks, 1, squeeze=False)[:, 0]
+        space = {"left": 0, "right": 1, "bottom": 0, "top": 1 - 0.4 / high}
+        space |= {"wspace": 0.06, "hspace": 0.06 * size[1] / size[0]}
+        grids = [p.subplots(len(names), columns, squeeze=False, gridspec_kw=space) for p in parts]
+        for axes in (axes for grid in grids for axes in grid.flat):
+            axes.set(xticks=[], yticks=[], frame_on=False)
+        for grid in grids:
+            for axes, name in zip(grid[:, 0], names, strict=True):
+                axes.set_ylabel(name, fontsize=8.5)
+        for i, path in enumerate(paths):
+            photo, column = resize(open_image(path), size), grids[i // columns][:, i % columns]
+            column[0].imshow(photo, aspect="auto")
+            column[0].set_title("infrared" if infrared[i] else "visible", loc="center")
+            for axes, heat in zip(column[1:], maps[i], strict=True):
+                axes.imshow(photo.mean(axis=2), cmap="gray", aspect="auto")
+                shown = axes.imshow(_scaled(heat, size), cmap="turbo", alpha=0.5, aspect="auto")
+        place = grids[0][1, -1].inset_axes((1.25, 0, 0.12, 1))  # next to the first map
+        bar = figure.colorbar(shown, place, ticks=[0, 1], alpha=0.7)
+        bar.ax.set_yticklabels(["least", "most"])
+        bar.set_label("response")
     return maps
 
 
@@ -424,21 +401,16 @@ def _modality(table: FeatureTable, row: int) -> str:
     return "infrared" if table.labels["infrared"][row] else "visible"
 
 
-def _caption(table: FeatureTable, row: int, first: str) -> str:
-    """Two lines: ``first``, and who or what is shown."""
-    identities = table.labels.get("identity")
+def _show(
+    axes: Any, table: FeatureTable, row: int, label: str, size: tuple[int, int], color: str,
+    width: float, faded: bool = False,
+) -> None:  # fmt: skip
+    """An image in its frame; below it the label, and who or what is shown."""
+    axes.imshow(resize(open_image(table.paths[row]), size), alpha=0.35 if faded else 1.0)
+    axes.set_frame_on(True)
+    axes.spines[:].set(visible=True, color=color, linewidth=width)
+    name, identities = Path(table.paths[row]).stem, table.labels.get("identity")
     if identities is not None and not unknown(identities[row : row + 1]).any():
         name = f"person {identities[row]}"
-    else:
-        name = Path(table.paths[row]).stem
-    return f"{first}\n{name if len(name) < 15 else f'{name[:13]}…'}"
-
-
-def _show(
-    axes: Any, path: str, size: tuple[int, int], color: str, width: float, faded: bool = False
-) -> None:
-    axes.imshow(resize(open_image(path), size), aspect="auto", alpha=0.35 if faded else 1.0)
-    axes.set(xticks=[], yticks=[])
-    axes.xaxis.labelpad = 3
-    for spine in axes.spines.values():
-        spine.set(visible=True, color=color, linewidth=width)
+    short = name if len(name) <= 12 else f"{name[:8]}…{name[-3:]}"  # as wide as the image
+    axes.set_xlabel(f"{label}\n{short}", fontsize=7.5, labelpad=3)

@@ -18,9 +18,9 @@ from PIL import Image
 from deen_zoo.data import cache as cache_module
 from deen_zoo.data.cache import open_cache
 from deen_zoo.data.images import open_image, read_image
-from deen_zoo.data.loader import eval_loader, train_loader
+from deen_zoo.data.loader import train_loader
 from deen_zoo.data.protocols import Sample
-from deen_zoo.data.transforms import EvalTransform, train_transform
+from deen_zoo.data.transforms import TrainTransform
 from deen_zoo.errors import UserError
 
 SIZE = (48, 18)
@@ -106,14 +106,13 @@ def test_a_moved_tree_keeps_its_cache(paths, tmp_path):
 def test_loaders_give_the_same_batches_with_and_without(paths, tmp_path):
     samples = [Sample(p, i, 1, m) for m in ("visible", "infrared") for i, p in enumerate(paths)]
     cache = open_cache(tmp_path / "cache", paths[:3], SIZE)  # the others come from their files
-    for make in (
-        lambda **kw: eval_loader(samples, EvalTransform(SIZE), **kw),
-        lambda **kw: train_loader(samples, SIZE, train_transform("llcm"), 2, 2, **kw),
-    ):
-        plain, cached = list(make(threads=1)), list(make(threads=2, cache=cache))
-        assert len(plain) == len(cached) > 0
-        for one, two in zip(plain, cached, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    plain, cached = (
+        list(train_loader(samples, SIZE, TrainTransform(), 2, 2, **options))
+        for options in ({"threads": 1}, {"threads": 2, "cache": cache})
+    )
+    assert len(plain) == len(cached) > 0
+    for one, two in zip(plain, cached, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def test_broken_files_are_left_out_and_still_named_when_asked_for(paths, tmp_path, capfd):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,12 +11,12 @@ import torch
 from PIL import Image
 
 from deen_zoo.data.images import read_image
-from deen_zoo.data.loader import TrainLoader, TrainSet, eval_loader, map_batches, train_loader
+from deen_zoo.data.loader import TrainLoader, map_batches, train_loader
 from deen_zoo.data.protocols import Sample
-from deen_zoo.data.transforms import EvalTransform, train_transform
+from deen_zoo.data.transforms import TrainTransform
 from deen_zoo.errors import UserError
 
-SIZE = (32, 16)
+SIZE, AREA = (32, 16), (0.02, 0.4)
 
 
 def colour(identity: int, number: int, infrared: bool) -> tuple[int, int, int]:
@@ -52,7 +51,7 @@ def broken_copy(samples: list[Sample], folder: Path, names: list[str]) -> list[S
 
 
 def loader(samples: list[Sample], threads: int = 1, **options) -> TrainLoader:
-    transform = train_transform("llcm")
+    transform = TrainTransform(erasing_area=AREA)
     options = {"identities_per_batch": 2, "images_per_modality": 3, "seed": 4, **options}
     return train_loader(samples, SIZE, transform, threads=threads, **options)
 
@@ -64,11 +63,10 @@ def assert_same(ours, theirs) -> None:
 
 
 def test_a_batch_is_visible_then_infrared_aligned_by_identity(samples):
-    data = TrainSet(samples, SIZE, train_transform("llcm", "paper"), seed=0)
-    assert data.identities == [11, 22, 33, 44, 55] and len(data) == 55
-    plain = train_transform("llcm", "paper", mean=(0, 0, 0), std=(1, 1, 1))
-    batches = list(train_loader(samples, SIZE, plain, 3, 2, threads=1))
-    assert len(batches) == 30 // 6 + 1
+    plain = TrainTransform(0, 0.0, erasing_area=AREA, mean=(0, 0, 0), std=(1, 1, 1))
+    train = train_loader(samples, SIZE, plain, 3, 2, threads=1)
+    batches = list(train)
+    assert train.identities == [11, 22, 33, 44, 55] and len(batches) == 30 // 6 + 1
     for images, labels, infrared in batches:
         assert images.shape == (12, 3, 32, 16) and images.dtype == torch.float32
         assert labels.dtype == torch.int64 and infrared.dtype == torch.bool
@@ -117,21 +115,7 @@ def test_ranks_together_are_one_process_with_a_larger_batch(samples):
 def test_iterating_leaves_the_global_random_state_alone(samples):
     before = torch.get_rng_state()
     list(loader(samples))
-    list(eval_loader(samples, EvalTransform(SIZE), threads=1))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_evaluation_keeps_the_order(samples, threads):
-    transform = EvalTransform(SIZE)
-    batches = list(eval_loader(samples, transform, batch_size=20, threads=threads))
-    assert [len(batch.images) for batch in batches] == [20, 20, 15]
-    assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(55))
-    expected = torch.stack([transform(Image.open(sample.path)) for sample in samples])
-    assert torch.equal(torch.cat([batch.images for batch in batches]), expected)
-    paths = [Path(sample.path) for sample in samples[:3]]
-    (batch,) = eval_loader(paths, transform, threads=1)
-    assert torch.equal(batch.images, expected[:3])
 
 
 def test_a_pool_keeps_the_order_raises_the_first_error_and_stops():
@@ -172,65 +156,8 @@ def test_a_broken_file_is_one_line_that_names_it(samples, tmp_path, threads):
         train.set_epoch(epoch)
         if told := first_error(train):
             break
-    for line in (told, first_error(eval_loader(data, EvalTransform(SIZE), threads=threads))):
-        assert line.startswith(f"UserError: {tmp_path / 'visible_33_2.png'}: ")
-        assert "\n" not in line and "Traceback" not in line
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_skipping_drops_broken_files_from_an_evaluation_and_counts_them(samples, tmp_path, threads):
-    data = broken_copy(samples, tmp_path, ["visible_33_2.png", "infrared_11_0.png"])
-    gone = [i for i, sample in enumerate(data) if sample.path.startswith(str(tmp_path))]
-    images = eval_loader(data, EvalTransform(SIZE), 1, threads=threads, skip_broken=True)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        found = torch.cat([batch.indices for batch in images]).tolist()
-    said = [str(warning.message) for warning in caught if "broken" in str(warning.message)]
-    assert [line.split(":")[0] for line in said] == [f"broken file {n} skipped" for n in (1, 2)]
-    assert all(data[i].path in line for i, line in zip(gone, said, strict=True))
-    assert found == [i for i in range(len(data)) if i not in gone]
-    assert list(images.broken) == [data[i].path for i in gone]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        list(images)  # said once
-
-
-@pytest.mark.filterwarnings("ignore:broken file")
-def test_skipping_replaces_a_broken_file_by_its_own_kind(samples, tmp_path):
-    names = [f"visible_33_{i}.png" for i in (0, 1, 2, 4)]
-    data = broken_copy(samples, tmp_path, names)
-    plain = train_transform("llcm", "paper", mean=(0, 0, 0), std=(1, 1, 1))
-
-    def run(threads):
-        train = train_loader(data, SIZE, plain, 5, 6, threads=threads, skip_broken=True)
-        return list(train), train.broken
-
-    batches, broken = run(1)
-    assert 0 < len(broken) <= 4 and all(Path(path).name in names for path in broken)
-    for images, labels, infrared in batches:
-        mine = images[(labels == 2) & ~infrared].mul(255).round()
-        assert len(mine) == 6
-        for image in mine:  # what is left is 3 and 5; erasing covers less than half of an image
-            values, counts = image[1].unique(return_counts=True)
-            assert float(values[counts.argmax()]) in (60.0, 100.0)
-    assert_same(run(2)[0], batches)
-    dataset = TrainSet(data, SIZE, plain, skip_broken=True)
-    first = dataset.paths.index(str(tmp_path / "visible_33_4.png"))
-    assert [Path(dataset.paths[i]).name for i in dataset._substitutes(first)] == [
-        f"visible_33_{i}.png" for i in (4, 5, 0, 1, 2, 3)
-    ]
-
-
-@pytest.mark.filterwarnings("ignore:broken file")
-def test_nothing_left_to_skip_to_is_an_error(samples, tmp_path):
-    data = broken_copy(samples, tmp_path, [f"infrared_22_{i}.png" for i in range(5)])
-    train = loader(data, identities_per_batch=5, skip_broken=True)
-    with pytest.raises(UserError, match="all 5 infrared images of identity 22 are broken"):
-        list(train)
-    gone = [sample for sample in data if sample.path.startswith(str(tmp_path))]
-    images = eval_loader(gone, EvalTransform(SIZE), threads=1, skip_broken=True)
-    with pytest.raises(UserError, match="none of the images"):
-        list(images)
+    assert told.startswith(f"UserError: {tmp_path / 'visible_33_2.png'}: ")
+    assert "\n" not in told and "Traceback" not in told
 
 
 def test_a_missing_file_and_one_modality_are_clear(samples, tmp_path):
@@ -243,7 +170,7 @@ def test_a_missing_file_and_one_modality_are_clear(samples, tmp_path):
 
 def test_sizes_must_agree():
     class Cache:
-        size = (64, 64)
+        size, intensity = (64, 64), "full"
 
-    with pytest.raises(UserError, match="holds 64x64 images and the model takes 32x16"):
-        eval_loader([], EvalTransform(SIZE), cache=Cache())
+    with pytest.raises(UserError, match=r"cache has size \(64, 64\), not \(32, 16\)"):
+        train_loader([], SIZE, TrainTransform(), cache=Cache())

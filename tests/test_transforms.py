@@ -20,9 +20,9 @@ from deen_zoo.data.transforms import (
     eval_transform,
     random_erasing,
     to_tensor,
-    train_transform,
 )
 from deen_zoo.errors import UserError
+from deen_zoo.training.recipes import RECIPES
 
 from .reference import needs_official, official
 
@@ -84,25 +84,13 @@ def torchvision_oracle(image: Image.Image, transform: TrainTransform, rng) -> to
 @pytest.mark.parametrize("recipe", ["official", "paper"])
 @pytest.mark.parametrize("seed", range(12))
 def test_recipes_equal_torchvision_bit_for_bit(recipe, seed):
-    chosen = train_transform("sysu", recipe)
-    transform = TrainTransform(chosen.pad, chosen.grayscale, erasing=0.0)
+    chosen = RECIPES[recipe].data
+    transform = TrainTransform(chosen.pad, chosen.grayscale, chosen.flip, erasing=0.0)
     image = photo(48, 18, seed)
     ours = transform(np.asarray(image), np.random.default_rng(seed))
     assert ours.shape == (3, 48, 18) and ours.dtype == torch.float32
     oracle = torchvision_oracle(image, transform, np.random.default_rng(seed))
     assert torch.equal(ours, oracle)
-
-
-def test_recipe_table():
-    for dataset, area in (("sysu", (0.2, 0.8)), ("regdb", (0.02, 0.4)), ("llcm", (0.02, 0.4))):
-        official_recipe = TrainTransform(10, 0.5, flip=0.5, erasing=0.5, erasing_area=area)
-        assert train_transform(dataset) == official_recipe
-        paper_recipe = TrainTransform(0, 0.0, flip=0.5, erasing=0.5, erasing_area=area)
-        assert train_transform(dataset, "paper") == paper_recipe
-    with pytest.raises(UserError, match="'market'.*sysu, regdb, llcm"):
-        train_transform("market")
-    with pytest.raises(UserError, match="'best'.*official, paper"):
-        train_transform("sysu", "best")
 
 
 def test_each_augmentation_happens_half_of_the_time():
@@ -217,7 +205,7 @@ def test_erasing_has_its_probability():
 
 
 def test_a_sample_depends_on_its_generator_alone():
-    transform = train_transform("llcm")
+    transform = TrainTransform()
     image = np.asarray(photo(48, 18))
     one, two = (transform(image, np.random.default_rng(7)) for _ in range(2))
     assert torch.equal(one, two)

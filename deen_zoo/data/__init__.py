@@ -14,10 +14,10 @@ _MODULES = {
     "datasets": ("get_dataset", "open_dataset", "register_dataset", "register_protocol"),
     "protocols": ("PROTOCOLS", "Protocol", "Sample", "draw_gallery", "read_permutations"),
     "images": ("is_image_name", "open_image", "read_image"),
-    "loader": ("eval_loader", "train_loader"),
+    "loader": ("train_loader",),
     "reader": ("Fault", "ReidDataset"),
     "sampler": ("IdentitySampler",),
-    "transforms": ("eval_transform", "train_transform"),
+    "transforms": ("eval_transform",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from .images import is_image_name as is_image_name
     from .images import open_image as open_image
     from .images import read_image as read_image
-    from .loader import eval_loader as eval_loader
     from .loader import train_loader as train_loader
     from .protocols import PROTOCOLS as PROTOCOLS
     from .protocols import Protocol as Protocol
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
     from .reader import ReidDataset as ReidDataset
     from .sampler import IdentitySampler as IdentitySampler
     from .transforms import eval_transform as eval_transform
-    from .transforms import train_transform as train_transform
 
 __all__ = list(_HOME)
 

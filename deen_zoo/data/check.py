@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, plural
 from ..io import cores
 from .datasets import get_dataset, open_dataset
 from .images import is_image_name, one_channel, open_image
@@ -56,91 +56,66 @@ class CheckReport:
     @property
     def complete(self) -> bool:
         """Whether all counts that are known in advance were found."""
-        return all(found == want for _, _, found, want in self._rows() if want is not None)
+        rows = (row for rows in self._rows().values() for row in rows)
+        return all(want in (None, found) for _, found, want in rows)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
-        counts: dict[str, dict[str, dict[str, int | None]]] = {}
-        for split, what, found, want in self._rows():
-            counts.setdefault(split, {})[what] = {"found": found, "expected": want}
-        return {
-            "dataset": self.dataset,
-            "root": self.root,
-            "usable": self.usable,
-            "complete": self.complete,
-            "version": self.version,
-            "counts": counts,
-            "faults": [fault._asdict() for fault in self.faults],
-            "notes": [note._asdict() for note in self.notes],
-            "decoded": self.decoded,
-            "fingerprint": self.fingerprint,
+        counts = {
+            split: {what: {"found": found, "expected": want} for what, found, want in rows}
+            for split, rows in self._rows().items()
         }
+        out = {key: value for key, value in vars(self).items() if key != "expected"}
+        out |= {"usable": self.usable, "complete": self.complete, "counts": counts}
+        for key in ("faults", "notes"):
+            out[key] = [fault._asdict() for fault in out[key]]
+        return out
 
     def __str__(self) -> str:
         kind = get_dataset(self.dataset)
         lines = [f"{kind.title} at {self.root}", ""]
-        lines.append(f"{'split':<22} {'what':<20} {'found':>8} {'expected':>8}")
-        for split, what, found, want in self._merged():
-            differs = "  differs" if want not in (None, found) else ""
-            expected = "" if want is None else want
-            lines.append(f"{split:<22} {what:<20} {found:>8} {expected:>8}{differs}".rstrip())
+        lines.append(f"{'split':<26} {'what':<20} {'found':>8} {'expected':>8}")
+        alike: dict[tuple[Any, ...], list[str]] = {}  # numbered splits with equal counts
+        for split, rows in self._rows().items():
+            name, _, number = split.partition(" ")
+            alike.setdefault((name, *rows), []).append(number)
+        for (name, *rows), numbers in alike.items():
+            label = f"{name} {','.join(numbers)}"
+            for what, found, want in rows:
+                differs = "  differs" if want not in (None, found) else ""
+                known = "" if want is None else want
+                lines.append(f"{label:<26} {what:<20} {found:>8} {known:>8}{differs}".rstrip())
+                label = ""
         for heading, findings in (("fault", self.faults), ("note", self.notes)):
             lines += ["", *_listing(heading, findings)] if findings else []
         if self.fingerprint:
             lines += ["", f"fingerprint {self.fingerprint['sha256']}"]
         if self.version:
             lines += ["", f"this is {self.version}"]
-        lines += ["", f"{self.decoded} images decoded"]
-        verdict = "usable" if self.usable else f"unusable: {len(self.faults)} faults"
-        lines.append(verdict + ("" if self.complete else ", counts differ from the expected ones"))
+        verdict = "usable" if self.usable else f"unusable: {plural(len(self.faults), 'fault')}"
+        differ = "" if self.complete else ", counts differ from the expected ones"
+        lines += ["", f"{plural(self.decoded, 'image')} decoded", verdict + differ]
         if kind.ask and not (self.usable and self.complete):
             lines.append(f"{kind.title} is given out on request: {kind.ask}")
         return "\n".join(lines).encode(errors="backslashreplace").decode()  # file names may be odd
 
-    def _rows(self) -> Iterator[tuple[str, str, int, int | None]]:
+    def _rows(self) -> dict[str, tuple[tuple[str, int, int | None], ...]]:
+        """What was counted, found and expected, by split."""
+        out = {}
         for split in {**self.counts, **self.expected}:
             found, expected = self.counts.get(split, {}), self.expected.get(split, {})
-            for what in {**expected, **found}:
-                yield split, what, found.get(what, 0), expected.get(what)
-
-    def _merged(self) -> Iterator[tuple[str, str, int, int | None]]:
-        """Rows, those of numbered splits with equal counts put together as ``train 1-10``."""
-        alike: dict[tuple[Any, ...], list[str]] = {}
-        blocks: dict[str, list[tuple[str, int, int | None]]] = {}
-        for split, what, found, want in self._rows():
-            blocks.setdefault(split, []).append((what, found, want))
-        for split, rows in blocks.items():
-            name, _, number = split.partition(" ")
-            alike.setdefault((name, *rows), []).append(number)
-        for (name, *rows), numbers in alike.items():
-            label = f"{name} {_ranges(numbers)}" if numbers[0] else name
-            for what, found, want in rows:
-                yield label, what, found, want
-                label = ""
-
-
-def _ranges(numbers: list[str]) -> str:
-    """
-    >>> _ranges(["1", "2", "3", "5"])
-    '1-3,5'
-    """
-    runs: list[list[int]] = []
-    for number in map(int, numbers):
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+            whats = {**expected, **found}
+            out[split] = tuple((what, found.get(what, 0), expected.get(what)) for what in whats)
+        return out
 
 
 def _listing(heading: str, findings: list[Fault]) -> list[str]:
-    shown: Counter[str] = Counter()
-    lines = []
+    """The first findings of each kind, and how many more there are."""
+    kinds: dict[str, list[str]] = {}
     for kind, where, detail in findings:
-        shown[kind] += 1
-        if shown[kind] <= SHOWN:
-            lines.append(f"{heading}: {kind}: {where}: {detail}")
-    more = [f"{n - SHOWN} more of {kind}" for kind, n in shown.items() if n > SHOWN]
+        kinds.setdefault(kind, []).append(f"{heading}: {kind}: {where}: {detail}")
+    more = [f"{len(all_) - SHOWN} more of {kind}" for kind, all_ in kinds.items() if all_[SHOWN:]]
+    lines = [line for all_ in kinds.values() for line in all_[:SHOWN]]
     return lines + ([f"... and {', '.join(more)}; --json lists all"] if more else [])
 
 
@@ -276,18 +251,18 @@ def _check_images(
 
     names = sorted(samples)
     channels: Counter[str] = Counter()
-    look = _decode if decode else _size
     with ThreadPool(cores()) as pool:
-        found = pool.imap(look, (samples[name].path for name in names), chunksize=16)
+        jobs = ((samples[name].path, decode) for name in names)
+        found = pool.imap(_look, jobs, chunksize=16)
         bar = tqdm(found, "images", len(names), unit="", disable=None if progress else True)
-        for name, (complaint, one_channel) in zip(names, bar, strict=True):
+        for name, (complaint, one) in zip(names, bar, strict=True):
             if complaint:
                 report.faults.append(Fault("unreadable", name, complaint))
-            channels[samples[name].modality] += one_channel
+            channels[samples[name].modality] += one
     report.decoded = len(names) if decode else 0
     for modality, n in channels.items():
         if n:
-            detail = f"{n} {modality} images have one channel; they are read as RGB"
+            detail = f"{plural(n, 'image')} of one channel, read as RGB"
             report.notes.append(Fault("one channel", modality, detail))
 
 
@@ -299,17 +274,15 @@ def _check_what_is_left(dataset: ReidDataset, report: CheckReport) -> None:
         report.faults += [fault for fault in found if fault not in report.faults]
 
 
-def _decode(path: str) -> tuple[str, bool]:
+def _look(job: tuple[str, bool]) -> tuple[str, bool]:
     """What is wrong with an image file, if anything, and whether it has one channel."""
+    path, decode = job
     try:
-        open_image(path)
+        if decode:
+            open_image(path)
+            return "", one_channel(path)
+        return ("" if os.path.getsize(path) else "an empty file"), False
     except UserError as error:
         return str(error).removeprefix(f"{path}: "), False
-    return "", one_channel(path)
-
-
-def _size(path: str) -> tuple[str, bool]:
-    try:
-        return ("" if os.path.getsize(path) else "an empty file"), False
     except OSError as error:
         return error.strerror or str(error), False

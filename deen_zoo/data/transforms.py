@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
-from .datasets import get_dataset
 from .images import Pixels, resize
 
 __all__ = [
@@ -28,7 +27,6 @@ __all__ = [
     "mix_channels",
     "random_erasing",
     "to_tensor",
-    "train_transform",
 ]
 
 RGB = tuple[float, float, float]
@@ -114,6 +112,10 @@ class TrainTransform:
         tensor = to_tensor(image, self.mean, self.std)
         return random_erasing(tensor, rng, self.erasing_area, self.erasing)
 
+    def views(self, image: Pixels, rng: np.random.Generator, infrared: bool) -> list[Tensor]:
+        """uint8 (H, W, 3) to the float32 (3, H, W) that a batch holds of it: here, one."""
+        return [self(image, rng)]
+
 
 def mix_channels(image: Tensor, choice: int) -> Tensor:
     """Make the channels of a (3, H, W) image equal, in place: channel augmentation (CAJ).
@@ -131,7 +133,7 @@ def mix_channels(image: Tensor, choice: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ChannelTransform:
+class ChannelTransform(TrainTransform):
     """CAJ's augmentation: two views of a visible image, one of an infrared one.
 
     Each view is padded, cropped, mirrored, normalised and erased by itself. One random channel of
@@ -139,64 +141,21 @@ class ChannelTransform:
     copied with probability 3/4; otherwise it becomes grey with probability ``grayscale``. As in
     the reference, the rectangle is filled with CIFAR's mean after the normalisation, and channels
     are mixed after that.
-
-    Attributes:
-        pad: Pixels of black added on each side before a crop of the original size.
-        grayscale: Probability of grey for an infrared image whose channels are not copied.
-        flip: Probability of mirroring.
-        erasing: Probability of :func:`random_erasing`, which covers a share ``erasing_area``.
-        mean: Subtracted after the division by 255.
-        std: Divided by after that.
     """
 
-    pad: int = 10
-    grayscale: float = 0.5
-    flip: float = 0.5
-    erasing: float = 0.5
     erasing_area: tuple[float, float] = (0.02, 0.4)
-    mean: RGB = IMAGENET_MEAN
-    std: RGB = IMAGENET_STD
 
     def views(self, image: Pixels, rng: np.random.Generator, infrared: bool) -> list[Tensor]:
-        """uint8 (H, W, 3) to two float32 (3, H, W), or to one of an infrared image."""
+        def view() -> Tensor:
+            plain = replace(self, grayscale=0.0, erasing=0.0)(image, rng)
+            return random_erasing(plain, rng, self.erasing_area, self.erasing, fill=CIFAR_MEAN)
+
         if not infrared:
-            return [
-                self._view(image, rng),
-                mix_channels(self._view(image, rng), int(rng.integers(3))),
-            ]
-        view, choice = self._view(image, rng), int(rng.integers(4))
+            return [view(), mix_channels(view(), int(rng.integers(3)))]
+        only, choice = view(), int(rng.integers(4))
         if choice < 3 or rng.random() < self.grayscale:
-            mix_channels(view, choice)
-        return [view]
-
-    def _view(self, image: Pixels, rng: np.random.Generator) -> Tensor:
-        plain = TrainTransform(
-            self.pad, 0.0, self.flip, 0.0, self.erasing_area, self.mean, self.std
-        )
-        view = plain(image, rng)
-        return random_erasing(view, rng, self.erasing_area, self.erasing, fill=CIFAR_MEAN)
-
-
-def train_transform(
-    dataset: str, recipe: str = "official", mean: RGB = IMAGENET_MEAN, std: RGB = IMAGENET_STD
-) -> TrainTransform:
-    """A recipe's augmentation on a dataset.
-
-    Args:
-        dataset: ``"sysu"``, ``"regdb"``, ``"llcm"`` or ``"own"``, for the share that is erased.
-        recipe: ``"official"`` (the reference's code) or ``"paper"``: flip and random erasing alone,
-            with the code's erasing, as the paper gives no numbers for it.
-        mean: The model's, from its data config.
-        std: The model's, from its data config.
-
-    >>> train_transform("llcm", "paper").grayscale, train_transform("llcm").pad
-    (0.0, 10)
-    """
-    if recipe not in ("official", "paper"):
-        raise UserError(f"recipe {recipe!r}: choose from official, paper")
-    pad, grayscale = (10, 0.5) if recipe == "official" else (0, 0.0)
-    area = get_dataset(dataset).erasing_area
-    return TrainTransform(pad, grayscale, erasing_area=area, mean=mean, std=std)
+            mix_channels(only, choice)
+        return [only]
 
 
 @dataclass(frozen=True)
