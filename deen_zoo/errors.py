@@ -8,6 +8,7 @@ do. The command line prints that line and exits with code 2; in Python it is a `
 from __future__ import annotations
 
 import importlib
+import re
 from types import ModuleType
 
 
@@ -29,10 +30,12 @@ def check_least(name: str, number: int, least: int) -> None:
 
 def plural(number: int, noun: str) -> str:
     """
-    >>> plural(1, "image"), plural(1200, "image")
-    ('1 image', '1,200 images')
+    >>> plural(1, "image"), plural(1200, "image"), plural(2, "identity"), plural(3, "class")
+    ('1 image', '1,200 images', '2 identities', '3 classes')
     """
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    if number != 1:
+        noun = re.sub("y$", "ie", re.sub("s$", "se", noun)) + "s"
+    return f"{number:,} {noun}"
 
 
 def require(module: str, extra: str) -> ModuleType:

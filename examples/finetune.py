@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from deen_zoo import FeatureExtractor, create_model, save_pretrained
-from deen_zoo.data import Sample, train_loader
+from deen_zoo.data import Sample, TrainLoader
 from deen_zoo.data.folder import open_folder
 from deen_zoo.data.transforms import TrainTransform
 from deen_zoo.device import choose_device
@@ -81,7 +81,7 @@ def fit(model: ReidModel, samples: list[Sample], output: Path, args: argparse.Na
     )  # fmt: skip
     size = config["input_size"][1:]
     batch = data.identities_per_batch, data.images_per_modality
-    loader = train_loader(samples, size, transform, *batch, threads=2)
+    loader = TrainLoader(samples, size, transform, *batch, threads=2)
     world = Distributed(choose_device())
     model.to(world.device).to(memory_format=torch.channels_last)
     task = DEENTask(model, recipe)

@@ -20,7 +20,7 @@ from torchvision import transforms
 
 import deen_zoo
 from deen_zoo.cli import main
-from deen_zoo.data import open_dataset, train_loader
+from deen_zoo.data import TrainLoader, open_dataset
 from deen_zoo.data.transforms import ChannelTransform, mix_channels, to_tensor
 from deen_zoo.models.convert import SOURCES
 from deen_zoo.training.losses import identity_loss, weighted_triplet_loss
@@ -329,7 +329,7 @@ def test_reproduce_trains_and_evaluates(recipe, llcm_tree, tmp_path, capsys):
 
 def test_caj_batches_have_two_views_of_each_visible_image(llcm_tree):
     samples = open_dataset("llcm", llcm_tree).train()
-    loader = train_loader(samples, (64, 32), ChannelTransform(erasing=0.0, flip=0.0), 2, 2)
+    loader = TrainLoader(samples, (64, 32), ChannelTransform(erasing=0.0, flip=0.0), 2, 2)
     loader.set_epoch(0)
     images, labels, infrared = next(iter(loader))
     assert len(images) == 12 and infrared.tolist() == [False] * 8 + [True] * 4
@@ -430,7 +430,7 @@ def test_both_programs_give_the_same_table(folder, tag, sysu_tree, tmp_path, mon
 def train_reference(net, loss, tag, root):
     """Two steps by the reference's network, losses and optimiser on images of the drawn tree."""
     samples = open_dataset("sysu", root).train()
-    loader = train_loader(samples, (96, 48), ChannelTransform(), 3, 2)
+    loader = TrainLoader(samples, (96, 48), ChannelTransform(), 3, 2)
     loader.set_epoch(0)
     triplet = loss.TripletLoss_ADP(square=1) if tag == "caj" else loss.TripletLoss_WRT()
     optimiser = torch.optim.SGD(net.parameters(), 0.001, 0.9, weight_decay=5e-4, nesterov=True)

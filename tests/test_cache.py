@@ -18,7 +18,7 @@ from PIL import Image
 from deen_zoo.data import cache as cache_module
 from deen_zoo.data.cache import open_cache
 from deen_zoo.data.images import open_image, read_image
-from deen_zoo.data.loader import train_loader
+from deen_zoo.data.loader import TrainLoader
 from deen_zoo.data.protocols import Sample
 from deen_zoo.data.transforms import TrainTransform
 from deen_zoo.errors import UserError
@@ -107,7 +107,7 @@ def test_loaders_give_the_same_batches_with_and_without(paths, tmp_path):
     samples = [Sample(p, i, 1, m) for m in ("visible", "infrared") for i, p in enumerate(paths)]
     cache = open_cache(tmp_path / "cache", paths[:3], SIZE)  # the others come from their files
     plain, cached = (
-        list(train_loader(samples, SIZE, TrainTransform(), 2, 2, **options))
+        list(TrainLoader(samples, SIZE, TrainTransform(), 2, 2, **options))
         for options in ({"threads": 1}, {"threads": 2, "cache": cache})
     )
     assert len(plain) == len(cached) > 0

@@ -68,7 +68,7 @@ def test_regdb_samples(roots):
         splits.add(ids)
     assert len(splits) > 3
     for call in (dataset.train, lambda trial: dataset.test("visible", trial)):
-        with pytest.raises(UserError, match="RegDB has splits 1 to 10: there is no split 11"):
+        with pytest.raises(UserError, match="RegDB has no split 11"):
             call(11)
 
 
@@ -365,7 +365,7 @@ def test_raw_thermal_counts_are_scaled_by_a_named_rule(tmp_path, monkeypatch):
             pixels = np.asarray(open_image(tmp_path / name, intensity)).astype(float)
             assert np.abs(pixels[..., 0] - expected).max() <= 0.51 and np.ptp(pixels) > 100
     for wrong in ("auto", (5,), (9000, 7000), (0, 70000), ("a", "b"), None):
-        with pytest.raises(UserError, match="choose full, minmax or percentile"):
+        with pytest.raises(UserError, match="choose full"):
             open_image(tmp_path / "a.png", wrong)
     eight = noise()
     eight.save(tmp_path / "d.png")
@@ -381,9 +381,9 @@ def test_the_full_range_is_no_reason_to_warn(tmp_path, recwarn, monkeypatch):
 
 @pytest.mark.parametrize("text", ["full", "percentile", "7000,9000"])
 def test_an_intensity_is_read_from_the_command_line(text):
-    assert images.check_intensity(images.parse_intensity(text)) == images.parse_intensity(text)
+    assert images.check_intensity(images.check_intensity(text)) == images.check_intensity(text)
     with pytest.raises(UserError, match="LOW,HIGH"):
-        images.parse_intensity(text + ",1,2")
+        images.check_intensity(text + ",1,2")
 
 
 @pytest.mark.parametrize(
@@ -406,7 +406,7 @@ def test_files_of_other_kinds_next_to_images_are_counted(tmp_path):
     root = trees.sysu(tmp_path)
     (root / "cam1/0001/0009.heic").write_bytes(b"x")
     (root / "cam1/0001/Thumbs.db").write_bytes(b"x")
-    with pytest.warns(UserWarning, match=r"1 files next to the images .* cam1/0001/0009\.heic"):
+    with pytest.warns(UserWarning, match=r"1 file next to the images .* cam1/0001/0009\.heic"):
         open_dataset("sysu", root).train()
 
 

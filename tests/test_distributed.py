@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 import torch
 import deen_zoo
-from deen_zoo.data import open_dataset, train_loader
+from deen_zoo.data import open_dataset, TrainLoader
 from deen_zoo.data.transforms import TrainTransform
 from deen_zoo.distributed import Distributed, join
 from deen_zoo.features.extractor import extract
@@ -39,7 +39,7 @@ with join(torch.device("cpu")) as world:
     model = deen_zoo.create_model("test_deen_resnet", num_classes=6)
     recipe = override(RECIPES["official"], {"data.identities_per_batch": 3,
                                             "data.images_per_modality": 2})
-    loader = train_loader(dataset.train(), (128, 64), TrainTransform(4), 3, 2, threads=1,
+    loader = TrainLoader(dataset.train(), (128, 64), TrainTransform(4), 3, 2, threads=1,
                           rank=world.rank, world_size=world.size)
     steps = []
     task = DEENTask(model, recipe)

@@ -215,4 +215,4 @@ def test_an_identity_without_images_is_a_fault(tmp_path):
     with pytest.warns(UserWarning, match="training set") as caught:
         open_dataset("own", root, skip_broken=True).train()
     said = " ".join(str(warning.message) for warning in caught)
-    assert "1 faults in the training set" in said and "train/visible/9/a.heic" in said
+    assert "1 fault in the training set" in said and "train/visible/9/a.heic" in said

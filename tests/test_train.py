@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import deen_zoo
-from deen_zoo.data import Sample, open_dataset, train_loader
+from deen_zoo.data import Sample, TrainLoader, open_dataset
 from deen_zoo.data.transforms import TrainTransform
 from deen_zoo.distributed import Distributed
 from deen_zoo.training.loop import Diverged, make_optimizer, train
@@ -187,7 +187,7 @@ def start(root: Path, folder: Path, seed: int = 0, changes=None):
     for sample in open_dataset("llcm", root).train():
         of_each.setdefault((sample.identity, sample.modality), []).append(sample)
     samples = [sample for images in of_each.values() for sample in images[:2]]
-    loader = train_loader(samples, SIZE, transform, 3, 2, seed, threads=1)
+    loader = TrainLoader(samples, SIZE, transform, 3, 2, seed, threads=1)
     assert len(loader) == 3
     task = DEENTask(model, recipe)
     return task, make_optimizer(model, recipe), loader, Run(folder, {"seed": seed})

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         sheet = contact_sheet(args.layout, args.seed, min(args.identities, 6))
         sheet.save(args.sheet, "PNG", optimize=True)
     if args.json:
-        print(json.dumps(tree.to_dict(), indent=2))
+        print(json.dumps(tree._asdict(), indent=2))
     else:
         images = tree.visible_images + tree.infrared_images
         print(

@@ -14,7 +14,7 @@ _MODULES = {
     "datasets": ("get_dataset", "open_dataset", "register_dataset", "register_protocol"),
     "protocols": ("PROTOCOLS", "Protocol", "Sample", "draw_gallery", "read_permutations"),
     "images": ("is_image_name", "open_image", "read_image"),
-    "loader": ("train_loader",),
+    "loader": ("TrainLoader",),
     "reader": ("Fault", "ReidDataset"),
     "sampler": ("IdentitySampler",),
     "transforms": ("eval_transform",),
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .images import is_image_name as is_image_name
     from .images import open_image as open_image
     from .images import read_image as read_image
-    from .loader import train_loader as train_loader
+    from .loader import TrainLoader as TrainLoader
     from .protocols import PROTOCOLS as PROTOCOLS
     from .protocols import Protocol as Protocol
     from .protocols import Sample as Sample

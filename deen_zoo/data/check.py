@@ -76,9 +76,9 @@ class CheckReport:
         lines = [f"{kind.title} at {self.root}", ""]
         lines.append(f"{'split':<26} {'what':<20} {'found':>8} {'expected':>8}")
         alike: dict[tuple[Any, ...], list[str]] = {}  # numbered splits with equal counts
-        for split, rows in self._rows().items():
+        for split, found_rows in self._rows().items():
             name, _, number = split.partition(" ")
-            alike.setdefault((name, *rows), []).append(number)
+            alike.setdefault((name, *found_rows), []).append(number)
         for (name, *rows), numbers in alike.items():
             label = f"{name} {','.join(numbers)}"
             for what, found, want in rows:

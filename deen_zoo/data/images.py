@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from .cache import DecodedCache
 
 __all__ = ["IMAGE_EXTENSIONS", "Intensity", "Pixels", "check_intensity", "is_foreign_name"]
-__all__ += ["is_image_name"]
-__all__ += ["one_channel", "open_image", "parse_intensity", "read_image", "resize", "to_rgb"]
+__all__ += ["is_image_name", "one_channel", "open_image", "read_image", "resize", "to_rgb"]
 
 Pixels = npt.NDArray[np.uint8]
 Intensity = str | tuple[float, float]
@@ -58,47 +57,35 @@ def is_foreign_name(name: str) -> bool:
     >>> [is_foreign_name(name) for name in ("0001.heic", "0001.jpg", "Thumbs.db", ".DS_Store")]
     [True, False, False, False]
     """
-    if name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini"):
-        return False
-    return not is_image_name(name)
+    usual = name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini")
+    return not usual and not is_image_name(name)
 
 
 def check_intensity(intensity: Intensity) -> Intensity:
-    """Raise UserError unless this is a way to scale 16-bit pixels, as :func:`open_image` takes it.
+    """A way to scale 16-bit pixels, as :func:`open_image` takes it, or ``"LOW,HIGH"``.
 
-    >>> check_intensity([7000, 9000])
-    (7000.0, 9000.0)
+    Raises:
+        UserError: It is neither a known name nor two counts.
+
+    >>> check_intensity("7000,9000"), check_intensity("minmax")
+    ((7000.0, 9000.0), 'minmax')
     """
-    if isinstance(intensity, str):
-        if intensity in _INTENSITIES:
-            return intensity
-    elif isinstance(intensity, (tuple, list)) and len(intensity) == 2:
-        try:
-            low, high = map(float, intensity)
-        except (TypeError, ValueError):
-            low = high = 0.0
+    if isinstance(intensity, str) and intensity in _INTENSITIES:
+        return intensity
+    try:
+        given = intensity.split(",") if isinstance(intensity, str) else intensity
+        low, high = map(float, given)
         if 0 <= low < high <= 65535:
             return low, high
+    except (TypeError, ValueError):
+        pass
     raise UserError(
-        f"intensity {intensity!r}: choose full, minmax or percentile, or give two counts LOW,HIGH "
+        f"intensity {intensity!r}: choose {', '.join(_INTENSITIES)}, or give two counts LOW,HIGH "
         "from 0 to 65535"
     )
 
 
-def parse_intensity(text: str) -> Intensity:
-    """The type of ``--intensity``: a name, or ``LOW,HIGH``.
-
-    >>> parse_intensity("7000,9000")
-    (7000.0, 9000.0)
-    """
-    low, comma, high = text.partition(",")
-    try:
-        return check_intensity((float(low), float(high)) if comma else text)
-    except ValueError:  # a UserError as well
-        raise UserError(
-            f"intensity {text!r}: choose full, minmax or percentile, or give two counts LOW,HIGH "
-            "from 0 to 65535"
-        ) from None
+parse_intensity = check_intensity
 
 
 def read_image(
@@ -218,12 +205,10 @@ def _eight_bits(pixels: npt.NDArray[np.int64], intensity: Intensity, name: str) 
         if most - least < 65536 // 4:
             _warn_of_narrow_range(name, least, most)
         return ((pixels + 128) // 257).astype(np.uint8)
-    if isinstance(intensity, tuple):
-        low, high = intensity
-    elif intensity == "minmax":
-        low, high = least, most
-    else:
-        low, high = np.percentile(pixels, _PERCENTILES).tolist()
+    extremes = {"minmax": (0, 100), "percentile": _PERCENTILES}
+    low, high = (
+        intensity if isinstance(intensity, tuple) else np.percentile(pixels, extremes[intensity])
+    )
     scaled = (pixels - low) * (255 / ((high - low) or 1))
     rounded: Pixels = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
     return rounded

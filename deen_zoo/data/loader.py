@@ -23,7 +23,7 @@ from .protocols import Sample, label_order
 from .sampler import BatchSlot, IdentitySampler, generator
 from .transforms import TrainTransform
 
-__all__ = ["TrainBatch", "TrainLoader", "map_batches", "train_loader"]
+__all__ = ["TrainBatch", "TrainLoader", "map_batches"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -155,4 +155,4 @@ class TrainLoader:
         return [(view, *told) for view in views]
 
 
-train_loader = TrainLoader
+train_loader = TrainLoader  # REMOVE

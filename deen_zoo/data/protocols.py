@@ -12,17 +12,9 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError, require
 
-__all__ = [
-    "INFRARED",
-    "PROTOCOLS",
-    "RULES",
-    "VISIBLE",
-    "Label",
-    "Permutations",
-    "Protocol",
-    "Sample",
-]
-__all__ += ["as_label", "draw_gallery", "get_protocol", "label_order", "read_permutations"]
+__all__ = ["INFRARED", "PROTOCOLS", "RULES", "VISIBLE", "Label", "Permutations", "Protocol"]
+__all__ += ["Sample", "as_label", "draw_gallery", "get_protocol", "label_order"]
+__all__ += ["read_permutations"]
 __all__ += ["trial_numbers", "trial_sides"]
 
 VISIBLE, INFRARED = "visible", "infrared"
@@ -232,26 +224,20 @@ def _pools(samples: Sequence[Sample], name: str, protocol: Protocol) -> Sides:
         seen.add(sample.path)
         found[sample.modality].append(i)
     queries, gallery = found[protocol.query], found[protocol.gallery]
-    if protocol.query_cameras:
-        for sample in (samples[i] for i in queries):
-            if as_label(sample.camera, "camera") not in protocol.query_cameras:
-                raise UserError(
-                    f"{sample.path}: {name} has no {protocol.query} camera {sample.camera}, only "
-                    f"{_listed(protocol.query_cameras)}; correct the camera, or use own-ir2vis"
-                )
-    if protocol.gallery_cameras:
-        cameras = protocol.gallery_cameras
+    for sample in (samples[i] for i in queries if protocol.query_cameras):
+        if as_label(sample.camera, "camera") not in protocol.query_cameras:
+            raise UserError(
+                f"{sample.path}: {name} has no {protocol.query} camera {sample.camera}, only "
+                f"{protocol.query_cameras}; correct the camera, or use own-ir2vis"
+            )
+    if cameras := protocol.gallery_cameras:
         gallery = [i for i in gallery if as_label(samples[i].camera, "camera") in cameras]
     if not queries:
         raise UserError(f"{name} has no query: no {protocol.query} image among the samples")
     if not gallery:
-        of = f" of cameras {_listed(protocol.gallery_cameras)}" if protocol.gallery_cameras else ""
+        of = f" of cameras {cameras}" if cameras else ""
         raise UserError(f"{name} has no gallery: no {protocol.gallery} image{of} among the samples")
     return queries, gallery
-
-
-def _listed(labels: Sequence[Label]) -> str:
-    return ", ".join(map(str, labels))
 
 
 def draw_gallery(
@@ -292,7 +278,8 @@ def draw_gallery(
     for key in sorted(groups, key=lambda key: (label_order(key[0]), label_order(key[1]))):
         group = groups[key]
         if permutations is not None:
-            drawn += _draw_permuted(samples, key, group, permutations, trial, shots)
+            numbered = {as_label(Path(samples[i].path).stem): i for i in group}
+            drawn += _draw_permuted(numbered, key, permutations, trial, shots)
         elif shots == 1:
             drawn.append(rng.choice(group))
         else:
@@ -301,20 +288,16 @@ def draw_gallery(
 
 
 def _draw_permuted(
-    samples: Sequence[Sample],
-    key: tuple[Any, Any],
-    group: Sequence[int],
-    permutations: Permutations,
-    trial: int,
+    numbered: dict[Label, int], key: tuple[Any, Any], permutations: Permutations, trial: int,
     shots: int,
-) -> list[int]:
+) -> list[int]:  # fmt: skip
+    """The shots of one identity and camera, of indices by the numbers of their files."""
     rows = permutations.get(key, [])
     if not 0 <= trial < len(rows):
         raise UserError(
             f"rand_perm_cam.mat has no trial {trial} for identity {key[0]}, camera {key[1]}; "
             "check the dataset, or use the seeded draw"
         )
-    numbered = {as_label(Path(samples[i].path).stem): i for i in group}
     absent = [number for number in rows[trial][:shots] if number not in numbered]
     if absent:
         raise UserError(

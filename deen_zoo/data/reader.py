@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from ..errors import UserError
+from ..errors import UserError, plural
 from .images import is_foreign_name, is_image_name
 from .protocols import (
     INFRARED,
@@ -192,8 +192,8 @@ class ReidDataset:
         samples, (queries, _) = self._sides(protocol, trial, "seeded", 1)
         if lonely := one_modality(samples):
             warnings.warn(
-                f"{self.title}: {len(lonely)} test identities have one modality only and cannot be "
-                f"matched, such as {lonely[0][0]} ({lonely[0][1]})",
+                f"{self.title}: {plural(len(lonely), 'test identity')} of one modality only, "
+                f"without a match, such as {lonely[0][0]} ({lonely[0][1]})",
                 stacklevel=2,
             )
         return [samples[i] for i in queries]
@@ -297,12 +297,7 @@ class ReidDataset:
 
     def _check_split(self, split: int) -> None:
         if split not in self.splits:
-            known = (
-                f"splits {self.splits[0]} to {self.splits[-1]}"
-                if len(self.splits) > 1
-                else "one split"
-            )
-            raise UserError(f"{self.title} has {known}: there is no split {split}")
+            raise UserError(f"{self.title} has no split {split}: choose from {list(self.splits)}")
 
     def _kept(self, samples: list[Sample]) -> list[Sample]:
         if not self.left_out:
@@ -313,7 +308,7 @@ class ReidDataset:
         """The samples; their faults are an error or, with ``skip_broken``, a warning."""
         if faults:
             found = (
-                f"{self.title} at {self.root}: {len(faults)} faults in the {split} set, "
+                f"{self.title} at {self.root}: {plural(len(faults), 'fault')} in the {split} set, "
                 f"such as {faults[0].where}: {faults[0].detail}"
             )
             if not self.skip_broken:
@@ -325,8 +320,8 @@ class ReidDataset:
         if self.ignored and not self._warned_of_ignored:
             self._warned_of_ignored = True
             warnings.warn(
-                f"{self.title} at {self.root}: {len(self.ignored)} files next to the images are "
-                f"left out, since their names are not those of images, such as {min(self.ignored)}",
+                f"{self.title} at {self.root}: {plural(len(self.ignored), 'file')} next to the "
+                f"images left out, not named like an image, such as {min(self.ignored)}",
                 stacklevel=3,
             )
         if not samples:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from ..errors import UserError
+from ..errors import UserError, plural
 from .protocols import Label, label_order
 
 __all__ = ["BatchSlot", "IdentitySampler", "generator"]
@@ -31,11 +31,6 @@ def generator(seed: int, *key: int) -> np.random.Generator:
     """
     # A spawn key, as SeedSequence pads a list with zeros: [0, 1] and [0, 1, 0] would be one stream.
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)))
-
-
-def _listed(ids: Iterable[Label], most: int = 10) -> str:
-    names = sorted(ids, key=label_order)
-    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
 
 class IdentitySampler(Sampler[list[BatchSlot]]):
@@ -87,11 +82,11 @@ class IdentitySampler(Sampler[list[BatchSlot]]):
             )
         visible, infrared = set(visible_ids), set(infrared_ids)
         if visible != infrared:
-            sides = (("visible", visible - infrared), ("infrared", infrared - visible))
-            told = "; ".join(f"{name} only: {_listed(ids)}" for name, ids in sides if ids)
+            lonely = sorted(visible ^ infrared, key=label_order)
             raise UserError(
-                f"{len(visible ^ infrared)} identities have images of one modality only ({told}); "
-                "training needs both: add the missing images or leave these identities out"
+                f"{plural(len(lonely), 'identity')} with images of one modality only, such as "
+                f"{', '.join(map(str, lonely[:10]))}; training needs both: add the missing images "
+                "or leave them out"
             )
         if len(visible) < self.p * world_size:
             raise UserError(

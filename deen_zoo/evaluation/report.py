@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..errors import plural
 from .results import METRICS, ProtocolResult
 
 Row = Sequence[str]
 Results = Iterable[ProtocolResult | Mapping[str, Any]]
 _HEAD = ("protocol", "numbers", *METRICS)
+_COUNTS = ("protocol", "queries", "gallery", "identities")
 
 
 def report(results: Results) -> str:
@@ -24,22 +26,15 @@ def report(results: Results) -> str:
     ``llcm-vis2ir-official`` alone.
     """
     plain = _plain(results)
-    return "\n".join(
-        [
-            _markdown(_HEAD, _rows(plain)),
-            "",
-            "Images and identities found; in brackets those of a complete dataset, as published:",
-            "",
-            _markdown(("protocol", "queries", "gallery", "identities"), _count_rows(plain)),
-            "",
-        ]
-    )
+    numbers, counts = markdown_table(_HEAD, _rows(plain), 2), markdown_table(_COUNTS, _found(plain))
+    about = "Images and identities found; in brackets those of a complete dataset, as published:"
+    return f"{numbers}\n\n{about}\n\n{counts}\n"
 
 
 def terminal_table(results: Results) -> str:
     """The numbers of :func:`report` in columns of plain text."""
     plain = _plain(results)
-    tables = (_HEAD, *_rows(plain)), (("", "queries", "gallery", "identities"), *_count_rows(plain))
+    tables = (_HEAD, *_rows(plain)), (("", *_COUNTS[1:]), *_found(plain))
     return "\n\n".join(_columns(rows) for rows in tables)
 
 
@@ -51,7 +46,7 @@ def _rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
     rows: list[Row] = []
     for result in results:
         trials, mean, std = len(result["trials"]), result["mean"], result["std"]
-        how = f"measured, {trials} {result['draw'] or 'split'} trial{'s' if trials > 1 else ''}"
+        how = f"measured, {plural(trials, (result['draw'] or 'split') + ' trial')}"
         how += f", {result['descriptor']}" if "descriptor" in result else ""
         spread = [f" ± {100 * std[key]:.2f}" if trials > 1 else "" for key in METRICS]
         cells = [f"{100 * mean[key]:.2f}{s}" for key, s in zip(METRICS, spread, strict=True)]
@@ -72,20 +67,21 @@ def _per_cent(fraction: float) -> str:
     return f"{100 * fraction:.2f}".removesuffix("0")
 
 
-def _count_rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
+def _found(results: Sequence[Mapping[str, Any]]) -> list[Row]:
     rows: list[Row] = []
     for result in results:
         expected = result["expected_counts"]
         cells = [
             f"{result['counts'][key]:,}" + (f" ({expected[key]:,})" if key in expected else "")
-            for key in ("queries", "gallery", "identities")
+            for key in _COUNTS[1:]
         ]
         rows.append((result["name"], *cells))
     return rows
 
 
-def _markdown(head: Row, rows: Sequence[Row]) -> str:
-    rule = ["---" if (i < 2 and len(head) > 4) or i == 0 else "---:" for i in range(len(head))]
+def markdown_table(head: Row, rows: Sequence[Row], words: int = 1) -> str:
+    """A table in Markdown, all columns but the first ``words`` aligned as numbers."""
+    rule = ["---"] * words + ["---:"] * (len(head) - words)
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
 
 

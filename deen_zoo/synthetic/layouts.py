@@ -63,8 +63,8 @@ def path_of(layout: str, seed: int, shot: Shot, test: bool) -> str:
         return f"cam{camera}/{identity:04d}/{take + 1:04d}.jpg"
     if layout == "regdb":
         folder = "Visible" if modality == "visible" else "Thermal"
-        view = "back" if Pose.make(seed, *shot).back else "front"
-        who, frame = Person.make(seed, identity).gender, (1000 * identity + 7 * take) % 100_000
+        view = "back" if Pose(seed, *shot).back else "front"
+        who, frame = Person(seed, identity).gender, (1000 * identity + 7 * take) % 100_000
         return f"{folder}/{identity}/{who}_{view}_{folder[0].lower()}_{frame:05d}_{identity}.bmp"
     kind = "vis" if modality == "visible" else "nir"
     rng = stream(seed, _FRAME, identity, camera, int(kind == "nir"))

@@ -15,10 +15,9 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
@@ -33,8 +32,7 @@ _PICTURE, _SIGHTING = 20, 21  # names of random streams
 _INLINE = 200  # up to so many pictures, starting worker processes costs more than it saves
 
 
-@dataclass(frozen=True)
-class SyntheticTree:
+class SyntheticTree(NamedTuple):
     """What :func:`synthesize` wrote."""
 
     root: str
@@ -46,10 +44,6 @@ class SyntheticTree:
     infrared_images: int
     images_per_camera: int
     seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, ready for JSON."""
-        return asdict(self)
 
 
 def synthesize(
@@ -112,10 +106,8 @@ def synthesize(
             workers = 1
         elif workers is None:
             workers = cores() if len(paths) > _INLINE else 1
-        bar = tqdm(
-            total=len(paths), unit="image", desc="drawing", disable=None if progress else True
-        )
-        with bar:
+        off = None if progress else True
+        with tqdm(total=len(paths), unit="image", desc="drawing", disable=off) as bar:
             for done in _map(partial(_draw_person, layout, seed), jobs, workers):
                 bar.update(done)
         write_index[layout](workshop, seed, paths, test)
@@ -150,7 +142,6 @@ def _check(layout: str, root: Path, ranges: dict[str, tuple[float | None, float,
 @contextmanager
 def _reserved(target: Path) -> Iterator[None]:
     """Nobody else draws the same tree meanwhile."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.with_name(f".{target.name}.lock")
     with exclusive(lock, f"{target}, which it draws"):
         try:
@@ -237,20 +228,20 @@ def picture(
 ) -> Image.Image:
     """One picture of the world ``seed``, as :func:`synthesize` saves it: RGB if visible, else L."""
     person, place = _person(seed, identity), _camera(layout, seed, camera, modality)
-    pose = Pose.make(seed, identity, camera, modality, take)
+    pose = Pose(seed, identity, camera, modality, take)
     infrared = int(modality == "infrared")
     return draw(person, place, pose, stream(seed, _PICTURE, identity, camera, infrared, take))
 
 
 @lru_cache(maxsize=8)
 def _person(seed: int, identity: int) -> Person:
-    return Person.make(seed, identity)
+    return Person(seed, identity)
 
 
 @lru_cache(maxsize=64)
 def _camera(layout: str, seed: int, number: int, modality: str) -> Camera:
     spec = LAYOUTS[layout]
-    return Camera.make(seed, number, modality, spec.size, spec.low_light, spec.same_size)
+    return Camera(seed, number, modality, spec.size, spec.low_light, spec.same_size)
 
 
 def contact_sheet(

@@ -129,150 +129,102 @@ def _cloth(rng: np.random.Generator, textures: Sequence[str] = ("plain",)) -> Cl
     )
 
 
-@dataclass(frozen=True)
 class Person:
     """An identity's appearance. Lengths are in body heights, y runs from 0 (crown) to 1 (sole)."""
 
-    gender: str
-    shoulder: float
-    waist: float
-    hip: float
-    crotch: float  # y: long legs have it high
-    limb: float  # thickness, 1 is average
-    head: float
-    skin: Cloth
-    hair: str
-    hair_cloth: Cloth
-    top: Cloth
-    sleeve: float  # share of the arm that is covered
-    hem: float  # y of the top's lower edge
-    hem_width: float  # at the hem, relative to the hip
-    inner: Cloth | None  # shirt under an open jacket
-    collar: str
-    bottom: Cloth
-    cut: str
-    length: float  # share of the leg that is covered
-    flare: float
-    shoes: Cloth
-    boot: float  # share of the shin
-    bag: str
-    bag_cloth: Cloth
-    bag_side: int
-    bag_size: float
-
-    @classmethod
-    def make(cls, seed: int, identity: int) -> Person:
-        """The person with this number in the world ``seed``."""
+    def __init__(self, seed: int, identity: int) -> None:
         rng = stream(seed, _PERSON, identity)
 
         def pick(*choices: Any) -> Any:
             return choices[rng.integers(len(choices))]
 
-        gender = pick("female", "male")
-        woman = gender == "female"
-        weight = rng.uniform(-1, 1)
+        def uniform(low: float, high: float) -> float:
+            return float(rng.uniform(low, high))
+
+        self.gender: str = pick("female", "male")
+        woman = self.gender == "female"
+        weight = uniform(-1, 1)
         coat = rng.random() < 0.25
-        cut = pick("trousers", "trousers", "shorts", "skirt" if woman else "trousers")
-        tone = float(rng.uniform(0.62, 0.8))
-        hair_tone = float(rng.uniform(0.08, 0.6))
-        return cls(
-            gender=gender,
-            shoulder=float(rng.uniform(0.1, 0.125) + 0.01 * weight - 0.008 * woman),
-            waist=float(rng.uniform(0.078, 0.092) + 0.022 * weight - 0.006 * woman),
-            hip=float(rng.uniform(0.088, 0.1) + 0.014 * weight),
-            crotch=float(rng.uniform(0.49, 0.55)),
-            limb=float(1 + 0.2 * weight + rng.uniform(-0.08, 0.08)),
-            head=float(rng.uniform(0.94, 1.08)),
-            skin=Cloth((_SKINS[rng.integers(len(_SKINS))],) * 2, (tone, tone)),
-            hair=pick(
-                *("short", "crop", "bald", "cap", "beanie", "afro", "short"),
-                *(("long", "bob", "bun", "pony", "long") if woman else ("hood", "bun")),
-            ),
-            hair_cloth=Cloth((_HAIRS[rng.integers(len(_HAIRS))],) * 2, (hair_tone, hair_tone)),
-            top=_cloth(rng, _TOP_TEXTURES),
-            sleeve=pick(0.0, 0.38, 0.42, 0.7, 1.0, 1.0) if not coat else 1.0,
-            hem=float(rng.uniform(0.62, 0.76) if coat else rng.uniform(0.47, 0.58)),
-            hem_width=float(rng.uniform(1.0, 1.35) if coat else rng.uniform(0.95, 1.15)),
-            inner=_cloth(rng) if rng.random() < (0.5 if coat else 0.25) else None,
-            collar=pick("round", "vee", "high", "scarf"),
-            bottom=_cloth(rng, _BOTTOM_TEXTURES),
-            cut=cut,
-            length={"trousers": pick(1.0, 1.0, 0.92, 0.75), "shorts": pick(0.35, 0.5)}.get(
-                cut, float(rng.uniform(0.4, 0.85))
-            ),
-            flare=float(rng.uniform(0.8, 1.7)),
-            shoes=_cloth(rng, ("plain", "yoke")),
-            boot=pick(0.0, 0.0, 0.1, 0.35, 0.7 if woman else 0.2),
-            bag=pick("none", "none", "backpack", "backpack", "satchel", "satchel", "tote"),
-            bag_cloth=_cloth(rng, ("plain", "yoke", "halves", "hoops", "checks")),
-            bag_side=pick(-1, 1),
-            bag_size=float(rng.uniform(0.75, 1.25)),
+        self.cut: str = pick("trousers", "trousers", "shorts", "skirt" if woman else "trousers")
+        tone, hair_tone = uniform(0.62, 0.8), uniform(0.08, 0.6)
+        self.shoulder = uniform(0.1, 0.125) + 0.01 * weight - 0.008 * woman
+        self.waist = uniform(0.078, 0.092) + 0.022 * weight - 0.006 * woman
+        self.hip = uniform(0.088, 0.1) + 0.014 * weight
+        self.crotch = uniform(0.49, 0.55)  # y: long legs have it high
+        self.limb = 1 + 0.2 * weight + uniform(-0.08, 0.08)  # thickness, 1 is average
+        self.head = uniform(0.94, 1.08)
+        self.skin = Cloth((_SKINS[rng.integers(len(_SKINS))],) * 2, (tone, tone))
+        self.hair: str = pick(
+            *("short", "crop", "bald", "cap", "beanie", "afro", "short"),
+            *(("long", "bob", "bun", "pony", "long") if woman else ("hood", "bun")),
         )
+        hair_dye = _HAIRS[rng.integers(len(_HAIRS))]
+        self.hair_cloth = Cloth((hair_dye, hair_dye), (hair_tone, hair_tone))
+        self.top = _cloth(rng, _TOP_TEXTURES)
+        # share of the arm that is covered
+        self.sleeve: float = 1.0 if coat else pick(0.0, 0.38, 0.42, 0.7, 1.0, 1.0)
+        # y of the top's lower edge, and its width there, relative to the hip
+        self.hem = uniform(0.62, 0.76) if coat else uniform(0.47, 0.58)
+        self.hem_width = uniform(1.0, 1.35) if coat else uniform(0.95, 1.15)
+        # shirt under an open jacket
+        self.inner = _cloth(rng) if rng.random() < (0.5 if coat else 0.25) else None
+        self.collar: str = pick("round", "vee", "high", "scarf")
+        self.bottom = _cloth(rng, _BOTTOM_TEXTURES)
+        lengths = {"trousers": pick(1.0, 1.0, 0.92, 0.75), "shorts": pick(0.35, 0.5)}
+        # share of the leg that is covered
+        self.length: float = lengths.get(self.cut, uniform(0.4, 0.85))
+        self.flare = uniform(0.8, 1.7)
+        self.shoes = _cloth(rng, ("plain", "yoke"))
+        self.boot: float = pick(0.0, 0.0, 0.1, 0.35, 0.7 if woman else 0.2)  # share of the shin
+        self.bag: str = pick("none", "none", "backpack", "backpack", "satchel", "satchel", "tote")
+        self.bag_cloth = _cloth(rng, ("plain", "yoke", "halves", "hoops", "checks"))
+        self.bag_side: int = pick(-1, 1)
+        self.bag_size = uniform(0.75, 1.25)
 
 
-@dataclass(frozen=True)
 class Pose:
-    """One moment: where the body faces and where in the stride it is (radians)."""
+    """One moment: where the body faces and where in the stride it is (radians).
 
-    yaw: float  # 0 faces the camera, pi turns the back
-    phase: float
-    lean: float = 0.0
+    It walks, within 43 degrees of facing the camera or (1 in 3) of turning away.
+    """
 
-    @classmethod
-    def make(cls, seed: int, identity: int, camera: int, modality: str, take: int) -> Pose:
-        """A walking pose, within 43 degrees of facing the camera or (1 in 3) of turning away."""
+    def __init__(self, seed: int, identity: int, camera: int, modality: str, take: int) -> None:
         rng = stream(seed, _POSE, identity, camera, int(modality == "infrared"), take)
         yaw = rng.uniform(-0.75, 0.75) + (math.pi if rng.random() < 1 / 3 else 0.0)
-        return cls(float(yaw), float(rng.uniform(0, 2 * math.pi)), float(rng.normal(0, 0.015)))
+        self.yaw = float(yaw)  # 0 faces the camera, pi turns the back
+        self.phase = float(rng.uniform(0, 2 * math.pi))
+        self.lean = float(rng.normal(0, 0.015))
+        self.back = math.cos(self.yaw) < 0
 
-    @property
-    def back(self) -> bool:
-        return math.cos(self.yaw) < 0
 
-
-@dataclass(frozen=True)
 class Camera:
     """A place, a view and a sensor. ``modality`` is "visible" or "infrared"."""
 
-    modality: str
-    scene: tuple[int, int]  # stream names of the place, shared by both modalities of a camera
-    size: tuple[int, int]  # (width, height) in pixels
-    zoom: float  # body height / picture height
-    shift: tuple[float, float]  # of the body, in picture sizes
-    tilt: float  # radians
-    pitch: float  # how much nearer the head is than the feet
-    light: float  # 1 is a bright day
-    tint: RGB
-    blur: float  # pixels
-    noise: float  # of full scale
-
-    @classmethod
-    def make(
-        cls,
+    def __init__(
+        self,
         seed: int,
         number: int,
         modality: str,
         size: tuple[int, int],
         low_light: float,
         same_size: bool = False,
-    ) -> Camera:
-        """Camera ``number`` of the world ``seed``; ``low_light`` from 0 (day) to 1 (night)."""
+    ) -> None:
         rng = stream(seed, _CAMERA, number, int(modality == "infrared"))
         scale, slim = rng.uniform(0.94, 1.08), rng.uniform(0.97, 1.04)
         if same_size:
             scale = slim = 1.0
         warm = rng.uniform(-0.12, 0.12)
         visible = modality == "visible"
-        return cls(
-            modality=modality,
-            scene=(seed, number),
-            size=(int(size[0] * scale * slim), int(size[1] * scale)),
-            zoom=float(rng.uniform(0.8, 0.96)),
-            shift=(float(rng.uniform(-0.05, 0.05)), float(rng.uniform(-0.025, 0.025))),
-            tilt=float(rng.normal(0, 0.03)),
-            pitch=float(rng.uniform(0.0, 0.22)),
-            light=float(rng.uniform(0.75, 1.0) - (0.4 * low_light if visible else 0.0)),
-            tint=(1 + warm, 1.0, 1 - warm) if visible else (1.0, 1.0, 1.0),
-            blur=float(rng.uniform(0.3, 0.8)),
-            noise=float(rng.uniform(0.01, 0.02) + 0.015 * low_light),
-        )
+        self.modality = modality
+        self.scene = seed, number  # stream names of the place, the same for both modalities
+        self.size = int(size[0] * scale * slim), int(size[1] * scale)  # (width, height), pixels
+        self.zoom = float(rng.uniform(0.8, 0.96))  # body height / picture height
+        # of the body, in picture sizes
+        self.shift = float(rng.uniform(-0.05, 0.05)), float(rng.uniform(-0.025, 0.025))
+        self.tilt = float(rng.normal(0, 0.03))  # radians
+        self.pitch = float(rng.uniform(0.0, 0.22))  # how much nearer the head is than the feet
+        # 1 is a bright day
+        self.light = float(rng.uniform(0.75, 1.0) - (0.4 * low_light if visible else 0.0))
+        self.tint = (1 + warm, 1.0, 1 - warm) if visible else (1.0, 1.0, 1.0)
+        self.blur = float(rng.uniform(0.3, 0.8))  # pixels
+        self.noise = float(rng.uniform(0.01, 0.02) + 0.015 * low_light)  # of full scale

@@ -11,7 +11,9 @@ import numpy as np
 
 from ..device import choose_device
 from ..distributed import Distributed, join
+from ..errors import UserError, plural
 from ..evaluation import published_ablation
+from ..evaluation.report import markdown_table
 from ..io import write_atomically
 from .recipes import override
 from .reproduce import reproduce
@@ -40,14 +42,21 @@ def sweep(
 
     Each run is in a folder of its own, ``OUTPUT/ablation/NAME/seed-N``; with ``resume`` the
     finished ones are read back and the others continued.
+
+    Raises:
+        UserError: Without ``resume``, the folder of a run is there already.
     """
-    out: dict[str, list[dict[str, Any]]] = {}
+    out: dict[str, list[dict[str, Any]]] = {name: [] for name in changes}
+    runs = []
     for name, change in changes.items():
         recipe = override(settings.recipe, change)
         for seed in seeds:
             output = settings.output / "ablation" / name / f"seed-{seed}"
-            one = replace(settings, output=output, recipe=recipe, seed=seed)
-            out.setdefault(name, []).append(reproduce(one, world))
+            if not settings.resume and output.exists():  # before any of them is trained
+                raise UserError(f"{output} is there: give --resume, or another --output")
+            runs.append((name, replace(settings, output=output, recipe=recipe, seed=seed)))
+    for name, one in runs:
+        out[name].append(reproduce(one, world))
     return out
 
 
@@ -98,22 +107,19 @@ def table(results: dict[str, Any]) -> str:
     """Markdown in the form of Table 4, per cent; mean ± standard deviation over several seeds."""
     protocols = list(results["rows"][0]["measured"])
     head = [*TITLES, *(f"{p} {key}" for p in protocols for key in ("R-1", "mAP"))]
-    lines = [head, ["---"] * 4 + ["---:"] * (len(head) - 4)]
+    lines = []
     for row in results["rows"]:
         cells = ["x" if row[key] else "" for key in SWITCHES]
         for protocol in protocols:
             for key in ("r1", "mAP"):
                 values = 100 * np.array(row["measured"][protocol][key])
-                cell = f"{values.mean():.1f}"
-                if len(values) > 1:
-                    cell += f" ± {values.std(ddof=1):.1f}"
-                if protocol in row["published"]:
-                    cell += f" ({100 * row['published'][protocol][key]:.1f})"
-                cells.append(cell)
+                spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+                known = row["published"].get(protocol)
+                theirs = f" ({100 * known[key]:.1f})" if known else ""
+                cells.append(f"{values.mean():.1f}{spread}{theirs}")
         lines.append(cells)
-    text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     seeds = f"seed{'s' * (len(results['seeds']) > 1)} {', '.join(map(str, results['seeds']))}"
-    epochs = f"{results['epochs']} epoch{'s' * (results['epochs'] > 1)}"
     note = "; published in brackets" if any(row["published"] for row in results["rows"]) else ""
     spread = ", mean ± standard deviation over seeds" if len(results["seeds"]) > 1 else ""
-    return f"{text}\n\n{results['model']}, {epochs}, {seeds}{spread}{note}."
+    about = f"{results['model']}, {plural(results['epochs'], 'epoch')}, {seeds}{spread}{note}."
+    return f"{markdown_table(head, lines, 4)}\n\n{about}"

@@ -13,13 +13,13 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from ..data.images import parse_intensity
+from ..data.images import check_intensity
 from ..errors import UserError, require
-from .sections import Section, Text, convert, parse, setting
+from .sections import Section, convert, flatten, parse, setting
 
 __all__ = ["RECIPES", "AGWLoss", "DEENLoss", "Recipe", "describe", "flat", "get_recipe", "override"]
 
@@ -51,7 +51,7 @@ class Data(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parse_intensity(self.intensity or "full")
+        check_intensity(self.intensity or "full")
 
 
 @dataclass(frozen=True)
@@ -233,17 +233,16 @@ def get_recipe(
     if recipe is None:
         if Path(name).suffix != ".toml":
             raise UserError(f"recipe {str(name)!r}: choose from {', '.join(RECIPES)}, or FILE.toml")
-        edits = _read_toml(Path(name))
-        recipe = replace(get_recipe(edits.pop("base", "official")), name=Path(name).stem)
-    task = edits.pop("task", recipe.task)
-    recipe = replace(recipe, task=task)
+        edits = flatten(_read_toml(Path(name)), 3)
+        base = get_recipe(str(edits.pop("base", "official")))
+        recipe = replace(base, name=Path(name).stem, task=edits.pop("task", base.task))
     if loss is not None and type(recipe.loss) is not loss:
         recipe = replace(recipe, loss=loss())
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals:
             raise UserError(f"--set {change}: give SECTION.NAME=VALUE, such as optimizer.lr=0.05")
-        edits[key.strip()] = Text(text.strip())
+        edits[key.strip()] = parse(text.strip())
     return override(recipe, edits)
 
 
@@ -260,8 +259,6 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     for key, value in changes.items():
         section, _, name = key.partition(".")
         if section == "model" and name.startswith("args."):
-            if isinstance(value, Text):
-                value = parse(value)
             args = sections.setdefault("model", {}).setdefault("args", dict(recipe.model.args))
             args[name.removeprefix("args.")] = value
             continue
@@ -270,8 +267,8 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         if name not in kinds:
             known = list(flat(recipe))
             near = difflib.get_close_matches(key, known, 1, 0) or known
-            raise UserError(f"there is no setting {key!r}: did you mean {near[0]}? It is one of "
-                            f"{', '.join(known)}")  # fmt: skip
+            raise UserError(f"there is no setting {key!r}: did you mean {near[0]}? "
+                            f"Known are {', '.join(known)}")  # fmt: skip
         sections.setdefault(section, {})[name] = convert(key, value, kinds[name])
     try:
         changed = {name: replace(getattr(recipe, name), **new) for name, new in sections.items()}
@@ -280,23 +277,17 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     return replace(recipe, **changed)
 
 
+def describe(recipe: Recipe) -> Iterator[tuple[str, Any, str]]:
+    """Dotted name, value and description of every setting."""
+    for section in fields(recipe):
+        part = getattr(recipe, section.name)
+        for item in fields(part) if isinstance(part, Section) else ():
+            yield f"{section.name}.{item.name}", getattr(part, item.name), item.metadata["help"]
+
+
 def flat(recipe: Recipe) -> dict[str, Any]:
     """Every setting by its dotted name."""
-    return {
-        f"{section.name}.{item.name}": getattr(getattr(recipe, section.name), item.name)
-        for section in fields(recipe)
-        if is_dataclass(getattr(recipe, section.name))
-        for item in fields(getattr(recipe, section.name))
-    }
-
-
-def describe(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
-    """Name, value and description of every setting, for ``--help`` and the documentation."""
-    for key, value in flat(recipe).items():
-        section, name = key.split(".")
-        part = getattr(recipe, section)
-        about = next(item.metadata["help"] for item in fields(part) if item.name == name)
-        yield key, shown(value), about
+    return {key: value for key, value, _ in describe(recipe)}
 
 
 def shown(value: Any) -> str:
@@ -305,25 +296,11 @@ def shown(value: Any) -> str:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file as dotted names."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         tomllib = require("tomli", extra="train")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return dict(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"recipe {path}: it cannot be read ({error})") from error
-    out: dict[str, Any] = {}
-    for section, value in table.items():
-        if not isinstance(value, dict):
-            if section not in ("base", "task") or not isinstance(value, str):
-                raise UserError(f"recipe {path}: {section!r} is not base, task or a section")
-            out[section] = value
-            continue
-        for name, item in value.items():
-            if isinstance(item, dict) and (section, name) == ("model", "args"):
-                out |= {f"model.args.{key}": one for key, one in item.items()}
-            else:
-                out[f"{section}.{name}"] = item
-    return out

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..data.datasets import get_dataset
-from ..errors import UserError
-from ..evaluation import published_ablation, report
+from ..errors import UserError, plural
+from ..evaluation import report
+from ..evaluation.report import markdown_table
 from ..features.files import FeatureTable
 from ..io import write_atomically
-from .recipes import RECIPES, Recipe, flat, shown
+from .recipes import RECIPES, flat, shown
+from .settings import Settings
 
-__all__ = ["changes_of", "command", "markdown", "summary", "write_results"]
+__all__ = ["command", "markdown", "summary", "write_results"]
 
 PICTURES = {
     "curves.png": "Loss on the training set and scores on the test set, over the epochs",
@@ -56,16 +59,6 @@ def _draw(folder: Path, results: dict[str, Any], table: FeatureTable | None) -> 
             print(f"no {name}: {error}", file=sys.stderr)
 
 
-def changes_of(recipe: Recipe) -> list[str]:
-    """The ``--set`` arguments that make a recipe of the named one, or of the official one."""
-    base = flat(RECIPES.get(recipe.name, RECIPES["official"]))
-    return [
-        f"{key}={shown(value)}"
-        for key, value in flat(recipe).items()
-        if base.get(key) != value and key != "model.args"
-    ] + [f"model.args.{key}={json.dumps(value)}" for key, value in recipe.model.args.items()]
-
-
 def markdown(folder: Path, results: dict[str, Any]) -> str:
     """The report: what was run, measured next to published, pictures, and how to run it again."""
     title = get_dataset(results["dataset"]).title
@@ -74,7 +67,8 @@ def markdown(folder: Path, results: dict[str, Any]) -> str:
         lines.append(f"The weights `{results['eval_only']}` were evaluated, not trained here.")
     else:
         lines.append(
-            f"Trained with the recipe `{results['recipe']['name']}` for {_epochs(results)}, seed "
+            f"Trained with the recipe `{results['recipe']['name']}` for "
+            f"{plural(results['epochs'], 'epoch')}, seed "
             f"{results['seed']}, on {results['device']} ({results['precision']}). The numbers are "
             "those of the last epoch, in per cent."
         )
@@ -85,10 +79,7 @@ def markdown(folder: Path, results: dict[str, Any]) -> str:
     chances = [f"{100 * e['chance']:.1f} % on {n}" for n, e in results["protocols"].items()]
     lines += [f"A random ranking has a rank-1 of about {', '.join(chances)}.", ""]
     if all("best" in entry for entry in results["protocols"].values()):
-        lines += [*_best_next_to_last(results["protocols"]), ""]
-    row = _ablation_row(results)
-    if row:
-        lines += [row, ""]
+        lines += _best_next_to_last(results["protocols"])
     pictures = []
     for name, about in PICTURES.items():
         split = Path(results["models"][0]["last"]["checkpoint"]).parent / name
@@ -100,10 +91,9 @@ def markdown(folder: Path, results: dict[str, Any]) -> str:
     lines += ["## Run it again", "", "```", results["command"], "```", ""]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     data = results["data"]
-    processes, threads = results["processes"], results["threads"]
     lines.append(
-        f"{processes} process{'es' * (processes > 1)} with {threads} thread{'s' * (threads > 1)} "
-        f"each; {versions}. Data: {data['images']:,} images, SHA-256 of their names "
+        f"{plural(results['processes'], 'process')} with {plural(results['threads'], 'thread')} "
+        f"each; {versions}. Data: {plural(data['images'], 'image')}, SHA-256 of their names "
         f"`{data['sha256']}`."
     )
     for model in results["models"]:
@@ -136,27 +126,30 @@ def summary(folder: Path, results: dict[str, Any]) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def command(settings: Any) -> str:
-    """The command that makes these results again."""
+def command(settings: Settings) -> str:
+    """The command that makes these results again, in another folder."""
+    kind, recipe = settings.kind, settings.recipe
+    name = recipe.name if recipe.name in RECIPES else "official"
+    base, usual = flat(RECIPES[name]), Settings.create(
+        settings.dataset, settings.output, recipe=recipe,
+        data_root=None if kind.synthetic else settings.output / "no such root",
+    )  # fmt: skip
     words = ["deen-zoo", "reproduce", settings.dataset]
-    if not settings.kind.synthetic:
-        words += ["--data-root", str(settings.data_root)]
-    if settings.eval_only:
-        words += ["--eval-only", settings.eval_only]
-    elif settings.recipe.name in RECIPES:
-        words += ["--recipe", settings.recipe.name]
-    words += [word for change in changes_of(settings.recipe) for word in ("--set", change)]
-    words += ["--model", settings.model, "--epochs", str(settings.epochs)]
-    words += ["--seed", str(settings.seed)]
-    words += ["--task", settings.task] if settings.task else []
-    words += ["--scratch"] if settings.scratch else []
-    if len(settings.kind.splits) > 1:
-        words += ["--trials", *map(str, settings.trials)]
+    words += [] if name == kind.default_recipe else ["--recipe", name]
+    for key, value in flat(recipe).items():
+        if key == "model.args":
+            changed = {f"{key}.{arg}": json.dumps(one) for arg, one in recipe.model.args.items()}
+        else:
+            changed = {} if base.get(key) == value else {key: shown(value)}
+        words += [word for change in changed.items() for word in ("--set", "=".join(change))]
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if item.name in ("resume", "recipe") or value == getattr(usual, item.name):
+            continue
+        words.append(f"--{item.name.replace('_', '-')}")
+        if value is not True:
+            words += map(str, value if isinstance(value, tuple) else (value,))
     return shlex.join(words)
-
-
-def _epochs(results: dict[str, Any]) -> str:
-    return f"{results['epochs']} epoch{'s' * (results['epochs'] != 1)}"
 
 
 def _differences(results: dict[str, Any]) -> list[str]:
@@ -176,41 +169,11 @@ def _differences(results: dict[str, Any]) -> list[str]:
 
 
 def _best_next_to_last(protocols: dict[str, dict[str, Any]]) -> list[str]:
-    lines = [
-        "The reference keeps the epoch that is best *on the test set*, which is optimistic:",
-        "",
-        "| protocol | last epoch R-1 | mAP | best epoch R-1 | mAP |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for name, entry in protocols.items():
-        cells = [
-            f"{100 * numbers[key]:.2f}"
-            for numbers in (entry["mean"], entry["best"]["mean"])
-            for key in ("r1", "mAP")
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
-
-
-def _ablation_row(results: dict[str, Any]) -> str:
-    """The row of the poster's Table 4 that a run corresponds to, in words; "" if there is none."""
-    loss, model = results["recipe"]["loss"], results["recipe"]["model"]
-    if not {"cpm", "orthogonality"} <= set(loss):
-        return ""
-    dee = model["dee"] is not False
-    for row in published_ablation():
-        switches = {
-            "dee": dee,
-            "cpm": dee and bool(loss["cpm"]),
-            "ort": dee and bool(loss["orthogonality"]),
-            "mfa": model["mfa"] is not False,
-        }
-        if all(row[key] == on for key, on in switches.items()):
-            numbers = ", ".join(
-                f"{name} {100 * row[name]['r1']:.1f}/{100 * row[name]['mAP']:.1f}"
-                for name in ("llcm-ir2vis", "sysu-all")
-                if name in results["protocols"] and not results["drawn"]
-            )
-            on = " + ".join(key.upper() for key, value in switches.items() if value) or "baseline"
-            return f"Row of the poster's Table 4: {on}{f', R-1/mAP {numbers}' if numbers else ''}."
-    return ""
+    rows = [
+        (name, *(f"{100 * numbers[key]:.2f}" for numbers in (entry["mean"], entry["best"]["mean"])
+                 for key in ("r1", "mAP")))
+        for name, entry in protocols.items()
+    ]  # fmt: skip
+    head = ("protocol", "last epoch R-1", "mAP", "best epoch R-1", "mAP")
+    about = "The reference keeps the epoch that is best *on the test set*, which is optimistic:"
+    return [about, "", markdown_table(head, rows), ""]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, fields
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
 
-__all__ = ["Section", "Text", "convert", "parse", "setting"]
+__all__ = ["Section", "convert", "flatten", "parse", "setting"]
 
 
 def setting(default: Any, help: str, least: float | None = None, most: float | None = None) -> Any:
@@ -35,21 +36,20 @@ class Section:
             object.__setattr__(self, item.name, value)  # lists of a TOML file become tuples
             least, most = item.metadata.get("least"), item.metadata.get("most")
             for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int | float) and (
-                    (least is not None and not number >= least)
-                    or (most is not None and not number <= most)
-                ):
+                low = -math.inf if least is None else least
+                high = math.inf if most is None else most
+                if isinstance(number, int | float) and not low <= number <= high:
                     bounds = f"{least} or more" if most is None else f"{least} to {most}"
                     raise UserError(f"{item.name} is {value}: give {bounds}")
 
 
-class Text(str):
-    """A value as it was typed; its type is still to be found."""
-
-
 def parse(text: str) -> Any:
-    """JSON as far as it is JSON, Python's spelling of the constants, or the text itself."""
-    constants = {"true": True, "false": False, "none": None, "null": None}
+    """JSON as far as it is JSON, Python's spelling of the constants, or the text itself.
+
+    >>> parse("0.05"), parse("None"), parse("[64, 32]"), parse("resnet18")
+    (0.05, None, [64, 32], 'resnet18')
+    """
+    constants = {"true": True, "false": False, "none": None}
     if text.lower() in constants:
         return constants[text.lower()]
     try:
@@ -58,38 +58,46 @@ def parse(text: str) -> Any:
         return text
 
 
+def flatten(table: dict[str, Any], depth: int = 9, prefix: str = "") -> dict[str, Any]:
+    """Nested tables by dotted names of at most ``depth`` parts.
+
+    >>> flatten({"data": {"pad": 0}, "seed": 1})
+    {'data.pad': 0, 'seed': 1}
+    """
+    out: dict[str, Any] = {}
+    for key, value in table.items():
+        inner = isinstance(value, dict) and depth > 1
+        out |= flatten(value, depth - 1, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return out
+
+
 def convert(key: str, value: Any, kind: Any) -> Any:
     """The value as the type has it, or a UserError that says which type is wanted."""
-    if isinstance(value, Text):
-        value = str(value) if _takes(kind, str) and value.lower() != "none" else parse(value)
+    try:
+        return _cast(value, kind)
+    except (TypeError, ValueError):
+        raise UserError(f"{key} is {value!r}: give {_words(kind)}") from None
+
+
+def _cast(value: Any, kind: Any) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        if value is None and NoneType in inner:
-            return None
-        return convert(key, value, next(one for one in inner if one is not NoneType))
+    if origin in (Union, UnionType):  # X | None
+        return None if value is None else _cast(value, inner[0])
     if origin is tuple and isinstance(value, list | tuple):
-        if inner[-1] is Ellipsis:
-            return tuple(convert(key, item, inner[0]) for item in value)
-        if len(value) == len(inner):
-            return tuple(convert(key, *pair) for pair in zip(value, inner, strict=True))
-    elif (origin is Literal and value in inner) or (origin is dict and isinstance(value, dict)):
-        return value
-    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        return tuple(_cast(item, one) for item, one in zip(value, kinds, strict=True))
+    if kind is float and type(value) is int:
         return float(value)
-    elif kind in (int, bool, str) and type(value) is kind:
-        return value
-    raise UserError(f"{key} is {value!r}: give {_words(kind)}")
-
-
-def _takes(kind: Any, wanted: type) -> bool:
-    return kind is wanted or wanted in get_args(kind) or get_origin(kind) is Literal
+    if value not in inner if origin is Literal else type(value) is not (origin or kind):
+        raise TypeError
+    return value
 
 
 def _words(kind: Any) -> str:
     """A type in words, for an error message."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return " or ".join("none" if one is NoneType else _words(one) for one in inner)
+        return f"{_words(inner[0])} or none"
     if origin is Literal:
         return " or ".join(inner)
     if origin is tuple:

@@ -12,7 +12,7 @@ from typing import Any
 from ..data.datasets import DATASETS, get_dataset
 from ..data.reader import ReidDataset
 from ..errors import UserError, check_least
-from .recipes import RECIPES, Recipe, describe, get_recipe
+from .recipes import RECIPES, Recipe, describe, get_recipe, shown
 
 __all__ = ["Settings", "add_options"]
 
@@ -22,8 +22,6 @@ TRY_WITHOUT_DATA = "without data, try 'deen-zoo reproduce synthetic'"
 def option(help: str, default: Any = MISSING, **argument: Any) -> Any:
     """A field that is an option of ``deen-zoo reproduce`` as well."""
     metadata = {"help": help, "argument": argument}
-    if default is MISSING:
-        return field(metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -88,17 +86,10 @@ class Settings:
         dataset: str,
         output: str | os.PathLike[str],
         data_root: str | os.PathLike[str] | None = None,
-        recipe: str | os.PathLike[str] | Recipe | None = None,
-        model: str | None = None,
-        epochs: int | None = None,
-        trials: Sequence[int] | None = None,
-        protocols: Sequence[str] | None = None,
-        cache: str | os.PathLike[str] | None = None,
         changes: Sequence[str] = (),
-        task: str | None = None,
-        **others: Any,
+        **given: Any,
     ) -> Settings:
-        """Settings with the dataset's own defaults where None is given; ``others`` are the rest.
+        """Settings by the names of the fields, with the dataset's own defaults for None.
 
         ``recipe`` may be a name, a TOML file or a :class:`~deen_zoo.training.recipes.Recipe`;
         ``changes`` are applied to it, as ``--set`` has them.
@@ -108,63 +99,54 @@ class Settings:
                 together. Nothing was done yet.
         """
         kind, output = get_dataset(dataset), Path(output)
-        if data_root is None and not kind.synthetic:
-            given = f", which is given out on request only: {kind.ask}" if kind.ask else ""
+        given = {k: v for k, v in {"data_root": data_root, **given}.items() if v is not None}
+        if "data_root" not in given and not kind.synthetic:
+            ask = f", which is given out on request only: {kind.ask}" if kind.ask else ""
             raise UserError(
-                f"{dataset} needs --data-root, the folder of {kind.title}{given}; "
-                f"{TRY_WITHOUT_DATA}"
+                f"{dataset} needs --data-root, the folder of {kind.title}{ask}; {TRY_WITHOUT_DATA}"
             )
-        for name, folder in (("--output", output), ("--cache", cache)):
-            if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+        for name, folder in (("--output", output), ("--cache", Path(given.get("cache", output)))):
+            if folder.exists() and not folder.is_dir():
                 raise UserError(f"{name} {folder}: it is a file; give a folder")
-        if trials and len(kind.splits) == 1:
+        trials = tuple(given.get("trials", kind.splits))
+        if "trials" in given and len(kind.splits) == 1:
             raise UserError(f"--trials chooses among RegDB's splits; {dataset} has one")
-        if trials and (len(set(trials)) < len(trials) or not set(trials) <= set(kind.splits)):
+        if len(set(trials)) < len(trials) or not set(trials) <= set(kind.splits):
             raise UserError(
                 f"--trials {' '.join(map(str, trials))}: choose from {kind.splits[0]} to "
                 f"{kind.splits[-1]}, each once"
             )
-        for name, number, least in (
-            ("--epochs", epochs, 1),
-            ("--batch-size", others.get("batch_size"), 1),
-            ("--threads", others.get("threads"), 1),
-            ("--save-every", others.get("save_every"), 1),
-            ("--people", others.get("people"), 4),
-        ):
-            if number is not None:
-                check_least(name, number, least)
-        engine, precision = others.get("engine", "torch"), others.get("precision", "auto")
-        if engine != "torch" and not others.get("eval_only"):
+        counts = {"epochs": 1, "batch_size": 1, "threads": 1, "save_every": 1, "people": 4}
+        for name, least in counts.items():
+            check_least(f"--{name.replace('_', '-')}", given.get(name, least), least)
+        engine, int8 = given.get("engine", "torch"), given.get("precision") == "int8"
+        if engine != "torch" and not given.get("eval_only"):
             raise UserError(f"--engine {engine} evaluates: give it with --eval-only CHECKPOINT")
-        if precision == "int8" and engine == "torch":
+        if int8 and engine == "torch":
             raise UserError("--precision int8 is OpenVINO's: give --engine openvino --eval-only")
         known = kind.protocols()
-        for name in protocols or ():
+        for name in given.get("protocols", ()):
             if name not in known:
                 raise UserError(f"--protocols {name}: choose from {dataset}'s, {', '.join(known)}")
+        recipe = given.get("recipe", kind.default_recipe)
         if not isinstance(recipe, Recipe):
             from .tasks import task_class
 
-            recipe = get_recipe(
-                recipe or kind.default_recipe,
-                changes,
-                task_class(task).Loss if task else None,
-            )
-        if cache is None and kind.synthetic:
-            cache = output / "cache"
-        return cls(
-            dataset,
-            output,
-            Path(data_root) if data_root is not None else output / "data",
-            recipe,
-            model or kind.default_model,
-            epochs or recipe.schedule.epochs,
-            tuple(trials or kind.splits),
-            tuple(protocols or known),
-            None if cache is None else Path(cache),
-            task or recipe.task,
-            **others,
-        )
+            task = given.get("task")
+            recipe = get_recipe(recipe, changes, task_class(task).Loss if task else None)
+        usual = {
+            "data_root": output / "data",
+            "cache": output / "cache" if kind.synthetic else None,
+            "model": kind.default_model,
+            "epochs": recipe.schedule.epochs,
+            "task": recipe.task,
+            "protocols": known,
+        }
+        chosen = usual | given | {"recipe": recipe, "trials": trials}
+        for name in ("data_root", "cache"):
+            chosen[name] = chosen[name] and Path(chosen[name])
+        chosen["protocols"] = tuple(chosen["protocols"])
+        return cls(dataset, output, **chosen)
 
     @property
     def kind(self) -> type[ReidDataset]:
@@ -179,29 +161,22 @@ class Settings:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of all fields of :class:`Settings` but the seed, and ``--set``."""
     for item in fields(Settings):
-        about, argument = item.metadata["help"], dict(item.metadata["argument"])
-        if item.name == "seed":
-            continue
+        argument = {"help": item.metadata["help"], **item.metadata["argument"]}
         if item.name == "dataset":
-            parser.add_argument(item.name, help=about, **argument)
-            continue
-        default = None if item.default is MISSING else item.default
-        if default is False:
-            argument["action"] = "store_true"
-        parser.add_argument(
-            f"--{item.name.replace('_', '-')}", default=default, help=about, **argument
-        )
-        if item.name == "recipe":
-            parser.add_argument(
-                "--set",
-                dest="changes",
-                action="append",
-                default=[],
-                metavar="KEY=VALUE",
-                help="change a setting of the recipe (see below); may be given again",
-            )
-    rows = [
-        f"  {key}={value}\n      {about}" for key, value, about in describe(RECIPES["official"])
-    ]
+            parser.add_argument(item.name, **argument)
+        elif item.name != "seed":
+            argument["default"] = None if item.default is MISSING else item.default
+            if item.default is False:
+                argument["action"] = "store_true"
+            parser.add_argument(f"--{item.name.replace('_', '-')}", **argument)
+    parser.add_argument(
+        "--set",
+        dest="changes",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting of the recipe (see below); may be given again",
+    )
+    rows = (f"  {key}={shown(v)}\n      {about}" for key, v, about in describe(RECIPES["official"]))
     parser.epilog = f"{parser.epilog or ''}\nsettings for --set, as the official recipe has them:\n"
     parser.epilog += "\n".join(rows).replace("%", "%%")

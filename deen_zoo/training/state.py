@@ -29,6 +29,7 @@ from ..distributed import Distributed
 from ..errors import UserError
 from ..io import whole_folder, write_atomically
 from ..models import save_pretrained
+from .sections import flatten
 
 __all__ = ["Run", "load_state", "random_state", "save_state", "set_random_state"]
 
@@ -163,7 +164,8 @@ class Run:
         if folder is None:
             raise UserError(f"{self.folder} holds no saved state: run without --resume")
         state = load_state(folder / "state.safetensors")
-        before, now = _flat(state["record"]), _flat(self.record)
+        now = flatten(json.loads(json.dumps(self.record)))  # as it is when read back
+        before = flatten(state["record"])
         differ = [k for k in {**before, **now} if before.get(k) != now.get(k)]
         if differ:
             shown = [f"{k} {before.get(k)!r}, now {now.get(k)!r}" for k in differ]
@@ -172,17 +174,6 @@ class Run:
                 "resume with the same ones, or choose another --output"
             )
         return state
-
-
-def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names, as they are after a round trip through JSON."""
-    flat: dict[str, Any] = {}
-    for key, value in record.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = json.loads(json.dumps(value))
-    return flat
 
 
 def _link(source: str, target: str) -> None:
