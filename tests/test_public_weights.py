@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision import transforms
 
 import deen_zoo
 from deen_zoo.cli import main
@@ -15,6 +18,7 @@ from deen_zoo.models.catalog import weights_home
 from deen_zoo.models.convert import SOURCES
 
 from . import seeded, trees
+from .reference import needs_official, official, official_net
 from .test_sources import NAMES
 
 
@@ -121,3 +125,92 @@ def test_the_ten_splits_are_evaluated_in_one_command(tmp_path, monkeypatch, caps
     assert main([*command, f"{name}.yyds", "--output", str(tmp_path / "less")]) == 2
     error = capsys.readouterr().err
     assert "split 4" in error and "--trials 1 2 3 5" in error and error.count("\n") == 1
+
+
+@needs_official
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the reference, which is of 2023
+def test_a_checkpoint_of_the_references_training_scores_as_in_its_own_test(
+    llcm_tree, tmp_path, monkeypatch, capsys
+):
+    """Trained a few steps by its classes, converted, installed, evaluated by both programs."""
+    monkeypatch.setenv("DEEN_ZOO_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(Image, "ANTIALIAS", Image.Resampling.LANCZOS, raising=False)
+    root, size = f"{llcm_tree}/", (96, 48)
+    net = train_reference(root, size)
+    file = tmp_path / "llcm_deen_p2_n3_lr_0.1_seed_0_best.t"
+    return net
+
+    manager, metrics, data = map(official, ("data_manager", "eval_metrics", "data_loader"))
+    net.eval()
+
+    @torch.no_grad()
+    def describe(images, ids, modal):
+        """The six features of test.py in one row: its distmat7 is the sum of their products."""
+        rows = torch.stack([x for x, _ in data.TestData(images, ids, to_input(size), size[::-1])])
+        both = zip(net(rows, rows, modal), net(rows.flip(3), rows.flip(3), modal), strict=True)
+        return torch.cat([f for a, b in both for f in (a + b).chunk(3)], 1).double().numpy()
+
+    theirs = []
+    query, q_ids, q_cams = manager.process_query_llcm(root, mode=2)
+    rows = describe(query, q_ids, 2)
+    for trial in range(3):
+        gallery, g_ids, g_cams = manager.process_gallery_llcm(root, mode=1, trial=trial)
+        labels = (q_ids, g_ids, q_cams, g_cams)
+        # With fewer than 20 identities its CMC of 20 ranks has rows of different lengths.
+        distances = -rows @ describe(gallery, g_ids, 1).T
+        cmc, m_ap, m_inp = metrics.eval_llcm(distances, *labels, max_rank=1)
+        theirs.append((float(cmc[0]), float(m_ap), float(m_inp)))
+
+    assert main(["convert", str(file), "--install", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["source"], report["model"]) == ("llcm-official", "deen_resnet50_llcm")
+    config = Path(report["folder"], "config.json")
+    changed = json.loads(config.read_text())
+    changed["pretrained_cfg"]["input_size"] = [3, *size]  # of both programs, to save time
+    config.write_text(json.dumps(changed))
+    arguments = ["reproduce", "llcm", "--data-root", root, "--output", str(tmp_path / "run")]
+    arguments += ["--eval-only", "deen_resnet50_llcm", "--protocols", "llcm-ir2vis"]
+    assert main([*arguments, "--precision", "float32"]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    trials = results["protocols"]["llcm-ir2vis"]["trials"][:3]
+    ours = [(float(np.float32(t["r1"])), t["mAP"], t["mINP"]) for t in trials]  # as its CMC is
+    assert np.abs(np.array(ours) - np.array(theirs)).max() < 1e-9
+    assert ours[0][1] < 0.999  # not trivially perfect
+    assert len({m_ap for _, m_ap, _ in ours}) == 3  # the galleries differ
+
+
+def to_input(size):
+    """The reference's test transform."""
+    normalise = transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    steps = [transforms.ToPILImage(), transforms.Resize(size), transforms.ToTensor(), normalise]
+    return transforms.Compose(steps)
+
+
+def train_reference(root, size):
+    """A few steps as in the reference's train.py: its data, sampler, losses and optimiser."""
+    utils, losses = official("utils"), official("loss")
+    data = official("data_loader").LLCMData(root, 1, to_input(size))
+    labels = data.train_color_label, data.train_thermal_label
+    torch.manual_seed(0)
+    np.random.seed(0)
+    sampler = utils.IdentitySampler(*labels, *utils.GenIdx(*labels), 2, 3, 0)
+    data.cIndex, data.tIndex = sampler.index1, sampler.index2
+    net = official_net(713, "llcm").train()
+    for module in net.modules():  # a few steps leave the running statistics behind otherwise
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.momentum = 1.0
+    triplet, cpm = losses.OriTripletLoss(6, 0.3), losses.CPMLoss(margin=0.2)
+    optimiser = torch.optim.SGD(net.parameters(), 0.001, 0.9, weight_decay=5e-4, nesterov=True)
+    loader = torch.utils.data.DataLoader(data, 6, sampler=sampler, drop_last=True)
+    for (visible, infrared, label1, label2), _ in zip(loader, range(3), strict=False):
+        twice = torch.cat((label1, label2, label1, label2))
+        told = torch.cat((twice, label1, label2))
+        feat, out, orthogonality = net(visible, infrared)
+        first, second, third = feat.chunk(3)
+        pairs = [cpm(torch.cat((first, other)), twice) for other in (second, third)]
+        loss = nn.CrossEntropyLoss()(out, told) + triplet(feat, told) + 0.8 * sum(pairs)
+        optimiser.zero_grad()
+        (loss + 0.01 * orthogonality).backward()
+        optimiser.step()
+    return net
