@@ -49,6 +49,11 @@ def test_an_empty_machine_says_where_weights_are(home, monkeypatch):
             for part in ("github.com/dyhBUPT/YYDS", "deen-zoo convert FILE --install", name):
                 assert part in message
             assert f"create_model('{name}', pretrained=True)" in message
+    with pytest.raises(UserError, match="No public weights") as caught:
+        deen_zoo.create_model("agw_resnet50_llcm", pretrained=True)
+    assert "convert" not in str(caught.value) and "deen-zoo reproduce" in str(caught.value)
+    with pytest.raises(UserError, match=r"official has no weights .*_model\('deen_resnet50_llcm',"):
+        deen_zoo.create_model("deen_resnet50_llcm.official", pretrained=True)
     with pytest.raises(UserError, match="not on the Hub"):
         deen_zoo.create_model(NAME, pretrained=True, revision="v1")
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch import nn
 
 import deen_zoo
 from deen_zoo.cli import main
@@ -172,7 +173,10 @@ def checkout_names() -> dict[str, dict[str, list[int]]]:
     with torch.device("meta"):
         for dataset, ids in (("sysu", 395), ("llcm", 713), ("regdb", 206)):
             nets[f"llcm-official {dataset}"] = official_net(ids, dataset)
-            nets[f"yyds {dataset}"] = yyds_net(ids, dataset)
+            # It is trained with synchronised batch norms, whose names are those of plain ones.
+            nets[f"yyds {dataset}"] = nn.SyncBatchNorm.convert_sync_batchnorm(
+                yyds_net(ids, dataset)
+            )
             nets[f"tvilfm {dataset}"] = tvi_net(ids)
         nets["agw sysu"] = agw("model").embed_net(395)
         nets["caj sysu"] = agw("model", "ICCV21_CAJ").embed_net(395)

@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
             for p in entry["published"]
         )
         print(f"{entry['model']}.{entry['source']}: {entry['network']}")
+        split = f", split {entry['split']}" if entry["split"] else ""
+        print(f"  dataset    {entry['dataset']}{split}")
         print(f"  file       {entry['file']}")
         print(f"  where      {entry['repository']}: {entry['where']}")
         print(f"  licence    {entry['licence']}")

@@ -21,8 +21,8 @@ __all__ = ["entries", "installed", "installed_splits", "weights_home", "where"]
 
 @functools.cache
 def entries() -> tuple[dict[str, str], ...]:
-    """The public files: ``source``, ``model``, ``network``, ``file``, ``repository``, ``where``,
-    ``licence``.
+    """The public files: ``source``, ``model``, ``network``, ``dataset``, ``split`` (RegDB's, else
+    ``""``), ``file``, ``repository``, ``where``, ``licence``.
 
     >>> sorted({entry["source"] for entry in entries()})
     ['agw', 'caj', 'tvilfm', 'yyds']
@@ -81,6 +81,6 @@ def where(model: str) -> str:
         return ""
     places = "; or ".join(f"{e['file']} ({e['repository']}: {e['where']})" for e in found)
     return (
-        f"public weights of {model}: {places}. Download the file, then run: "
-        f"'deen-zoo convert FILE --install', and 'deen-zoo weights' to see it"
+        f"Public weights of {model}: {places}. Download the file, then run 'deen-zoo convert FILE "
+        f"--install'; 'deen-zoo weights' lists it"
     )

@@ -48,33 +48,43 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> StateDict:
     elif model.num_classes != model.pretrained_cfg["num_classes"]:  # a fresh one was asked for
         expected.pop("classifier.weight", None)
 
-    def misfit(name: str) -> bool:
-        ours, theirs = expected[name].shape, state_dict[name].shape
-        first_conv = re.match(r"(visible|infrared)_stem\.conv1\.(0\.)?weight", name)
-        if first_conv and model.in_chans != 3:  # timm adapts it next
-            ours, theirs = ours[:1] + ours[2:], theirs[:1] + theirs[2:]
-        return bool(ours != theirs)
-
-    faults = {
-        "missing": [n for n in expected if n not in state_dict],
-        "surplus": [n for n in state_dict if n not in expected],
-        "misshapen": [
-            f"{n} {tuple(state_dict[n].shape)} for {tuple(expected[n].shape)}"
-            for n in expected
-            if n in state_dict and misfit(n)
-        ],
-    }
-    if any(faults.values()):
+    shapes = {name: tensor.shape for name, tensor in state_dict.items()}
+    wanted = {name: tensor.shape for name, tensor in expected.items()}
+    if model.in_chans != 3:  # timm adapts the first convolutions next
+        for name in set(shapes) & set(wanted):
+            if re.match(r"(visible|infrared)_stem\.conv1\.(0\.)?weight", name):
+                wanted[name] = wanted[name][:1] + shapes[name][1:2] + wanted[name][2:]
+    differing = misfits(shapes, wanted)
+    if any(differing.values()):
         raise UserError(
             f"the checkpoint does not fit {model.pretrained_cfg.get('architecture', 'the model')}: "
-            + "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
+            + in_words(differing)
         )
     return state_dict
 
 
-def _some(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def misfits(found: dict[str, torch.Size], wanted: dict[str, torch.Size]) -> dict[str, list[str]]:
+    """How the shapes of a state dict differ from a network's: names that are missing, surplus or
+    misshapen, in the network's order."""
+    return {
+        "missing": [n for n in wanted if n not in found],
+        "surplus": [n for n in found if n not in wanted],
+        "misshapen": [
+            f"{n} {tuple(found[n])} for {tuple(wanted[n])}"
+            for n in wanted
+            if n in found and found[n] != wanted[n]
+        ],
+    }
+
+
+def in_words(misfits: dict[str, list[str]], most: int = 4) -> str:
+    """The first names of each kind of :func:`misfits`."""
+    return "; ".join(
+        f"{kind}: {', '.join(names[:most])}"
+        + (f" and {len(names) - most} more" if len(names) > most else "")
+        for kind, names in misfits.items()
+        if names
+    )
 
 
 def save_pretrained(model: Any, folder: str | os.PathLike[str]) -> Path:

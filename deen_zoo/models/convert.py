@@ -16,7 +16,7 @@ import os
 import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,54 +28,60 @@ from ..errors import UserError
 from ..io import sha256, whole_folder
 from . import create_model, save_pretrained
 from .catalog import weights_home
-from .pretrained import WEIGHTS
+from .checkpoint import in_words, misfits
+from .pretrained import WEIGHTS, brief
 
 __all__ = ["SOURCES", "ConversionReport", "Source", "convert", "read_checkpoint", "recognise"]
 
 StateDict = dict[str, torch.Tensor]
-Rules = tuple[tuple[str, str], ...]
+Rules = dict[str, str]  # their name: ours, of which the first that fits counts
 
-# Their name -> ours. Stage and branch numbers start at 1 there, at 0 here: "{0-1}" is group 0 less
-# one. "{last}" is the number of the last stage, before which DEE sits.
-_STEMS_IN_RESNETS: Rules = (
-    (r"thermal_module\.thermal\.((?:conv1|bn1)\..+)", "infrared_stem.{0}"),
-    (r"visible_module\.visible\.((?:conv1|bn1)\..+)", "visible_stem.{0}"),
-)
-_BARE_STEMS: Rules = (
-    (r"thermal_module\.((?:conv1|bn1)\..+)", "infrared_stem.{0}"),
-    (r"visible_module\.((?:conv1|bn1)\..+)", "visible_stem.{0}"),
-)
-_TRUNK: Rules = ((r"base_resnet\.base\.layer(\d)\.(.+)", "stages.{0-1}.blocks.{1}"),)
-_DEEN: Rules = (
-    *_TRUNK,
-    (r"DEE\.FC(\d)(\d)\.(.+)", "stages.{last}.dee.reduce.{0-1}.{1-1}.{2}"),
-    (r"DEE\.FC(\d)\.(.+)", "stages.{last}.dee.expand.{0-1}.{1}"),
-    (r"MFA(\d)\.CNL\.W\.0\.(.+)", "stages.{0-1}.cnl.proj.conv.{1}"),
-    (r"MFA(\d)\.CNL\.W\.1\.(.+)", "stages.{0-1}.cnl.proj.bn.{1}"),
-    (r"MFA(\d)\.CNL\.(.+)", "stages.{0-1}.cnl.{1}"),
-    (r"MFA(\d)\.PNL\.W\.0\.(.+)", "stages.{0-1}.pnl.proj.conv.{1}"),
-    (r"MFA(\d)\.PNL\.W\.1\.(.+)", "stages.{0-1}.pnl.proj.bn.{1}"),
-    (r"MFA(\d)\.PNL\.(.+)", "stages.{0-1}.pnl.{1}"),
-)
-_AGW: Rules = (
-    *_STEMS_IN_RESNETS,
-    *_TRUNK,
-    (r"NL_(\d)\.(\d)\.g\.0\.(.+)", "stages.{0-1}.non_local.{1}.g.{2}"),
-    (r"NL_(\d)\.(\d)\.W\.0\.(.+)", "stages.{0-1}.non_local.{1}.proj.conv.{2}"),
-    (r"NL_(\d)\.(\d)\.W\.1\.(.+)", "stages.{0-1}.non_local.{1}.proj.bn.{2}"),
-    (r"NL_(\d)\.(\d)\.(.+)", "stages.{0-1}.non_local.{1}.{2}"),
-)
-_TVI_STEM = r"base_model\.visual\.{}_model\.resnet_conv\.{}\.(.+)"
-_TVI: Rules = (
-    (_TVI_STEM.format("rgb", 0), "visible_stem.conv1.{0}"),
-    (_TVI_STEM.format("rgb", 1), "visible_stem.bn1.{0}"),
-    (_TVI_STEM.format("ir", 0), "infrared_stem.conv1.{0}"),
-    (_TVI_STEM.format("ir", 1), "infrared_stem.bn1.{0}"),
-    (r"base_model\.visual\.shared_model\.resnet_conv\.(\d)\.(.+)", "stages.{0}.blocks.{1}"),
-    (r"base_model\.visual\.GEM\.p", "gem.p"),
-    (r"classifier\.BN\.(.+)", "bottleneck.{0}"),
-    (r"classifier\.classifier\.weight", "classifier.weight"),
-)
+# What stands for the names in braces. The stages, branches and dilations of the files are counted
+# from 1, ours from 0; "last" is our last stage, before which DEE sits.
+_NUMBERS = ("stage", "branch", "dilation")
+_PARTS = {
+    **dict.fromkeys((*_NUMBERS, "index"), r"\d"),
+    "stem": r"(?:conv1|bn1)\..+",
+    "rest": ".+",
+}
+
+_STEMS_IN_RESNETS: Rules = {
+    "visible_module.visible.{stem}": "visible_stem.{stem}",
+    "thermal_module.thermal.{stem}": "infrared_stem.{stem}",
+}
+_BARE_STEMS: Rules = {
+    "visible_module.{stem}": "visible_stem.{stem}",
+    "thermal_module.{stem}": "infrared_stem.{stem}",
+}
+_DEEN: Rules = {
+    "base_resnet.base.layer{stage}.{rest}": "stages.{stage}.blocks.{rest}",
+    "DEE.FC{branch}{dilation}.{rest}": "stages.{last}.dee.reduce.{branch}.{dilation}.{rest}",
+    "DEE.FC{branch}.{rest}": "stages.{last}.dee.expand.{branch}.{rest}",
+    "MFA{stage}.CNL.W.0.{rest}": "stages.{stage}.cnl.proj.conv.{rest}",
+    "MFA{stage}.CNL.W.1.{rest}": "stages.{stage}.cnl.proj.bn.{rest}",
+    "MFA{stage}.CNL.{rest}": "stages.{stage}.cnl.{rest}",
+    "MFA{stage}.PNL.W.0.{rest}": "stages.{stage}.pnl.proj.conv.{rest}",
+    "MFA{stage}.PNL.W.1.{rest}": "stages.{stage}.pnl.proj.bn.{rest}",
+    "MFA{stage}.PNL.{rest}": "stages.{stage}.pnl.{rest}",
+}
+_AGW: Rules = {
+    **_STEMS_IN_RESNETS,
+    "base_resnet.base.layer{stage}.{rest}": "stages.{stage}.blocks.{rest}",
+    "NL_{stage}.{index}.W.0.{rest}": "stages.{stage}.non_local.{index}.proj.conv.{rest}",
+    "NL_{stage}.{index}.W.1.{rest}": "stages.{stage}.non_local.{index}.proj.bn.{rest}",
+    "NL_{stage}.{index}.g.0.{rest}": "stages.{stage}.non_local.{index}.g.{rest}",
+    "NL_{stage}.{index}.{rest}": "stages.{stage}.non_local.{index}.{rest}",
+}
+_TVI: Rules = {
+    "base_model.visual.rgb_model.resnet_conv.0.{rest}": "visible_stem.conv1.{rest}",
+    "base_model.visual.rgb_model.resnet_conv.1.{rest}": "visible_stem.bn1.{rest}",
+    "base_model.visual.ir_model.resnet_conv.0.{rest}": "infrared_stem.conv1.{rest}",
+    "base_model.visual.ir_model.resnet_conv.1.{rest}": "infrared_stem.bn1.{rest}",
+    "base_model.visual.shared_model.resnet_conv.{index}.{rest}": "stages.{index}.blocks.{rest}",
+    "base_model.visual.GEM.p": "gem.p",
+    "classifier.BN.{rest}": "bottleneck.{rest}",
+    "classifier.classifier.weight": "classifier.weight",
+}
 # Three whole ResNets are saved; two serve as stems and one as the stages.
 _UNUSED_RESNETS = (
     r"(thermal_module\.thermal|visible_module\.visible)\.layer\d\..+|"
@@ -91,7 +97,7 @@ class Source:
         tag: Short name, the tag of installed weights, as in ``deen_resnet50_sysu.yyds``.
         title: In words.
         family: Models are ``<family>_resnet50_<dataset>``.
-        rules: (pattern, our name), tried in order; names without a rule stay as they are.
+        rules: Names of parts of the network; those without a rule stay as they are.
         unused: Pattern of names that the network never runs.
         args: Model arguments that differ from the defaults of the family.
         regdb_args: The same, for RegDB alone.
@@ -107,6 +113,7 @@ class Source:
     regdb_args: Mapping[str, Any] = field(default_factory=dict)
     file_name: str = "(?!)"
 
+    @property
     def models(self) -> list[str]:
         """The models that its files can be of."""
         return [f"{self.family}_resnet50_{dataset}" for dataset in ("sysu", "llcm", "regdb")]
@@ -129,68 +136,53 @@ class Source:
         return {ours: state[theirs] for theirs, ours in self.names(state).items()}
 
     def _ours(self, name: str, last: str) -> str:
-        for pattern, ours in self.rules:
-            if match := re.fullmatch(pattern, name):
-                for i, part in enumerate(match.groups()):
-                    ours = ours.replace(f"{{{i}}}", part)
-                    if part.isdigit():
-                        ours = ours.replace(f"{{{i}-1}}", str(int(part) - 1))
-                return ours.replace("{last}", last)
+        for theirs, ours in self.rules.items():
+            if match := re.fullmatch(_pattern(theirs), name):
+                parts = match.groupdict()
+                numbers = {key: int(parts[key]) - 1 for key in _NUMBERS if key in parts}
+                return ours.format(**parts | numbers, last=last)
         return name
+
+
+@functools.cache
+def _pattern(name: str) -> str:
+    """A name with braces as a regular expression."""
+    parts = re.split(r"\{(\w+)\}", name)  # between, name in braces, between, ...
+    return "".join(
+        f"(?P<{part}>{_PARTS[part]})" if i % 2 else re.escape(part) for i, part in enumerate(parts)
+    )
 
 
 SOURCES = {
     source.tag: source
     for source in (
         Source(
-            "llcm-official",
-            "DEEN of the reference (ZYK100/LLCM)",
-            "deen",
-            (*_STEMS_IN_RESNETS, *_DEEN),
-            _UNUSED_RESNETS,
+            "llcm-official", "DEEN of the reference (ZYK100/LLCM)", "deen",
+            _STEMS_IN_RESNETS | _DEEN, _UNUSED_RESNETS,
         ),
         Source(
-            "yyds",
-            "DEEN baseline of YYDS (dyhBUPT/YYDS)",
-            "deen",
-            (*_BARE_STEMS, *_DEEN),
+            "yyds", "DEEN baseline of YYDS (dyhBUPT/YYDS)", "deen", _BARE_STEMS | _DEEN,
             regdb_args={"flip": False},  # its test of RegDB, unlike its others
         ),
         Source(
-            "agw",
-            "AGW (mangye16/Cross-Modal-Re-ID-baseline)",
-            "agw",
-            _AGW,
-            _UNUSED_RESNETS,
+            "agw", "AGW (mangye16/Cross-Modal-Re-ID-baseline)", "agw", _AGW, _UNUSED_RESNETS,
             file_name="agw|awg",
         ),
         Source(
-            "caj",
-            "CAJ (mangye16/Cross-Modal-Re-ID-baseline, ICCV21_CAJ)",
-            "agw",
-            _AGW,
-            _UNUSED_RESNETS,
-            args={"flip": True},
-            file_name="adp|caj",
+            "caj", "CAJ (mangye16/Cross-Modal-Re-ID-baseline, ICCV21_CAJ)", "agw", _AGW,
+            _UNUSED_RESNETS, args={"flip": True}, file_name="adp|caj",
         ),
         Source(
-            "agw-base",
-            "AGW's --method base (mangye16/Cross-Modal-Re-ID-baseline)",
-            "agw",
-            _AGW,
-            _UNUSED_RESNETS,
-            args={"non_local": False, "pool": "avg"},
+            "agw-base", "AGW's --method base (mangye16/Cross-Modal-Re-ID-baseline)", "agw", _AGW,
+            _UNUSED_RESNETS, args={"non_local": False, "pool": "avg"},
         ),
         Source(
-            "tvilfm",
-            "visible-infrared base model of TVI-LFM (WHU-HZY/TVI-LFM)",
-            "tvilfm",
-            _TVI,
+            "tvilfm", "visible-infrared base model of TVI-LFM (WHU-HZY/TVI-LFM)", "tvilfm", _TVI,
             r"logit_scale|base_model\.(transformer\..+|token_embedding\.weight|"
             r"positional_embedding|text_projection|ln_final\..+)",  # CLIP's text encoder
         ),
     )
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -236,38 +228,31 @@ class ConversionReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        split = "" if self.split is None else f", split {self.split}"
-        lines = [
-            f"recognised        {self.title}",
-            f"model             {self.model}: {self.dataset}{split}, {self.identities} identities",
-            f"file              {self.source_keys} tensors, {self.source_megabytes:.1f} MB",
-            f"model.safetensors {self.keys} tensors, {self.megabytes:.1f} MB, "
+        unknown = self.dataset == "regdb" and self.split is None
+        split = f", split {self.split}" if self.split else ""
+        mean = "" if self.mAP is None else f", mAP {self.mAP:.4f}"
+        rows = {
+            "recognised": self.title,
+            "or": self.same_names
+            and f"{', '.join(self.same_names)}, whose files have the same "
+            "names and shapes: if it is one of those, give --source",
+            "model": f"{self.model}: {self.dataset}{split}, {self.identities} identities",
+            "file": f"{self.source_keys} tensors, {self.source_megabytes:.1f} MB",
+            "model.safetensors": f"{self.keys} tensors, {self.megabytes:.1f} MB, "
             f"{self.parameters / 1e6:.1f} M parameters",
-            f"verified          {self.tensors_equal} of {self.keys} tensors equal bit for bit "
-            f"after loading the folder with timm",
-            f"sha256            {self.sha256}",
-            f"written to        {self.folder}",
-        ]
-        if self.same_names:
-            lines.insert(
-                1,
-                f"                  files of {', '.join(self.same_names)} have the same names "
-                f"and shapes: if it is one of those, give --source",
-            )
-        if self.dataset == "regdb" and self.split is None:
-            lines.append(
-                "split             unknown, and a RegDB model must be tested on its own split: "
-                "give --split 1 to 10"
-            )
-        if self.half_precision:
-            lines.append(f"half precision    {self.half_precision} tensors, stored as float32")
-        if self.rank1 is not None:
-            mean = "" if self.mAP is None else f", mAP {self.mAP:.4f}"
-            lines.append(
-                f"recorded in it    epoch {self.epoch}, rank-1 {self.rank1:.4f}{mean} "
-                f"(its source's own test, chosen as its best epoch; not measured here)"
-            )
-        return "\n".join(lines)
+            "verified": f"{self.tensors_equal} of {self.keys} tensors equal bit for bit after "
+            "loading the folder with timm",
+            "sha256": self.sha256,
+            "written to": self.folder,
+            "split": unknown
+            and "unknown, and a RegDB model must be tested on its own split: give --split 1 to 10",
+            "half precision": self.half_precision
+            and f"{self.half_precision} tensors, stored as float32",
+            "recorded in it": self.rank1 is not None
+            and f"epoch {self.epoch}, rank-1 {self.rank1:.4f}{mean} (its source's own test, chosen "
+            "as its best epoch; not measured here)",
+        }
+        return "\n".join(f"{name:<18}{text}" for name, text in rows.items() if text)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -286,37 +271,32 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = str(error).partition("GLOBAL ")[2].split(" ")[0]
-        if wanted:
-            raise UserError(
-                f"{path} is refused: unpickling it would run {wanted}, which a checkpoint of "
-                f"tensors does not need; get the file from a source that you trust"
-            ) from error
         raise UserError(
-            f"{path} is refused: it is not a torch checkpoint of tensors and numbers alone, and "
-            f"opening it any other way could run code"
+            f"{path} is refused: "
+            + (
+                f"unpickling it would run {wanted}, which a checkpoint of tensors does not need; "
+                f"get the file from a source that you trust"
+                if wanted
+                else "it is not a torch checkpoint of tensors and numbers alone, and opening it "
+                "any other way could run code"
+            )
         ) from error
     except OSError:
         raise
     except Exception as error:  # torch raises what its readers raise: struct.error, EOFError, ...
-        raise UserError(f"{path} is not a whole torch checkpoint: {_brief(error)}") from error
+        raise UserError(f"{path} is not a whole torch checkpoint: {brief(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
-    content = dict(content)
-    for key in ("net", "state_dict", "model", "model_state_dict"):
-        if isinstance(content.get(key), dict):
-            content["net"] = content[key]
-            break
-    else:
-        content = {"net": content}
-    net = content["net"]
+    wrappers = ("net", "state_dict", "model", "model_state_dict")
+    net = next((content[key] for key in wrappers if isinstance(content.get(key), dict)), content)
     odd = [name for name, value in net.items() if not isinstance(value, torch.Tensor)]
     if odd or not net:
         raise UserError(
             f"{path} holds no network: expected a state dict of tensors, "
             + (f"found {odd[0]!r} of type {type(net[odd[0]]).__name__}" if odd else "found none")
         )
-    content["net"] = {str(name).removeprefix("module."): value for name, value in net.items()}
-    return content
+    scores = {} if net is content else content
+    return {**scores, "net": {str(n).removeprefix("module."): value for n, value in net.items()}}
 
 
 @contextlib.contextmanager
@@ -342,10 +322,6 @@ def _numpy_values_allowed() -> Iterator[None]:
         torch.serialization.add_safe_globals(before)
 
 
-def _brief(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-
-
 def recognise(
     state: Mapping[str, torch.Tensor], name: str = "", model: str = "", source: str = ""
 ) -> Recognised:
@@ -363,45 +339,43 @@ def recognise(
     """
     if source not in ("", *SOURCES):
         raise UserError(f"source {source!r}: choose from {', '.join(SOURCES)}")
-    nearest: tuple[int, str] | None = None
+    sources = [SOURCES[source]] if source else list(SOURCES.values())
+    models = sorted({name for candidate in sources for name in candidate.models})
+    if model not in ("", *models):
+        raise UserError(f"model {model!r}: files are converted to {', '.join(models)}")
     fits: list[Recognised] = []
-    for candidate in [SOURCES[source]] if source else list(SOURCES.values()):
+    others: list[tuple[int, str]] = []  # how many names or shapes differ, and what to say
+    for candidate in sources:
         ours = candidate.translate(state)
         for known in _models(candidate, ours, model):
-            faults = _faults(ours, _expected(known, _identities(ours), candidate.tag))
-            if not any(faults.values()):
+            differing = _differing(ours, _expected(known, _identities(ours), candidate.tag))
+            if not any(differing.values()):
                 fits.append(Recognised(candidate, known, ours))
-                continue
-            misfits = sum(map(len, faults.values()))
-            if nearest is None or misfits < nearest[0]:
-                named = "; ".join(f"{kind}: {_some(n)}" for kind, n in faults.items() if n)
-                nearest = misfits, f"nearest is {candidate.title} as {known}, with {named}"
+            said = f"nearest is {candidate.title} as {known}, with {in_words(differing)}"
+            others.append((sum(map(len, differing.values())), said))
     if not fits:
-        if nearest is None:
-            models = sorted({m for known in SOURCES.values() for m in known.models()})
-            raise UserError(f"model {model!r}: files are converted to {', '.join(models)}")
-        raise UserError(f"{name or 'the checkpoint'} is of no known source: {nearest[1]}")
-    best = next((f for f in fits if re.search(f.source.file_name, name.lower())), fits[0])
+        nearest = min(others, key=lambda other: other[0])[1]
+        raise UserError(f"{name or 'the checkpoint'} is of no known source: {nearest}")
+    named = [fit for fit in fits if re.search(fit.source.file_name, name.lower())]
+    best = (named or fits)[0]
     models = sorted({fit.model for fit in fits if fit.source == best.source})
     if len(models) > 1:
         raise UserError(
             f"{name or 'the checkpoint'} was trained on {_identities(best.state)} identities, "
             f"which is none of the datasets' counts: give --model, one of {', '.join(models)}"
         )
-    told = source or re.search(best.source.file_name, name.lower())
-    others = () if told else tuple(f.source.tag for f in fits if f.source != best.source)
-    return Recognised(best.source, best.model, best.state, others)
+    same = () if named else tuple(f.source.tag for f in fits if f.source != best.source)
+    return replace(best, ambiguous=same)
 
 
 def _models(source: Source, state: StateDict, model: str) -> list[str]:
     """The models to compare with: the one asked for, or those with as many identities."""
-    models = source.models()
     if model:
-        return [name for name in models if name == model]
-    configs = {name: timm.get_pretrained_cfg(name) for name in models}
+        return [name for name in source.models if name == model]
+    configs = {name: timm.get_pretrained_cfg(name) for name in source.models}
     identities = _identities(state)
     same = [name for name, cfg in configs.items() if cfg and cfg.num_classes == identities]
-    return same or models
+    return same or source.models
 
 
 def _identities(state: StateDict) -> int:
@@ -418,22 +392,11 @@ def _expected(model: str, identities: int, tag: str) -> dict[str, torch.Size]:
     return {"classifier.weight": torch.Size((0, 0))} | shapes
 
 
-def _faults(state: StateDict, expected: dict[str, torch.Size]) -> dict[str, list[str]]:
-    counters = "num_batches_tracked"  # of no use to any network here; some files lack them
-    return {
-        "missing": [n for n in expected if n not in state and not n.endswith(counters)],
-        "surplus": [n for n in state if n not in expected],
-        "misshapen": [
-            f"{name} {tuple(state[name].shape)} for {tuple(shape)}"
-            for name, shape in expected.items()
-            if name in state and state[name].shape != shape
-        ],
-    }
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _differing(state: StateDict, expected: dict[str, torch.Size]) -> dict[str, list[str]]:
+    """:func:`misfits`, but for batch norms' counters, which are of no use and which some lack."""
+    lacking = [n for n in expected if n not in state and n.endswith("num_batches_tracked")]
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    return misfits(shapes, {n: s for n, s in expected.items() if n not in lacking})
 
 
 def convert(

@@ -81,7 +81,7 @@ def build_model(cls: type[ReidModel], variant: str, pretrained: bool, **kwargs: 
             raise
         raise UserError(
             f"{place}: its {CONFIG} and the arguments given do not build a {variant}: "
-            f"{_brief(error)}"
+            f"{brief(error)}"
         ) from error
     if isinstance(model, ReidModel):
         model.trained_on = origin.get("trained_on")
@@ -197,13 +197,15 @@ def hub_repository(variant: str) -> tuple[str, str] | None:
 def _no_weights(variant: str, tag: str) -> str:
     name = f"{variant}.{tag}" if tag else variant
     have = ", ".join(installed(variant))
-    public = public_weights(variant) or "No public weights of it are known"
+    public = public_weights(variant)
     return (
-        f"{name} has no weights on this machine" + (f" (there are {have})" if have else "") + ". "
-        f"{public[0].upper()}{public[1:]}; then create_model('{name}', pretrained=True) finds "
-        f"them. Or train with 'deen-zoo reproduce', or name a repository: 'hf-hub:ORG/NAME', or "
-        f"DEEN_ZOO_HUB_ORG"
-    )
+        f"{name} has no weights on this machine"
+        + (f" (there are {have}). " if have else ". ")
+        + (f"{public}, and create_model('{variant}', pretrained=True) loads it. Or t" if public
+           else "No public weights of it are known: t")
+        + "rain with 'deen-zoo reproduce', or name a repository: 'hf-hub:ORG/NAME', or "
+        "DEEN_ZOO_HUB_ORG"
+    )  # fmt: skip
 
 
 def backbone_weights(name: str) -> str:
@@ -472,13 +474,13 @@ def _explain(error: BaseException, repo: str, revision: str, filename: str) -> s
     status = getattr(response, "status_code", None)
     cause = error.__cause__
     if isinstance(error, errors.HFValidationError):
-        return f"{repo!r} is no repository: give ORG/NAME or ORG/NAME@REVISION ({_brief(error)})"
+        return f"{repo!r} is no repository: give ORG/NAME or ORG/NAME@REVISION ({brief(error)})"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"HF_HUB_OFFLINE is set: unset it to reach {hub}/{repo}"
     if isinstance(error, errors.LocalEntryNotFoundError):
         if cause is not None and getattr(cause, "response", None) is not None:
             return _explain(cause, repo, revision, filename)
-        why = f"{hub} cannot be reached ({_brief(cause)})" if cause else f"{hub} cannot be reached"
+        why = f"{hub} cannot be reached ({brief(cause)})" if cause else f"{hub} cannot be reached"
         if constants.HF_HUB_OFFLINE:
             why = "HF_HUB_OFFLINE is set"
         return (
@@ -509,12 +511,13 @@ def _explain(error: BaseException, repo: str, revision: str, filename: str) -> s
     if status == 403:
         return f"your login may not do this with {repo}: {LOGIN} of an account that may"
     if status is not None:
-        return f"{hub} answered {status} for {at}: {_brief(error)}; try again later"
+        return f"{hub} answered {status} for {at}: {brief(error)}; try again later"
     if not filename:
-        return f"{hub} could not be reached for {repo} ({_brief(error)}): try again"
-    return f"{at}/{filename} could not be had whole and is not used ({_brief(error)}): try again"
+        return f"{hub} could not be reached for {repo} ({brief(error)}): try again"
+    return f"{at}/{filename} could not be had whole and is not used ({brief(error)}): try again"
 
 
-def _brief(error: BaseException | None) -> str:
+def brief(error: BaseException | None) -> str:
+    """First line of an error, or its type where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0][:160] if lines else type(error).__name__
