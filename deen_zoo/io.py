@@ -57,19 +57,26 @@ def sha256(path: str | os.PathLike[str], digest: Any = None) -> str:
 def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to write into that becomes ``target`` when the block ends without an exception.
 
-    Whatever happens to the process, ``target`` is absent or whole; a leftover ``.partial`` folder
-    of a killed process is removed by the next one. An existing ``target`` is replaced.
+    Whatever happens to the process, ``target`` is absent or whole; leftovers of a killed process
+    are removed by the next one. An existing ``target`` is replaced: it is moved aside first, and
+    moved back by the next process should this one be killed just then.
     """
     target = Path(target)
     partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    previous = target.with_name(f"{target.name}.previous.partial")
+    if previous.exists() and not target.exists():
+        os.replace(previous, target)
+    for leftover in (partial, previous):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            os.replace(target, previous)
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
 
 
 @contextlib.contextmanager

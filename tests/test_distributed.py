@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -229,29 +228,50 @@ def test_reproduce_in_two_processes(llcm_tree, tmp_path):
 
 @pytest.mark.slow
 def test_regdbs_splits_in_two_processes(tmp_path):
-    """A1: each split has its model and its entry."""
-    root, output = tmp_path / "regdb", tmp_path / "run"
+    """A1, A2: killed between its splits and resumed, it has the numbers of one process; the
+    finished split is not trained again."""
+    from deen_zoo.cli import main
+
+    root, one, two = (tmp_path / name for name in ("regdb", "one", "two"))
     synthesize("regdb", root, 12, images_per_camera=2, workers=1)
-    torchrun(*command("regdb", root, output, 3, "--epochs", "1", "--trials", "1", "2"))
-    assert [model["trial"] for model in results(output)["models"]] == [1, 2]
-    trials = results(output)["protocols"]["regdb-vis2ir"]["trials"]
+    options = ("--epochs", "1", "--trials", "1", "2", "--set", "optimizer.lr=0.001")
+    assert main(["reproduce", *command("regdb", root, one, 6, *options)]) == 0
+    torchrun(*command("regdb", root, two, 3, *options), kill_when=two / "trial-2" / "log.csv")
+    finished = [path.stat().st_mtime_ns for path in (two / "trial-1" / "states").rglob("*.*")]
+    torchrun(*command("regdb", root, two, 3, *options), "--resume")
+    again = [path.stat().st_mtime_ns for path in (two / "trial-1" / "states").rglob("*.*")]
+    assert again == finished
+    assert [model["trial"] for model in results(two)["models"]] == [1, 2]
+    trials = results(two)["protocols"]["regdb-vis2ir"]["trials"]
     assert [trial["trial"] for trial in trials] == [1, 2]
+    for name, mean in numbers(one).items():
+        assert numbers(two)[name] == pytest.approx(mean, abs=0.005), name
 
 
 @pytest.mark.slow
 def test_the_ablation_in_two_processes(llcm_tree, tmp_path):
-    """A1: seven rows; resumed, the finished ones are read back."""
-    arguments = command("llcm", llcm_tree, tmp_path, 3, "--epochs", "1", "--ablation")
-    arguments += ["--protocols", "llcm-ir2vis"]
-    torchrun(*arguments)
-    rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
-    assert len(rows) == 7
-    shutil.rmtree(tmp_path / "ablation" / "baseline")
-    kept = tmp_path / "ablation" / "dee" / "seed-0" / "checkpoint" / "model.safetensors"
+    """A1, A2: killed in its third row and resumed, it has the seven rows of one process; the
+    finished ones are read back."""
+    from deen_zoo.cli import main
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = ("--epochs", "1", "--ablation", "--protocols", "llcm-ir2vis", "--set",
+               "optimizer.lr=0.001")  # fmt: skip
+    assert main(["reproduce", *command("llcm", llcm_tree, one, 6, *options)]) == 0
+    names = [row["name"] for row in json.loads((one / "ablation.json").read_text())["rows"]]
+    assert len(names) == 7
+    third = two / "ablation" / names[2] / "seed-0" / "log.csv"
+    torchrun(*command("llcm", llcm_tree, two, 3, *options), kill_when=third)
+    kept = two / "ablation" / names[0] / "seed-0" / "checkpoint" / "model.safetensors"
     before = kept.stat().st_mtime_ns
-    torchrun(*arguments, "--resume")
-    assert json.loads((tmp_path / "ablation.json").read_text())["rows"] == rows
+    torchrun(*command("llcm", llcm_tree, two, 3, *options), "--resume")
     assert kept.stat().st_mtime_ns == before
+    tables = [json.loads((folder / "ablation.json").read_text())["rows"] for folder in (one, two)]
+    assert [row["name"] for row in tables[0]] == [row["name"] for row in tables[1]] == names
+    for mine, theirs in zip(*tables, strict=True):
+        for key, values in mine["measured"]["llcm-ir2vis"].items():
+            found = theirs["measured"]["llcm-ir2vis"][key]
+            assert found == pytest.approx(values, abs=0.005), (mine["name"], key)
 
 
 STOPS = """
