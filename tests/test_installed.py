@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import socket
 import sys
+from importlib import metadata
 
 import pytest
 import timm
 import torch
+from packaging.requirements import Requirement
 
 import deen_zoo
 from deen_zoo.errors import UserError
@@ -56,6 +58,14 @@ def test_an_empty_machine_says_where_weights_are(home, monkeypatch):
         deen_zoo.create_model("deen_resnet50_llcm.official", pretrained=True)
     with pytest.raises(UserError, match="not on the Hub"):
         deen_zoo.create_model(NAME, pretrained=True, revision="v1")
+
+
+def test_the_oldest_pillow_reads_images_rightly():
+    """D5: Pillow 9.3 turned TIFFs twice, and 10.2 called good JPEGs broken."""
+    needed = map(Requirement, metadata.requires("deen-zoo") or [])
+    pillow = next(need for need in needed if need.name.lower() == "pillow")
+    assert not any(pillow.specifier.contains(old) for old in ("9.3.0", "10.2.0"))
+    assert pillow.specifier.contains(metadata.version("pillow"))
 
 
 @pytest.mark.parametrize("name", [NAME, f"{NAME}.mine"])

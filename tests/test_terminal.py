@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -307,11 +308,19 @@ def test_every_verb_is_tried_so(works):
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
-def test_streams_of_every_verb(verb, works, tmp_path):
-    """E: in a closed locale, without a stderr, and with a reader of stdout that has left."""
+def test_every_verb_in_a_poor_place(verb, works, tmp_path):
+    """A8, E: in a closed locale, without a stderr, with a reader of stdout that has left, with
+    64 open files and, where a user may mount one, a /dev/shm of 16 MB."""
     words, output = works[verb]
+    poor = ["bash", "-c", 'mount -t tmpfs -o size=16M tmpfs /dev/shm && exec "$@"', "bash"]
+    mount = ["unshare", "-rm", *poor]
+    try:
+        allowed = subprocess.run([*mount, "true"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        allowed = False
+    inside = " ".join(map(shlex.quote, mount * allowed))
+    line = f'cd "$1"; shift; ulimit -n 64; {inside} {" ".join(DEEN_ZOO)} "$@" 2>&- | true'
     home = str(tmp_path / "home")
-    line = f'cd "$1"; shift; {" ".join(DEEN_ZOO)} "$@" 2>&- | true'
     done = shell(line, tmp_path, verb, *words, DEEN_ZOO_HOME=home, **ASCII)
     assert done.returncode in (0, 141), (verb, done)  # a traceback would be 1, a lost flush 120
     assert not output or whole(tmp_path / output)
