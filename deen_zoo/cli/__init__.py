@@ -35,6 +35,16 @@ VERBS = {
     "export": "write a model as ONNX, OpenVINO, TorchScript or torch.export, checked against torch",
 }
 
+# What a verb needs at once, where that is not the models: importing timm takes twice torch's time.
+LIGHT = {
+    "evaluate": "evaluation",
+    "search": "search",
+    "visualize": "visualize",
+    "check": "data.check",
+    "synthesize": "synthetic.tree",
+    "project": "features.project",
+}
+
 OK, UNUSABLE, USER_ERROR, BROKEN_PIPE = 0, 1, 2, 141
 STOPPED = (("interrupted", 130), ("terminated", 143))
 
@@ -112,7 +122,8 @@ def _run(argv: Sequence[str] | None) -> int:
     first = _overview().parse_args(argv)
     module, parser = load_verb(first.verb)
     args = parser.parse_args(first.arguments)
-    from .. import models  # noqa: F401  # registers them; seconds in which a signal just ends us
+    # Seconds in which a signal just ends us: raised within an import, it could be swallowed there.
+    importlib.import_module(f"deen_zoo.{LIGHT.get(first.verb, 'models')}")
     from ..device import keep_freed_memory
 
     keep_freed_memory()
