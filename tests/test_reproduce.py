@@ -19,7 +19,7 @@ import deen_zoo
 from deen_zoo.cli import load_verb, main
 from deen_zoo.data import open_dataset, protocols
 from deen_zoo.evaluation import published_ablation
-from deen_zoo.features.extractor import weights_sha256
+from deen_zoo.features.extractor import FeatureExtractor, weights_sha256
 from deen_zoo.io import exclusive
 from deen_zoo.synthetic import synthesize
 from deen_zoo.training import ablation, reproduce
@@ -298,6 +298,8 @@ def test_a_checkpoint_is_evaluated_at_the_intensity_it_was_trained_at(tmp_path, 
                         for name in ("run", "again", "full"))  # fmt: skip
     assert used == [(7000.0, 9040.0)] * 3 + ["full"]  # test and evaluation of the run, then alone
     assert same["mean"] == run["mean"]
+    assert FeatureExtractor(tmp_path / "run/trial-1/checkpoint").intensity == (7000.0, 9040.0)
+    assert FeatureExtractor("test_deen_resnet").intensity == "full"
     assert "9040" in same["descriptor"] and "9040" not in other["descriptor"]
 
 

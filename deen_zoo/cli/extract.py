@@ -52,9 +52,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None
     add(
         "--intensity",
         type=parse_intensity,
-        default="full",
         metavar="RULE",
-        help="16-bit images: full, minmax, percentile, or LOW,HIGH (default: full)",
+        help="16-bit images: full, minmax, percentile, or LOW,HIGH (default: as the weights were "
+        "trained)",
     )
     add("--threads", type=int, metavar="N", help="threads that decode (default: one per core)")
 

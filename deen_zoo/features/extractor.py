@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..data.cache import DecodedCache
-from ..data.images import Intensity, check_intensity
+from ..data.images import Intensity, check_intensity, parse_intensity
 from ..data.loader import map_batches
 from ..data.protocols import Sample
 from ..data.transforms import EvalTransform, eval_transform
@@ -211,7 +211,8 @@ class FeatureExtractor:
         normalize: L2-normalise each row, so that products are cosine similarities. The reference
             does not: its published numbers use the plain sum of image and mirrored image.
         intensity: How images of 16 bits become 8-bit, see :func:`deen_zoo.data.images.open_image`;
-            raw thermal sensors need another than ``"full"``.
+            raw thermal sensors need another than ``"full"``. None is as the weights were trained,
+            as far as they say it, or ``"full"``.
         project: A head of ``deen-zoo project``, which makes short descriptors, of length 1. It was
             fitted on features of these weights, ``descriptor``, ``flip`` and ``normalize``.
         threads: Threads that decode while the model computes; None is one per available core.
@@ -239,7 +240,7 @@ class FeatureExtractor:
         descriptor: str = "official",
         dtype: str = "float32",
         normalize: bool = True,
-        intensity: Intensity = "full",
+        intensity: Intensity | None = None,
         project: str | os.PathLike[str] | None = None,
         threads: int | None = None,
         progress: bool = True,
@@ -269,6 +270,9 @@ class FeatureExtractor:
         self.transform: EvalTransform = eval_transform(config)
         self.model = model.eval().to(self.device).to(memory_format=torch.channels_last)
         self.flip = model.flip if flip is None else flip
+        if intensity is None:
+            trained_on = getattr(model, "trained_on", None) or {}
+            intensity = parse_intensity(str(trained_on.get("intensity", "full")))
         self.intensity = check_intensity(intensity)
         self.provenance = {
             "model": str(getattr(model, "pretrained_cfg", {}).get("architecture", "unknown")),

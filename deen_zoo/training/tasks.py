@@ -21,7 +21,7 @@ from .losses import (
     orthogonality_loss,
     weighted_triplet_loss,
 )
-from .recipes import AGWLoss, DEENLoss, Recipe
+from .recipes import RECIPES, AGWLoss, DEENLoss, Recipe
 from .sections import Section
 
 __all__ = ["AGWTask", "DEENTask", "Task", "load_object", "task_class"]
@@ -41,9 +41,11 @@ class Task(nn.Module):
     def __init__(self, model: Any, recipe: Recipe, precision: str = "float32") -> None:
         super().__init__()
         if not isinstance(recipe.loss, self.Loss):
+            fitting = [name for name, one in RECIPES.items() if isinstance(one.loss, self.Loss)]
             raise UserError(
                 f"recipe {recipe.name} has the loss settings of another task "
                 f"({type(recipe.loss).__name__}); {type(self).__name__} takes {self.Loss.__name__}"
+                + (f": choose --recipe {', '.join(fitting)}" if fitting else "")
             )
         self.model: Any = model
         self.recipe, self.precision = recipe, precision
