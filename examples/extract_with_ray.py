@@ -1,72 +1,86 @@
-"""Extract a folder with Ray Data: actors on any number of machines, rows to Parquet files.
+"""Extract with Ray Data: a folder or an object store to Parquet, by actors on many machines.
 
-    pip install 'deen-zoo[parquet]' 'ray[data]'
-    python examples/extract_with_ray.py crops/night --modality infrared --output rows/
-    python examples/extract_with_ray.py crops/night --modality infrared --output rows/ --actors 8
+    pip install 'deen-zoo[clients]'
+    python examples/extract_with_ray.py crops/night --modality infrared --output rows
+    python examples/extract_with_ray.py s3://crops/night --modality infrared \\
+        --output s3://crops/rows --actors 8
 
 Each actor holds one FeatureExtractor. Ray starts a lost actor again and repeats its batch, so a
-killed one loses nothing. On one machine ``deen-zoo extract`` does the same without Ray.
+killed one loses nothing. Every file in the output is a feature file: ``deen-zoo search`` reads it,
+and so does a vector database. On one machine ``deen-zoo extract`` does the same without Ray.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deen_zoo import FeatureExtractor
-from deen_zoo.data.folder import list_images
-from deen_zoo.errors import require
+from deen_zoo.data.images import IMAGE_EXTENSIONS
+from deen_zoo.errors import UserError, require
 
 
 class Actor:
-    """Descriptors of batches of paths; ``kill`` names a file, and the actor that makes it dies."""
+    """Descriptors of batches of files; ``kill`` names a file, and the actor that makes it dies."""
 
-    def __init__(self, model: str, modality: str, kill: str = "") -> None:
+    def __init__(self, model: str, modality: str, skip_broken: bool, kill: str = "") -> None:
         self.extractor = FeatureExtractor(model, progress=False)
-        self.modality, self.kill = modality, kill
+        self.modality, self.skip_broken, self.kill = modality, skip_broken, kill
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        paths = [str(path) for path in batch["item"]]
+    def __call__(self, batch: Any) -> Any:
+        """A ``pyarrow.Table`` of path and bytes to one of path, modality and features."""
         if self.kill and not os.path.exists(self.kill):
             Path(self.kill).touch()
             os._exit(1)
-        table = self.extractor.table(paths, modality=self.modality)
-        return {"path": table.paths, "features": table.features.float().numpy()}
+        with tempfile.TemporaryDirectory() as scratch:
+            names = {}
+            for i, row in enumerate(batch.to_pylist()):
+                file = Path(scratch, f"{i}{Path(row['path']).suffix}")
+                file.write_bytes(row["bytes"])
+                names[str(file)] = row["path"]
+            table = self.extractor.table(list(names), modality=self.modality)
+        for file, reason in table.unreadable.items():
+            if not self.skip_broken:
+                raise UserError(f"{names[file]}: {reason}; --skip-broken leaves it out")
+        paths = [names[path] for path in table.paths]
+        labels = {"infrared": table.labels["infrared"]}
+        return replace(table, paths=paths, labels=labels, unreadable={}).to_arrow()
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Extract a folder with Ray Data.")
-    parser.add_argument("folder", help="images at any depth, on storage that all machines see")
-    parser.add_argument("--modality", choices=("visible", "infrared"), required=True)
-    parser.add_argument("--output", required=True, help="a folder of Parquet files")
-    parser.add_argument("--model", default="test_deen_resnet", help="a name, or local-dir:FOLDER")
-    parser.add_argument("--actors", type=int, default=2, help="extractors at work (default: 2)")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--kill-one", action="store_true", help="let one actor die, as a test")
+    parser = argparse.ArgumentParser(description="Extract with Ray Data.")
+    add = parser.add_argument
+    add("source", help="images at any depth: a folder that all machines see, s3://..., gs://...")
+    add("--modality", choices=("visible", "infrared"), required=True)
+    add("--output", required=True, help="of the Parquet files: a folder, s3://..., gs://...")
+    add("--model", default="test_deen_resnet", help="a name, or local-dir:FOLDER")
+    add("--actors", type=int, default=2, help="extractors at work (default: 2)")
+    add("--batch-size", type=int, default=16)
+    add("--skip-broken", action="store_true", help="leave out images that cannot be read")
+    add("--kill-one", metavar="FILE", default="", help="one actor makes this file and dies: a test")
     args = parser.parse_args(argv)
-    ray = require("ray", "clients")
-    data = require("ray.data", "clients")
-    paths = [os.path.abspath(path) for path in list_images(args.folder)[0]]
-    os.makedirs(args.output, exist_ok=True)
-    killed = os.path.abspath(f"{args.output}/.killed") if args.kill_one else ""
-    # One more for the tasks that list and write.
+    ray, data = require("ray", "clients"), require("ray.data", "clients")
+    # One more for the tasks that read and write.
     ray.init(num_cpus=args.actors + 1, include_dashboard=False, log_to_driver=False)
     try:
-        blocks = max(args.actors, len(paths) // args.batch_size)
-        rows = data.from_items(paths, override_num_blocks=blocks).map_batches(
+        endings = [ending[1:] for ending in IMAGE_EXTENSIONS]
+        files = data.read_binary_files(args.source, include_paths=True, file_extensions=endings)
+        rows = files.map_batches(
             Actor,
-            fn_constructor_args=(args.model, args.modality, killed),
+            fn_constructor_args=(args.model, args.modality, args.skip_broken, args.kill_one),
             concurrency=args.actors,
             batch_size=args.batch_size,
+            batch_format="pyarrow",
         )
         rows.write_parquet(args.output)
+        count = data.read_parquet(args.output).count()
     finally:
         ray.shutdown()
-        if killed:
-            Path(killed).unlink(missing_ok=True)
-    print(f"{len(paths)} images: {args.output}")
+    print(f"{count} rows: {args.output}")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python examples/finetune.py
     python examples/finetune.py --data mine --output runs/mine --model local-dir:runs/llcm/best
 
-The folder has visible/IDENTITY/*.jpg and infrared/IDENTITY/*.jpg, where IDENTITY is a number and
-both have images of the same people. Without --data, synthetic people in front of cameras that the
-model has not seen are drawn. The result is a checkpoint folder, for ``local-dir:``.
+The folder has visible/IDENTITY/*.jpg and infrared/IDENTITY/*.jpg, where IDENTITY is a number or a
+word and both have images of the same people. Without --data, synthetic people in front of cameras
+that the model has not seen are drawn. The result is a checkpoint folder, for ``local-dir:``.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def fit(model: ReidModel, samples: list[Sample], output: Path, args: argparse.Na
 
 def main(argv: list[str] | None = None) -> Scores:
     parser = argparse.ArgumentParser(description="Fine-tune on two folders of one's own.")
-    parser.add_argument("--data", type=Path, help="a folder of visible/ID/ and infrared/ID/")
+    parser.add_argument(
+        "--data", type=Path, help="a folder of visible/IDENTITY/ and infrared/IDENTITY/"
+    )
     parser.add_argument("--output", type=Path, help="of the run and its checkpoint; must be new")
     parser.add_argument("--model", default="test_deen_resnet", help="a name, or local-dir:FOLDER")
     parser.add_argument("--epochs", type=int, default=6)
