@@ -30,11 +30,11 @@ def check_least(name: str, number: int, least: int) -> None:
 
 def plural(number: int, noun: str) -> str:
     """
-    >>> plural(1, "image"), plural(1200, "image"), plural(2, "identity"), plural(3, "class")
-    ('1 image', '1,200 images', '2 identities', '3 classes')
+    >>> plural(1, "image"), plural(1200, "image"), plural(2, "identity"), plural(3, "match")
+    ('1 image', '1,200 images', '2 identities', '3 matches')
     """
     if number != 1:
-        noun = re.sub("y$", "ie", re.sub("s$", "se", noun)) + "s"
+        noun = re.sub("y$", "ie", re.sub("(s|ch)$", r"\1e", noun)) + "s"
     return f"{number:,} {noun}"
 
 

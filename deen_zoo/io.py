@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import UserError
 
-__all__ = ["cores", "exclusive", "sha256", "whole_folder", "write_atomically"]
+__all__ = ["check_target", "cores", "exclusive", "sha256", "whole_folder", "write_atomically"]
 
 
 def cores() -> int:
@@ -42,6 +42,18 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
             partial.unlink(missing_ok=True)
         kept = "; the file of that name is still the previous one" if path.exists() else ""
         raise OSError(f"cannot write {path}: {error.strerror or error}{kept}") from error
+
+
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """Raise UserError unless a file can be written there; call it before long work."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a file")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise UserError(f"{path}: you may not write there; choose another place")
+    return path
 
 
 def sha256(path: str | os.PathLike[str], digest: Any = None) -> str:

@@ -22,7 +22,7 @@ from .data.images import open_image, resize
 from .errors import UserError
 from .features.files import FeatureTable, unknown
 from .features.sources import resolve_sources
-from .io import write_atomically
+from .io import check_target, write_atomically
 from .search import SearchResult, calibrate, search
 
 if TYPE_CHECKING:
@@ -68,9 +68,10 @@ UNDATED = {
 
 
 def check_picture(file: str | os.PathLike[str]) -> None:
-    """Raise UserError unless the name ends in one of :data:`FORMATS`; call it before long work."""
+    """Raise UserError unless such a picture can be written there; call it before long work."""
     if Path(file).suffix.lower() not in FORMATS:
         raise UserError(f"{os.fspath(file)}: name the picture {', '.join(FORMATS)}")
+    check_target(file)
 
 
 @contextmanager

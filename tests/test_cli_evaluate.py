@@ -15,7 +15,8 @@ from deen_zoo.cli import main
 from deen_zoo.data import open_dataset
 from deen_zoo.errors import UserError
 from deen_zoo.evaluation import evaluate
-from deen_zoo.features.files import read_feature_table
+from deen_zoo.evaluation.known import people_digest
+from deen_zoo.features.files import read_feature_table, write_feature_table
 
 from .test_protocols import FEATURES, WORLD, features_of, write_names
 
@@ -67,6 +68,31 @@ def test_table_options_and_per_query(tmp_path, capsys):
     assert "no match" in out
     with open(rows, newline="") as lines:
         assert len(list(csv.reader(lines))) == 1 + 2 * sum(~COLUMNS["infrared"])
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
+    for place in (tmp_path, tmp_path / "none" / "queries.csv"):
+        arguments = ["evaluate", "absent.npz", "--protocol", "llcm-ir2vis", "--per-query"]
+        assert main([*arguments, str(place)]) == 2
+        assert str(place) in capsys.readouterr().err
+
+
+def test_features_say_whom_their_model_was_trained_on(tmp_path, capsys):
+    """Features of people that the model knows were scored."""
+    table, file = read_feature_table(write_npz(tmp_path / "a.npz")), tmp_path / "f.safetensors"
+    tested = people_digest(sample.identity for sample in WORLD)
+    for trained_on, protocol, says in (
+        ({"dataset": "regdb", "split": 1}, "regdb-ir2vis", "trained on split 1"),
+        ({"dataset": "llcm", "split": 1, "identities_sha256": tested}, "llcm-ir2vis", "trained on"),
+        ({"dataset": "llcm", "split": 1, "identities_sha256": "a"}, "llcm-ir2vis", ""),
+        ({"dataset": "regdb", "split": 4}, "regdb-ir2vis", ""),
+    ):
+        table.provenance["trained_on"] = json.dumps(trained_on)
+        write_feature_table(file, [table])
+        arguments = ["evaluate", str(file), "--protocol", protocol]
+        arguments += ["--split", "4"] if protocol.startswith("regdb") else ["--trials", "1"]
+        assert main(arguments) == (2 if says else 0)
+        assert says in capsys.readouterr().err
 
 
 def test_files_of_both_modalities_are_joined(tmp_path, capsys):

@@ -562,7 +562,7 @@ def test_every_bad_file_is_named_and_every_good_row_is_there(files, checkpoint, 
     assert len(named) == len(bad)
     assert all(any(f"{path}: " in line for line in named) for path in bad)
     assert json.loads(stdout)["rows"] == len(good)
-    assert "left out, no images by their names: 1 .txt" in stderr
+    assert "left out, not named like an image: 1 .txt" in stderr
     (folder / "good").rename(tmp_path / "elsewhere")
     assert main(arguments) == 2
     assert "none of the images can be read" in capsys.readouterr().err

@@ -35,7 +35,8 @@ PROTOCOLS = {
     "regdb": ["regdb-vis2ir", "regdb-ir2vis"],
     "llcm": ["llcm-ir2vis", "llcm-vis2ir", "llcm-vis2ir-official"],
 }
-FAST = ["--model", "test_deen_resnet", "--epochs", "2", "--threads", "1", "--device", "cpu"]
+SMALL = ["--set", "data.image_size=[64, 32]"]
+FAST = ["--model", "test_deen_resnet", "--epochs", "2", "--threads", "1", "--device", "cpu", *SMALL]
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,7 @@ def test_the_whole_command(dataset, trees, tmp_path, capsys):
 def test_synthetic_twice_and_resumed_gives_the_same(tmp_path, capsys):
     """Draws its own world; a run that stops after an epoch and goes on is the run that did not."""
     common = ["reproduce", "synthetic", "--people", "12", "--threads", "1", "--device", "cpu"]
+    common += [*SMALL, "--protocols", "llcm-ir2vis", "llcm-vis2ir"]
     stages = {"one": [["2"]], "two": [["2"]], "halves": [["1"], ["2", "--resume"]]}
     for name, runs in stages.items():
         for stage in runs:
@@ -391,7 +393,7 @@ def test_broken_images_are_named_or_left_out(trees, tmp_path, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert train.name in error or test.name in error
     assert main([*command, "--output", str(tmp_path / "goes"), "--skip-broken"]) == 0
-    assert "warning: 2 faults are left out" in capsys.readouterr().err
+    assert "warning: 2 faults left out" in capsys.readouterr().err
     whole = len(list((root / "test_nir").glob("*/*/*.jpg")))
     counts = read(tmp_path / "goes")["protocols"]["llcm-ir2vis"]["counts"]
     assert counts["queries"] == whole - 1
@@ -450,6 +452,17 @@ def example_results(folder):
     }  # fmt: skip
 
 
+def test_an_ablation_that_is_there_is_refused_before_any_row_is_trained(trees, tmp_path, capsys):
+    """It was found when the rows before had been trained."""
+    last = tmp_path / "ablation" / "dee+cpm+ort+mfa" / "seed-0"
+    last.mkdir(parents=True)
+    options = ["--data-root", str(trees["llcm"]), "--output", str(tmp_path), *FAST]
+    assert main(["reproduce", "llcm", "--ablation", *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert str(last) in error and "--resume" in error
+    assert [path.name for path in (tmp_path / "ablation").iterdir()] == [last.parent.name]
+
+
 @pytest.mark.slow
 def test_the_ablation_trains_seven_rows(trees, tmp_path, capsys, monkeypatch):
     trained = []
@@ -488,7 +501,7 @@ def test_the_ablation_trains_seven_rows(trees, tmp_path, capsys, monkeypatch):
     assert len(lines) == 9 and lines[0].startswith("| DEE | L_cpm | L_ort | MFA | llcm-ir2vis R-1")
     assert lines[2].startswith("|  |  |  |  |") and lines[8].startswith("| x | x | x | x |")
     assert "| 3.5 ± 0.7 |" in lines[3] and (tmp_path / "ablation.md").read_text().strip() in text
-    monkeypatch.setattr(reproduce, "train_split", None)  # finished runs are read back
+    monkeypatch.setattr(reproduce, "train", None)  # finished runs are read back
     assert main([*command, "--resume"]) == 0
     assert capsys.readouterr().out == text
     for name, branches in (("baseline", 1), ("dee+cpm+ort+mfa", 3)):

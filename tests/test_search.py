@@ -330,3 +330,11 @@ def test_the_readmes_lines_find_the_right_person(tmp_path, monkeypatch, capsys):
         for query in found.to_dict()
     ]
     assert people == 8 and np.mean(right) > 0.5  # by chance it would be 0.125
+
+
+def test_a_side_that_is_not_there_is_named(tmp_path, capsys):
+    """The message asked for --model."""
+    missing = str(tmp_path / "night.jpg")
+    assert main(["search", "--query", missing, "--gallery", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"--query {missing}" in error and "--model" not in error

@@ -25,7 +25,7 @@ from .reference import needs_official, official
 GOLDEN = Path(__file__).parent / "golden" / "step.npz"
 OFFICIAL = RECIPES["official"]
 TERMS = ["identity", "triplet", "cpm", "orthogonality"]
-SIZE = (128, 64)
+SIZE = (64, 32)
 LABELS = torch.tensor([2, 2, 5, 5, 0, 0]).repeat(2)
 INFRARED = torch.arange(12) >= 6
 

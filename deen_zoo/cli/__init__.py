@@ -1,8 +1,8 @@
 """``deen-zoo VERB ...``, also as ``python -m deen_zoo VERB ...``.
 
 Each verb is a module of this folder with a docstring (its one-line help), ``EXAMPLES``,
-``add_arguments(parser)`` and ``run(args) -> exit code``. Only the verb that is asked for is
-imported.
+``add_arguments(parser)`` and ``run(args) -> exit code``, and ``STOPPED``, what to add when it was
+interrupted, if anything. Only the verb that is asked for is imported.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _run(argv: Sequence[str] | None) -> int:
         stop = error if isinstance(error, KeyboardInterrupt) else terminal.received()
         if stop is not None:
             name, code = STOPPED[isinstance(stop, terminal.Terminated)]
-            print(f"deen-zoo {first.verb}: {name}", file=sys.stderr)
+            print(f"deen-zoo {first.verb}: {name}{getattr(module, 'STOPPED', '')}", file=sys.stderr)
             return code
         if isinstance(error, (UserError, OSError)):
             print(f"deen-zoo {first.verb}: error: {_one_line(error)}", file=sys.stderr)

@@ -65,11 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..data.datasets import open_dataset
+    from ..data.datasets import get_dataset, open_dataset
     from ..data.protocols import get_protocol, read_permutations
     from ..errors import UserError
     from ..evaluation import KReciprocal, evaluate, terminal_table
+    from ..evaluation.known import refuse_known_people
     from ..features.files import read_feature_table
+    from ..io import check_target
 
     protocol = get_protocol(args.protocol)
     if protocol.sampled and args.split != 1:
@@ -80,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "--draw official reads exp/rand_perm_cam.mat of SYSU-MM01: give --data-root"
         )
+    if args.per_query:
+        check_target(args.per_query)
     table = read_feature_table(*args.features)
     if table.provenance.get("normalize") == "true" and table.provenance.get("flip") == "true":
         print(
@@ -87,11 +91,13 @@ def run(args: argparse.Namespace) -> int:
             "'deen-zoo extract --raw' writes rows of the same kind",
             file=sys.stderr,
         )
-    if args.data_root:
-        dataset = open_dataset(protocol.dataset, args.data_root)
+    dataset = open_dataset(protocol.dataset, args.data_root) if args.data_root else None
+    if dataset:
         features, samples = table.of_dataset(dataset, args.split)
     else:
         features, samples = table.features, table.samples()
+    kind, tested = get_dataset(protocol.dataset), {sample.identity for sample in samples}
+    refuse_known_people(table.trained_on, table.source, kind, args.split, tested, dataset)
     permutations = read_permutations(args.data_root) if args.draw == "official" else None
     rerank = KReciprocal() if args.rerank else None
     print(f"{args.protocol}: {len(samples)} images ...", file=sys.stderr, flush=True)

@@ -30,7 +30,7 @@ below ROOT/test."""
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
     """The options of a FeatureExtractor, shared by the verbs that make one."""
-    from ..data.images import parse_intensity
+    from ..data.images import check_intensity
     from ..device import PRECISIONS
 
     add = parser.add_argument
@@ -51,7 +51,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None
     add("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
     add(
         "--intensity",
-        type=parse_intensity,
+        type=check_intensity,
         metavar="RULE",
         help="16-bit images: full, minmax, percentile, or LOW,HIGH (default: as the weights were "
         "trained)",
@@ -103,6 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..device import choose_device
     from ..distributed import join
+    from ..errors import plural
     from ..features.files import check_output
 
     check_output(args.output)
@@ -124,14 +125,13 @@ def run(args: argparse.Namespace) -> int:
     if not main:
         return 0
     code = name_unreadable(table.unreadable)
-    found = {"file": args.output, "rows": len(table), "dim": table.features.shape[1]}
-    found["unreadable"] = len(table.unreadable)
+    rows, dim = len(table), table.features.shape[1]
     if args.json:
-        print(json.dumps({**found, "unreadable": table.unreadable, "provenance": table.provenance}))
+        found = {"file": args.output, "rows": rows, "dim": dim, "unreadable": table.unreadable}
+        print(json.dumps({**found, "provenance": table.provenance}))
     else:
-        print(
-            "{file}: {rows} rows of {dim} numbers, {unreadable} images unreadable".format(**found)
-        )
+        unreadable = plural(len(table.unreadable), "image")
+        print(f"{args.output}: {plural(rows, 'row')} of {dim:,} numbers, {unreadable} unreadable")
     return code
 
 
@@ -154,4 +154,4 @@ def _name_others(args: argparse.Namespace) -> None:
     if others:
         kinds = Counter(os.path.splitext(path)[1].lower() or "no suffix" for path in others)
         listed = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-        print(f"left out, no images by their names: {listed}", file=sys.stderr)
+        print(f"left out, not named like an image: {listed}", file=sys.stderr)

@@ -26,6 +26,9 @@ EXAMPLES = """\
 """
 
 
+STOPPED = "; the same command with --resume continues it"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..training.settings import add_options
 

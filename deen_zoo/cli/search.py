@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,9 @@ def _tables(args: argparse.Namespace) -> tuple[FeatureTable | None, FeatureTable
             raise UserError(
                 f"--{side}: feature files and images together; extract the images first"
             )
+        for source in sources or ():
+            if not os.path.exists(source):
+                raise UserError(f"--{side} {source}: there is no such file or folder")
         if any(files):
             tables[side] = read_feature_table(*sources)
     rest = [side for side, sources in sides.items() if sources and side not in tables]
@@ -103,15 +107,17 @@ def _tables(args: argparse.Namespace) -> tuple[FeatureTable | None, FeatureTable
 
 
 def _options(provenance: dict[str, str]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name in ("descriptor", "flip", "normalize"):
-        if name in provenance:
-            value = provenance[name]
-            out[name] = value == "true" if name in ("flip", "normalize") else value
+    out: dict[str, Any] = {
+        name: provenance[name] == "true" for name in ("flip", "normalize") if name in provenance
+    }
+    if "descriptor" in provenance:
+        out["descriptor"] = provenance["descriptor"]
     return out
 
 
 def _print(args: argparse.Namespace, found: Any) -> None:
+    from ..errors import plural
+
     if args.json:
         print(json.dumps(vars(found), indent=2))
         return
@@ -122,7 +128,7 @@ def _print(args: argparse.Namespace, found: Any) -> None:
     )
     if found.false_matches < 30:
         print(
-            f"only {found.false_matches} false matches stand behind that rate: give more labelled "
+            f"that rate rests on {plural(found.false_matches, 'false match')}: give more labelled "
             "images before relying on it",
             file=sys.stderr,
         )

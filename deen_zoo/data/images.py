@@ -85,9 +85,6 @@ def check_intensity(intensity: Intensity) -> Intensity:
     )
 
 
-parse_intensity = check_intensity
-
-
 def read_image(
     path: str | os.PathLike[str],
     size: tuple[int, int],

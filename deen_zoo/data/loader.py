@@ -153,6 +153,3 @@ class TrainLoader:
             views = [transform(pixels, rng)]
         told = torch.tensor(self._label[sample.identity]), torch.tensor(infrared)
         return [(view, *told) for view in views]
-
-
-train_loader = TrainLoader  # REMOVE

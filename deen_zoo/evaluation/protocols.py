@@ -181,11 +181,8 @@ def _score_pairs(similarity: Any, labels: Labels, rule: str) -> list[CameraPair]
 def _mean_pairs(trials: Sequence[Sequence[CameraPair]]) -> list[CameraPair]:
     means = []
     for same in zip(*trials, strict=True):
-        scored = [pair for pair in same if pair.r1 is not None]
-        r1 = float(np.mean([pair.r1 for pair in scored])) if scored else None
-        precision = float(np.mean([pair.mAP for pair in scored])) if scored else None
+        scored = np.array([pair[3:] for pair in same if pair.r1 is not None])
+        r1, precision = scored.mean(0).tolist() if len(scored) else (None, None)
         queries = float(np.mean([pair.queries for pair in same]))
-        means.append(
-            CameraPair(same[0].query_camera, same[0].gallery_camera, queries, r1, precision)
-        )
+        means.append(same[0]._replace(queries=queries, r1=r1, mAP=precision))
     return means

@@ -20,6 +20,8 @@ from .published import published
 from .rerank import KReciprocal
 
 METRICS = ("r1", "r5", "r10", "r20", "mAP", "mINP")
+QUERY_COLUMNS = ("trial", "path", "identity", "camera", "first_rank", "average_precision",
+                 "inverse_penalty")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -143,22 +145,12 @@ class ProtocolResult:
     def write_queries(self, path: str | os.PathLike[str]) -> None:
         """Write a CSV file with one row per query and trial.
 
-        Its columns are trial, path, identity, camera, first_rank (from 1, as the CMC counts),
-        average_precision and inverse_penalty; the last three are empty without a match.
+        Its columns are :data:`QUERY_COLUMNS`. ``first_rank`` counts from 1, as the CMC does; it and
+        the last two are empty without a match.
         """
         table = io.StringIO(newline="")
         writer = csv.writer(table)
-        writer.writerow(
-            (
-                "trial",
-                "path",
-                "identity",
-                "camera",
-                "first_rank",
-                "average_precision",
-                "inverse_penalty",
-            )
-        )
+        writer.writerow(QUERY_COLUMNS)
         for trial in self.trials:
             scores = trial.ranking
             columns = scores.first_rank + 1, scores.average_precision, scores.inverse_penalty

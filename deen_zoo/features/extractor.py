@@ -288,6 +288,8 @@ class FeatureExtractor:
             "intensity": str(self.intensity),
             "deen_zoo": _version(),
         }
+        if getattr(model, "trained_on", None):
+            self.provenance["trained_on"] = json.dumps(model.trained_on, sort_keys=True)
         options = {
             "model": self.model,
             "flip": self.flip,

@@ -46,6 +46,7 @@ from torch import Tensor
 from ..data.protocols import Sample, as_label
 from ..data.reader import ReidDataset
 from ..errors import UserError, require
+from ..io import check_target
 
 __all__ = ["FeatureTable", "check_comparable", "check_output", "label_column"]
 __all__ += ["read_feature_table", "write_feature_table"]
@@ -173,6 +174,15 @@ class FeatureTable:
                 f"as {first}; the paths in the file must be absolute or relative to {dataset.root}"
             )
         return self.features[torch.tensor(found)], samples
+
+    @property
+    def trained_on(self) -> dict[str, Any]:
+        """What the model's weights were trained on, as far as the provenance says."""
+        try:
+            found = json.loads(self.provenance.get("trained_on", "{}"))
+        except ValueError:
+            found = {}
+        return found if isinstance(found, dict) else {}
 
     def check_finite(self) -> None:
         """Raise UserError if a row holds NaN or infinity; the message names its image."""
@@ -325,11 +335,7 @@ def check_output(file: str | os.PathLike[str]) -> Path:
         raise UserError(f"{file}: unknown kind of feature file; give {', '.join(SUFFIXES)}")
     if file.suffix == ".parquet":
         require("pyarrow.parquet", extra="parquet")
-    if file.is_dir():
-        raise UserError(f"{file} is a folder; give the name of a file")
-    if not file.absolute().parent.is_dir():
-        raise UserError(f"{file}: there is no folder {file.parent}; make it first")
-    return file
+    return check_target(file)
 
 
 def _join_labels(parts: Sequence[tuple[dict[str, Column], int]]) -> dict[str, Column]:

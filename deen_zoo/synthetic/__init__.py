@@ -7,12 +7,8 @@ parts; ``picture.py`` adds place, light and sensor; ``layouts.py`` and ``tree.py
 from __future__ import annotations
 
 from .layouts import LAYOUTS as LAYOUTS
-from .picture import draw as draw
 from .tree import SyntheticTree as SyntheticTree
 from .tree import contact_sheet as contact_sheet
 from .tree import picture as picture
 from .tree import synthesize as synthesize
-from .world import Camera as Camera
-from .world import Cloth as Cloth
 from .world import Person as Person
-from .world import Pose as Pose

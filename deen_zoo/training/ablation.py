@@ -52,9 +52,14 @@ def sweep(
         recipe = override(settings.recipe, change)
         for seed in seeds:
             output = settings.output / "ablation" / name / f"seed-{seed}"
-            if not settings.resume and output.exists():  # before any of them is trained
-                raise UserError(f"{output} is there: give --resume, or another --output")
             runs.append((name, replace(settings, output=output, recipe=recipe, seed=seed)))
+
+    def check() -> None:  # before any of them is trained
+        there = [str(one.output) for _, one in runs if one.output.exists()]
+        if there and not settings.resume:
+            raise UserError(f"{there[0]} is there: give --resume, or another --output")
+
+    world.once(check)
     for name, one in runs:
         out[name].append(reproduce(one, world))
     return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -10,7 +9,7 @@ import random
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -22,19 +21,21 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import Tensor
 
-from ..data.cache import DecodedCache, open_cache
+from ..data.cache import open_cache
 from ..data.check import check_dataset
 from ..data.datasets import open_dataset
-from ..data.images import Intensity, parse_intensity
-from ..data.loader import train_loader
+from ..data.images import check_intensity
+from ..data.loader import TrainLoader
 from ..data.protocols import Sample, get_protocol
 from ..data.reader import ReidDataset
 from ..data.transforms import ChannelTransform, TrainTransform
 from ..device import choose_device, resolve_precision
 from ..distributed import Distributed, join
-from ..errors import UserError
+from ..errors import UserError, plural
 from ..evaluation import ProtocolResult, evaluate, images_of, merge_trials, published
+from ..evaluation.known import people_digest, refuse_known_people
 from ..evaluation.metrics import label_array
 from ..features.extractor import FeatureExtractor, data_config, extract
 from ..features.files import FeatureTable
@@ -50,6 +51,8 @@ from .state import Run
 from .tasks import load_object, task_class
 
 __all__ = ["Settings", "reproduce"]
+
+Results = dict[str, list[ProtocolResult]]
 
 
 def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str, Any]:
@@ -77,21 +80,18 @@ def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str,
     with ExitStack() as stack:
         world.once(lambda: _enter(stack, settings))
         _check_early(settings)
-        dataset = check_data(settings, world)
+        dataset = _check_data(settings, world)
         fingerprint = world.once(dataset.fingerprint)
         record = _record(settings, fingerprint, world)
         run = {"record": record, "epochs": settings.epochs, "protocols": list(settings.protocols)}
         finished = world.once(lambda: _finished(settings, run))
         if finished is not None:
             return finished
-        models, measured = [], _Measured()
+        models, work = [], _Work(settings, dataset, world)
         for trial in settings.trials:
-            if settings.eval_only:
-                model = given_checkpoint(settings, dataset, trial)
-            else:
-                model = train_split(settings, dataset, trial, record | {"trial": trial}, world)
-            models.append(model)
-            evaluate_split(settings, dataset, trial, model, measured, world)
+            entry = work.given(trial) if settings.eval_only else work.train(trial, record)
+            models.append(entry)
+            work.evaluate(entry)
         results = {
             **_provenance(settings, world),
             "run": run,
@@ -99,9 +99,9 @@ def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str,
             "data": fingerprint,
             "models": models,
             "command": command(settings),
-            "protocols": measured.protocols(dataset.drawn),
+            "protocols": work.protocols(),
         }
-        world.once(lambda: write_results(settings.output, results, measured.table))
+        world.once(lambda: write_results(settings.output, results, work.table))
     return results
 
 
@@ -137,7 +137,7 @@ def _check_early(settings: Settings) -> None:
             )
 
 
-def check_data(settings: Settings, world: Distributed) -> ReidDataset:
+def _check_data(settings: Settings, world: Distributed) -> ReidDataset:
     """The dataset, drawn first if it is the synthetic one, and checked.
 
     Raises:
@@ -153,22 +153,20 @@ def check_data(settings: Settings, world: Distributed) -> ReidDataset:
     report = world.once(
         lambda: check_dataset(settings.dataset, root, decode=settings.skip_broken, progress=True)
     )
+    faults = plural(len(report.faults), "fault")
+    first = ", ".join(report.faults[0][:2]) + f": {report.faults[0][2]}" if report.faults else ""
     if settings.skip_broken:
         dataset.leave_out(fault.where for fault in report.faults if fault.kind == "unreadable")
-        if report.faults:
-            first = report.faults[0]
-            _say(world, f"warning: {len(report.faults)} faults are left out, the first "
-                        f"{first.kind}, {first.where}: {first.detail}")  # fmt: skip
-    elif not report.usable:
-        fault = report.faults[0]
+        if first:
+            _say(world, f"warning: {faults} left out, the first {first}")
+    elif first:
         raise UserError(
-            f"{root} cannot be used: {len(report.faults)} faults, the first {fault.kind}, "
-            f"{fault.where}: {fault.detail}; list all with 'deen-zoo check {dataset.name} "
-            f"{root}', or leave them out with --skip-broken"
+            f"{root} cannot be used: {faults}, the first {first}; list all with 'deen-zoo check "
+            f"{dataset.name} {root}', or leave them out with --skip-broken"
         )
     complete = "" if report.complete else " (counts differ from the published ones)"
-    images = (report.fingerprint or {}).get("images")
-    _say(world, f"{root}: {images} images, usable{complete}")
+    images = (report.fingerprint or {}).get("images", 0)
+    _say(world, f"{root}: {plural(images, 'image')}, usable{complete}")
     return dataset
 
 
@@ -192,154 +190,240 @@ def _draw(settings: Settings) -> None:
     synthesize(settings.kind.layout, root, identities=settings.people)
 
 
-def train_split(
-    settings: Settings,
-    dataset: ReidDataset,
-    trial: int,
-    record: dict[str, Any],
-    world: Distributed,
-) -> dict[str, Any]:
-    """Train a split's model and write its checkpoint folders: its entry in ``results.json``."""
-    recipe, folder = settings.recipe, settings.folder(trial)
-    samples = dataset.train(trial)
-    run = Run(folder, record, _trained_on(settings, samples, trial))
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(settings.seed)
-    model = _build(settings, len({sample.identity for sample in samples}))
-    if not world.main:
-        torch.manual_seed(settings.seed + world.rank)  # its own dropout
-    model.to(world.device).to(memory_format=torch.channels_last)
-    if settings.grad_checkpointing:
-        model.set_grad_checkpointing(True, stages=2)  # half of the maps
-    data = data_config(model)
-    size = data["input_size"][1:]
-    intensity = _intensity(settings)
-    cache = _cache(settings, dataset, size, intensity)
-    loader = train_loader(
-        samples,
-        size,
-        (ChannelTransform if recipe.data.augmentation == "caj" else TrainTransform)(
-            recipe.data.pad,
-            recipe.data.grayscale,
-            recipe.data.flip,
-            recipe.data.erasing,
-            recipe.data.erasing_area or settings.kind.erasing_area,
-            data["mean"],
-            data["std"],
-        ),
-        recipe.data.identities_per_batch,
-        recipe.data.images_per_modality,
-        settings.seed,
-        settings.threads,
-        cache,
-        rank=world.rank,
-        world_size=world.size,
-        intensity=intensity,
-    )
-    protocol = settings.protocols[0]
-    row = get_protocol(protocol)
-    number = row.trials[0] if row.sampled else trial  # a gallery's draw, or the split
-    sides = dataset.query(protocol, number) + dataset.gallery(protocol, number)
+class _Work:
+    """Trains and evaluates the splits of a dataset, and keeps what was measured.
 
-    def test() -> dict[str, float]:
-        """As the reference chooses the best epoch: one protocol, one gallery."""
-        features = _extract(settings, model, sides, cache, intensity, world)
-        mean = evaluate(features, sides, protocol, trials=[number]).mean
-        return {"r1": mean["r1"], "mAP": mean["mAP"]}
+    Attributes:
+        table: The first split's descriptors, for the pictures.
+        facts: What is said of each protocol: the descriptor, and whose published numbers are shown.
+        results: Of all splits, by epoch ("last" or "best") and protocol.
+    """
 
-    train(
-        task_class(settings.task, model)(model, recipe, settings.precision),
-        make_optimizer(model, recipe),
-        loader,
-        run,
-        world,
-        settings.epochs,
-        test,
-        resume=settings.resume,
-        compile=settings.compile,
-        save_every=settings.save_every,
-    )
-    return world.once(lambda: _write_checkpoints(settings, model, run, trial))
+    def __init__(self, settings: Settings, dataset: ReidDataset, world: Distributed) -> None:
+        self.settings, self.dataset, self.world = settings, dataset, world
+        self.table: FeatureTable | None = None
+        self.facts: dict[str, str] = {}
+        self.results: dict[str, Results] = {"last": {}, "best": {}}
 
-
-def _write_checkpoints(settings: Settings, model: Any, run: Run, trial: int) -> dict[str, Any]:
-    entry: dict[str, Any] = {"trial": trial, "history": run.history}
-    run.write_checkpoint(model, run.folder / "checkpoint")
-    epochs = {"last": (run.epoch, run.folder / "checkpoint")}
-    if run.best:
-        run.publish_best()
-        epochs["best"] = run.best["epoch"], run.folder / "best"
-    for which, (epoch, folder) in epochs.items():
-        entry[which] = {
-            "checkpoint": os.path.relpath(folder, settings.output),
-            "epoch": epoch,
-            "sha256": sha256(folder / "model.safetensors"),
+    def train(self, trial: int, record: dict[str, Any]) -> dict[str, Any]:
+        """Train a split's model and write its checkpoint folders: its entry in results.json."""
+        settings, world, recipe = self.settings, self.world, self.settings.recipe
+        samples = self.dataset.train(trial)
+        people = {sample.identity for sample in samples}
+        trained_on = {
+            "dataset": settings.dataset,
+            "split": trial,
+            "seed": settings.seed,
+            "intensity": recipe.data.intensity or "full",
+            "identities": len(people),
+            "identities_sha256": people_digest(people),
         }
-    return entry
+        run = Run(settings.folder(trial), record | {"trial": trial}, trained_on)
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(settings.seed)
+        model = _build(settings, len(people))
+        if not world.main:
+            torch.manual_seed(settings.seed + world.rank)  # its own dropout
+        model.to(world.device).to(memory_format=torch.channels_last)
+        if settings.grad_checkpointing:
+            model.set_grad_checkpointing(True, stages=2)  # half of the maps
+        options = self.reading(model, trained_on)
+        loader = TrainLoader(
+            samples,
+            data_config(model)["input_size"][1:],
+            self.transform(model),
+            recipe.data.identities_per_batch,
+            recipe.data.images_per_modality,
+            settings.seed,
+            rank=world.rank,
+            world_size=world.size,
+            **options,
+        )
+        protocol = settings.protocols[0]
+        row = get_protocol(protocol)
+        number = row.trials[0] if row.sampled else trial  # a gallery's draw, or the split
+        sides = self.dataset.query(protocol, number) + self.dataset.gallery(protocol, number)
+
+        def test() -> dict[str, float]:
+            """As the reference chooses the best epoch: one protocol, one gallery."""
+            features = self.extract(model, sides, options)
+            mean = evaluate(features, sides, protocol, trials=[number]).mean
+            return {"r1": mean["r1"], "mAP": mean["mAP"]}
+
+        train(
+            task_class(settings.task, model)(model, recipe, settings.precision),
+            make_optimizer(model, recipe),
+            loader,
+            run,
+            world,
+            settings.epochs,
+            test,
+            resume=settings.resume,
+            compile=settings.compile,
+            save_every=settings.save_every,
+        )
+        return world.once(lambda: self.checkpoints(model, run, trial))
+
+    def transform(self, model: Any) -> TrainTransform:
+        """The recipe's augmentation, normalised as the model has it."""
+        data, config = self.settings.recipe.data, data_config(model)
+        return (ChannelTransform if data.augmentation == "caj" else TrainTransform)(
+            data.pad,
+            data.grayscale,
+            data.flip,
+            data.erasing,
+            data.erasing_area or self.settings.kind.erasing_area,
+            config["mean"],
+            config["std"],
+        )
+
+    def checkpoints(self, model: Any, run: Run, trial: int) -> dict[str, Any]:
+        """Write the checkpoint folders of the last and the best epoch."""
+        entry: dict[str, Any] = {"trial": trial, "history": run.history}
+        run.write_checkpoint(model, run.folder / "checkpoint")
+        epochs = {"last": (run.epoch, run.folder / "checkpoint")}
+        if run.best:
+            run.publish_best()
+            epochs["best"] = run.best["epoch"], run.folder / "best"
+        for which, (epoch, folder) in epochs.items():
+            entry[which] = {
+                "checkpoint": os.path.relpath(folder, self.settings.output),
+                "epoch": epoch,
+                "sha256": sha256(folder / "model.safetensors"),
+            }
+        return entry
+
+    def given(self, trial: int) -> dict[str, Any]:
+        """The entry in results.json of weights that were not trained here."""
+        source = _checkpoint(self.settings, trial)
+        self.refuse_known(source, trial)
+        weights = Path(source) / "model.safetensors"
+        digest = sha256(weights) if weights.is_file() else None
+        last = {"checkpoint": source, "epoch": None, "sha256": digest}
+        return {"trial": trial, "history": [], "last": last}
+
+    def refuse_known(self, source: str | Path, trial: int, model: Any = None) -> None:
+        """Refuse weights that were trained on people whom the split tests.
+
+        A folder says so before it is loaded; installed weights and those of the Hub when they are.
+        """
+        data = self.dataset
+        tested = {sample.identity for kind in MODALITIES for sample in data.test(kind, trial)}
+        trained_on = _trained_on(source, model)
+        refuse_known_people(trained_on, source, type(data), trial, tested, data)
+
+    def evaluate(self, entry: dict[str, Any]) -> None:
+        """Run every protocol with a split's last and best epoch."""
+        trial, trained_here = entry["trial"], bool(entry["history"])
+        found: list[ProtocolResult] = []
+        for which in (which for which in self.results if which in entry):
+            end = entry[which]
+            if which == "last" or end["epoch"] != entry["last"]["epoch"]:
+                source: str | Path = end["checkpoint"]
+                source = self.settings.output / source if trained_here else source
+                model = self.load(source)
+                if not trained_here:
+                    self.refuse_known(source, trial, model)
+                found = self.measure(source, model, trial)
+            for result in found:
+                self.results[which].setdefault(result.protocol, []).append(result)
+
+    def measure(self, source: str | Path, model: Any, trial: int) -> list[ProtocolResult]:
+        """Every protocol of a split; each image that any trial compares is described once."""
+        settings, data = self.settings, self.dataset
+        samples = data.test("visible", trial) + data.test("infrared", trial)
+        row = {name: get_protocol(name) for name in settings.protocols}
+        trials = {name: None if row[name].sampled else [trial] for name in row}
+        drawn = sorted({i for name in trials for i in images_of(samples, name, trials[name])})
+        used = [samples[i] for i in drawn]
+        trained_on = _trained_on(source, model)
+        options = self.reading(model, trained_on)
+        if settings.engine == "torch":
+            rows = self.extract(model, used, options)
+        else:  # every process computes all rows
+            del options["cache"]
+            rows = FeatureExtractor(
+                source if settings.precision == "int8" else model,
+                precision=settings.precision, engine=settings.engine, normalize=False,
+                progress=self.world.main, **options,
+            )(used)  # fmt: skip
+        labels = {
+            "identity": label_array([sample.identity for sample in used]),
+            "camera": label_array([sample.camera for sample in used]),
+            "infrared": np.array([sample.modality == "infrared" for sample in used]),
+        }
+        paths = [sample.path for sample in used]
+        self.table = self.table or FeatureTable(data.root, F.normalize(rows), paths, labels)
+        descriptor = "image and mirrored image" if model.flip else "image alone"
+        if options["intensity"] != "full":
+            descriptor += f", 16-bit images scaled by {options['intensity']}"
+        self.facts = {
+            "descriptor": descriptor,
+            "source": trained_on.get("source", ""),  # of converted weights, in the catalog
+            "method": type(model).__name__,  # as published.json names it
+        }
+        features = rows.new_zeros(len(samples), rows.shape[1])  # the others are never looked at
+        features[drawn] = rows
+        return [evaluate(features, samples, name, trials=trials[name]) for name in trials]
+
+    def protocols(self) -> dict[str, dict[str, Any]]:
+        """Of each protocol the last epoch's result and, with it, the best epoch's."""
+        out = {}
+        for name, results in self.results["last"].items():
+            entry = merge_trials(results).to_dict()
+            entry |= {"chance": _chance(results), "descriptor": self.facts["descriptor"]}
+            if self.facts["source"]:  # what its own source reports
+                entry["published"] = published(name, weights=self.facts["source"])
+            else:
+                entry["published"] = published(name, self.facts["method"])
+            if self.dataset.drawn:
+                entry |= {"published": [], "expected_counts": {}}
+            if name in self.results["best"]:
+                best = merge_trials(self.results["best"][name])
+                entry["best"] = {"mean": best.mean, "std": best.std}
+            out[name] = entry
+        return out
+
+    def load(self, source: str | Path) -> Any:
+        """The model of a checkpoint; one's own function builds it again, with the saved weights."""
+        if Path(source).is_dir() and _own_function(self.settings) is not None:
+            config = json.loads((Path(source) / "config.json").read_text())
+            model = _build(self.settings, config["num_classes"])
+            model.load_state_dict(load_file(Path(source) / "model.safetensors"))
+        else:
+            name = f"local-dir:{source}" if Path(source).is_dir() else str(source)
+            model = create_model(name, pretrained=True)
+        return model.to(self.world.device).to(memory_format=torch.channels_last)
+
+    def reading(self, model: Any, trained_on: dict[str, Any]) -> dict[str, Any]:
+        """How images are read: by the recipe's intensity, or else as the model was trained."""
+        settings = self.settings
+        intensity = settings.recipe.data.intensity or str(trained_on.get("intensity", "full"))
+        options: dict[str, Any] = {
+            "intensity": check_intensity(intensity),
+            "threads": settings.threads,
+        }
+        if settings.cache is None:
+            return {**options, "cache": None}
+        splits = self.dataset.read_splits()
+        paths = [sample.path for _, samples, _ in splits for sample in samples]
+        size = data_config(model)["input_size"][1:]
+        cache = open_cache(settings.cache, paths, size, intensity=options["intensity"])
+        return {**options, "cache": cache}
+
+    def extract(self, model: Any, samples: Sequence[Sample], options: dict[str, Any]) -> Tensor:
+        """Descriptors of images, computed by all processes together."""
+        settings = self.settings
+        return extract(model, samples, self.world, settings.precision,
+                       batch_size=settings.batch_size, progress=True, **options)  # fmt: skip
 
 
-def _trained_on(settings: Settings, samples: Sequence[Sample], split: int) -> dict[str, Any]:
-    identities = {str(sample.identity) for sample in samples}
-    return {
-        "dataset": settings.dataset,
-        "split": split,
-        "seed": settings.seed,
-        "intensity": settings.recipe.data.intensity or "full",
-        "identities": len(identities),
-        "identities_sha256": _digest(identities),
-    }
-
-
-def _digest(identities: Iterable[object]) -> str:
-    names = "\n".join(sorted({str(identity) for identity in identities}))
-    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
-
-
-def _intensity(settings: Settings, trained: dict[str, Any] | None = None) -> Intensity:
-    """How 16-bit images become 8-bit: by the recipe, or else as a checkpoint was trained."""
-    return parse_intensity(
-        settings.recipe.data.intensity or str((trained or {}).get("intensity", "full"))
-    )
-
-
-def _trained_with(source: str | Path, model: Any = None) -> dict[str, Any]:
+def _trained_on(source: str | Path, model: Any = None) -> dict[str, Any]:
     """What a checkpoint says of its training: source, dataset, split, intensity, ..."""
     file = Path(source) / "config.json"
     own = json.loads(file.read_text()).get("deen_zoo", {}) if file.is_file() else {}
     found = own.get("trained_on") or getattr(model, "trained_on", None)
     return found if isinstance(found, dict) else {}
-
-
-def _refuse_known_people(
-    dataset: ReidDataset, split: int, source: str | Path, model: Any = None
-) -> None:
-    """Raise a UserError if a checkpoint was trained on people whom the split tests.
-
-    A folder says so before it is loaded; installed weights and those of the Hub when they are.
-    """
-    trained = _trained_with(source, model)
-    if trained.get("dataset") != dataset.name or trained.get("split") == split:
-        return
-    tested = {sample.identity for kind in MODALITIES for sample in dataset.test(kind, split)}
-    for other in dataset.splits:
-        people = {sample.identity for sample in dataset.train(other)}
-        same = trained.get("identities_sha256", _digest(people)) == _digest(people)
-        if other == trained.get("split") and same and people & tested:
-            raise UserError(
-                f"{source} was trained on split {other} of {dataset.title}, and "
-                f"{len(people & tested)} of those people are in the test set of split {split}: "
-                f"evaluate it with --trials {other}"
-            )
-
-
-def given_checkpoint(settings: Settings, dataset: ReidDataset, trial: int) -> dict[str, Any]:
-    """The entry in ``results.json`` of weights that were not trained here."""
-    source = _checkpoint(settings, trial)
-    _refuse_known_people(dataset, trial, source)
-    weights = Path(source) / "model.safetensors"
-    digest = sha256(weights) if weights.is_file() else None
-    last = {"checkpoint": source, "epoch": None, "sha256": digest}
-    return {"trial": trial, "history": [], "last": last}
 
 
 def _checkpoint(settings: Settings, trial: int) -> str:
@@ -405,83 +489,6 @@ def _own_function(settings: Settings) -> Any:
     return None if getattr(function, "__name__", "") in NAMES else function
 
 
-def _load(settings: Settings, source: str | Path, world: Distributed) -> Any:
-    """The model of a checkpoint; one's own function builds it again, with the weights as saved."""
-    if Path(source).is_dir() and _own_function(settings) is not None:
-        config = json.loads((Path(source) / "config.json").read_text())
-        model = _build(settings, config["num_classes"])
-        model.load_state_dict(load_file(Path(source) / "model.safetensors"))
-    else:
-        name = f"local-dir:{source}" if Path(source).is_dir() else str(source)
-        model = create_model(name, pretrained=True)
-    return model.to(world.device).to(memory_format=torch.channels_last)
-
-
-def _cache(
-    settings: Settings, dataset: ReidDataset, size: tuple[int, int], intensity: Intensity
-) -> DecodedCache | None:
-    if settings.cache is None:
-        return None
-    paths = [sample.path for _, samples, _ in dataset.read_splits() for sample in samples]
-    return open_cache(settings.cache, paths, size, intensity=intensity)
-
-
-def _extract(
-    settings: Settings,
-    model: Any,
-    samples: Sequence[Sample],
-    cache: DecodedCache | None,
-    intensity: Intensity,
-    world: Distributed,
-) -> torch.Tensor:
-    return extract(
-        model,
-        samples,
-        world,
-        settings.precision,
-        batch_size=settings.batch_size,
-        threads=settings.threads,
-        cache=cache,
-        progress=True,
-        intensity=intensity,
-    )
-
-
-class _Measured:
-    """Results of all splits, by epoch ("last" or "best") and protocol."""
-
-    source: str | None = None  # of converted weights, in the catalog
-    method: str = ""  # as published.json names it
-    descriptor: str = ""
-    table: FeatureTable | None = None  # the first split's descriptors, for the pictures
-
-    def __init__(self) -> None:
-        self.results: dict[str, dict[str, list[ProtocolResult]]] = {"last": {}, "best": {}}
-
-    def add(self, which: str, results: Sequence[ProtocolResult]) -> None:
-        for result in results:
-            self.results[which].setdefault(result.protocol, []).append(result)
-
-    def protocols(self, drawn: bool) -> dict[str, dict[str, Any]]:
-        """Of each protocol the last epoch's result and, with it, the best epoch's."""
-        out = {}
-        for name, results in self.results["last"].items():
-            entry = merge_trials(results).to_dict()
-            entry["chance"] = _chance(results)
-            if self.source:  # what its own source reports
-                entry["published"] = published(name, weights=self.source)
-            elif self.method:
-                entry["published"] = published(name, self.method)
-            entry["descriptor"] = self.descriptor
-            if drawn:
-                entry |= {"published": [], "expected_counts": {}}
-            if name in self.results["best"]:
-                best = merge_trials(self.results["best"][name])
-                entry["best"] = {"mean": best.mean, "std": best.std}
-            out[name] = entry
-        return out
-
-
 def _chance(results: Sequence[ProtocolResult]) -> float:
     """Rank-1 of a random ranking: the share of the gallery that shows the query's person."""
     shares = []
@@ -489,72 +496,6 @@ def _chance(results: Sequence[ProtocolResult]) -> float:
         people = Counter(sample.identity for sample in trial.gallery)
         shares += [people[query.identity] / len(trial.gallery) for query in trial.queries]
     return float(np.mean(shares))
-
-
-def evaluate_split(
-    settings: Settings,
-    dataset: ReidDataset,
-    trial: int,
-    entry: dict[str, Any],
-    measured: _Measured,
-    world: Distributed,
-) -> None:
-    """Run every protocol with a split's last and best epoch."""
-    found: list[ProtocolResult] = []
-    for which in ("last", "best"):
-        if which not in entry:
-            continue
-        end = entry[which]
-        if which == "last" or end["epoch"] != entry["last"]["epoch"]:
-            source = settings.output / end["checkpoint"] if entry["history"] else end["checkpoint"]
-            model = _load(settings, source, world)
-            if not entry["history"]:
-                _refuse_known_people(dataset, trial, source, model)
-            found, table = _evaluate(settings, dataset, source, model, trial, world)
-            measured.table = measured.table or table
-            trained = _trained_with(source, model)
-            measured.source = trained.get("source")
-            measured.method = type(model).__name__
-            measured.descriptor = "image and mirrored image" if model.flip else "image alone"
-            intensity = _intensity(settings, trained)
-            if intensity != "full":
-                measured.descriptor += f", 16-bit images scaled by {intensity}"
-        measured.add(which, found)
-
-
-def _evaluate(
-    settings: Settings,
-    dataset: ReidDataset,
-    source: str | Path,
-    model: Any,
-    trial: int,
-    world: Distributed,
-) -> tuple[list[ProtocolResult], FeatureTable]:
-    """Every protocol of a split; each image that any trial compares goes through the model once."""
-    samples = dataset.test("visible", trial) + dataset.test("infrared", trial)
-    trials = {name: None if get_protocol(name).sampled else [trial] for name in settings.protocols}
-    drawn = sorted({i for name in trials for i in images_of(samples, name, trials[name])})
-    intensity = _intensity(settings, _trained_with(source, model))
-    cache = _cache(settings, dataset, data_config(model)["input_size"][1:], intensity)
-    used = [samples[i] for i in drawn]
-    if settings.engine == "torch":
-        rows = _extract(settings, model, used, cache, intensity, world)
-    else:  # every process computes all rows
-        rows = FeatureExtractor(
-            source if settings.precision == "int8" else model,
-            precision=settings.precision, engine=settings.engine, normalize=False,
-            intensity=intensity, threads=settings.threads, progress=world.main,
-        )(used)  # fmt: skip
-    features = rows.new_zeros(len(samples), rows.shape[1])  # the others are never looked at
-    features[drawn] = rows
-    results = [evaluate(features, samples, name, trials=trials[name]) for name in trials]
-    labels = {
-        "identity": label_array([sample.identity for sample in used]),
-        "camera": label_array([sample.camera for sample in used]),
-        "infrared": np.array([sample.modality == "infrared" for sample in used]),
-    }
-    paths = [sample.path for sample in used]
-    return results, FeatureTable(dataset.root, F.normalize(rows), paths, labels)
 
 
 def _record(settings: Settings, fingerprint: dict[str, Any], world: Distributed) -> dict[str, Any]:
