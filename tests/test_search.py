@@ -286,7 +286,7 @@ def test_command_mistakes(people, checkpoint, tmp_path, capsys):
     gallery = ["--gallery", people["visible"]]
     for arguments, message in (
         (gallery, "--query is missing"),
-        (["--query", "x.jpg", *gallery], "--query is of images: name the --model"),
+        (["--query", __file__, *gallery], "--query is of images: name the --model"),
         (["--query", "x.jpg", people["infrared"], *gallery], "feature files and images together"),
         (["--query", tmp_path / "no.npz", *gallery], "there is no such file"),
     ):
