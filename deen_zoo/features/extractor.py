@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..data.cache import DecodedCache
-from ..data.images import Intensity, check_intensity, parse_intensity
+from ..data.images import Intensity, check_intensity
 from ..data.loader import map_batches
 from ..data.protocols import Sample
 from ..data.transforms import EvalTransform, eval_transform
@@ -272,7 +272,7 @@ class FeatureExtractor:
         self.flip = model.flip if flip is None else flip
         if intensity is None:
             trained_on = getattr(model, "trained_on", None) or {}
-            intensity = parse_intensity(str(trained_on.get("intensity", "full")))
+            intensity = str(trained_on.get("intensity", "full"))
         self.intensity = check_intensity(intensity)
         self.provenance = {
             "model": str(getattr(model, "pretrained_cfg", {}).get("architecture", "unknown")),
