@@ -12,6 +12,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -78,6 +79,7 @@ def prepare() -> None:
 def interrupt_work() -> None:
     """From here on a signal raises: KeyboardInterrupt or :class:`Terminated`."""
     _handle(_raise)
+    sys.unraisablehook = _send_again
 
 
 def exit_quietly(code: int) -> None:
@@ -108,6 +110,19 @@ def _raise(number: int, frame: FrameType | None) -> NoReturn:
     global _received
     _received = KeyboardInterrupt() if number == signal.SIGINT else Terminated()
     raise _received
+
+
+def _send_again(unraisable: Any) -> None:
+    """Python ignores, and prints, what is raised within ``__del__`` and callbacks: a signal that
+    came just then would be lost.
+    """
+    if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+        return
+    number = SIGNALS[isinstance(unraisable.exc_value, Terminated)]
+    timer = threading.Timer(0.01, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
 
 
 def received() -> KeyboardInterrupt | None:

@@ -113,6 +113,30 @@ def test_a_signal_while_python_ends_changes_nothing():
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@linux
+@pytest.mark.parametrize("number", [2, 15])
+def test_a_signal_within_a_finalizer_is_not_lost(number):
+    """Python printed "Exception ignored in", and the work went on."""
+    code = (
+        "import os, time\n"
+        "from deen_zoo import terminal\n"
+        "class Last:\n"
+        "    def __del__(self):\n"
+        f"        os.kill(os.getpid(), {number})\n"
+        "        for _ in range(1000): pass\n"
+        "terminal.interrupt_work()\n"
+        "try:\n"
+        "    last = Last(); del last\n"
+        "    time.sleep(600)\n"
+        "except KeyboardInterrupt as stop:\n"
+        "    print(type(stop).__name__)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)
+    assert done.stdout.split() == [{2: "KeyboardInterrupt", 15: "Terminated"}[number]], done
+    assert done.stderr == ""
+
+
 def test_closed_locale(tmp_path):
     """E: ``LC_ALL=C`` died on the sign of a standard deviation."""
     file = rows(tmp_path / "f.npz")
