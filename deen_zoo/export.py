@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from .errors import UserError, require
 from .features.extractor import data_config
 from .models import ReidModel
-from .models.fuse import is_deployed
 
-__all__ = ["FORMATS", "MODALITIES", "OUTPUTS", "VARIANTS", "ExportReport", "export_model"]
+__all__ = ["FORMATS", "MODALITIES", "OUTPUTS", "ExportReport", "export_model"]
 
 FORMATS = {
     ".onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -32,7 +30,6 @@ FORMATS = {
     ".pt": (),
     ".pt2": (),
 }  # and what writing it needs
-VARIANTS = ("deploy", "plain")
 OUTPUTS = ("embedding", "logits")
 MODALITIES = ("visible", "infrared", "input")
 BATCHES = (1, 7)
@@ -47,14 +44,12 @@ class ExportReport:
 
     Attributes:
         path: The file.
-        variant: ``"deploy"`` or ``"plain"``.
         metadata: What the file says about itself: model, output, modality, flip, preprocessing.
         size_bytes: Size of the file; of OpenVINO's both files.
         differences: Greatest difference from torch in each check, relative where outputs exceed 1.
     """
 
     path: str
-    variant: str
     metadata: dict[str, Any]
     size_bytes: int
     differences: dict[str, float]
@@ -68,7 +63,7 @@ class ExportReport:
         modality = self.metadata["modality"]
         told = ", modality [batch]" if modality == "input" else f", {modality} only"
         return (
-            f"{self.path}: {self.variant} variant, {self.size_bytes / 1e6:.1f} MB, "
+            f"{self.path}: {self.size_bytes / 1e6:.1f} MB, "
             f"images [batch, {channels}, {height}, {width}]{told} -> {self.metadata['output']}\n"
             f"differs from torch by at most {max(self.differences.values()):.1e} "
             f"(batches: {', '.join(self.differences)})"
@@ -109,7 +104,6 @@ def export_model(
     descriptor: str = "official",
     flip: bool | None = None,
     normalize: bool = True,
-    variant: str = "deploy",
     size: tuple[int, int] | None = None,
     tolerance: float = 1e-4,
 ) -> ExportReport:
@@ -129,7 +123,6 @@ def export_model(
         descriptor: Which embedding, one of ``model.descriptors``.
         flip: Add the descriptor of the mirrored images; None as the model's results were measured.
         normalize: Scale each embedding to length 1.
-        variant: ``"deploy"``, the same numbers from fewer operations, or ``"plain"``.
         size: (H, W) of the images; the model's own when None.
         tolerance: Greatest difference from torch that passes, relative where outputs exceed 1.
 
@@ -138,7 +131,7 @@ def export_model(
         MissingExtraError: What the format needs is not installed.
     """
     path = Path(path)
-    _check(model, path, output, modality, descriptor, variant)
+    _check(model, path, output, modality, descriptor)
     flip = model.flip if flip is None else flip
     whole: Any = model
     config = data_config(whole)
@@ -154,14 +147,10 @@ def export_model(
         "preprocessing": {**config, "input_size": (model.in_chans, height, width)},
     }
     plain = copy.deepcopy(model).cpu().float().eval()
-    exported: Any = plain if variant == "plain" else reparameterize_model(plain)
-    function, reference = (
-        _Function(m, output, modality, descriptor, flip, normalize).eval()
-        for m in (exported, plain)
-    )
+    function = _Function(plain, output, modality, descriptor, flip, normalize).eval()
     try:
         with torch.inference_mode():
-            wanted = {name: reference(**inputs) for name, inputs in checks.items()}
+            wanted = {name: function(**inputs) for name, inputs in checks.items()}
     except ValueError as error:  # MFA does not take every size
         raise UserError(f"size {height} {width}: {error}") from error
     partial = path.with_name(f"{path.name}.partial")
@@ -181,17 +170,14 @@ def export_model(
             os.replace(file, path.with_name(file.name))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return ExportReport(str(path), variant, note, size_bytes, differences)
+    return ExportReport(str(path), note, size_bytes, differences)
 
 
-def _check(
-    model: ReidModel, path: Path, output: str, modality: str, descriptor: str, variant: str
-) -> None:
+def _check(model: ReidModel, path: Path, output: str, modality: str, descriptor: str) -> None:
     for name, value, valid in (
         ("output", output, OUTPUTS),
         ("modality", modality, MODALITIES),
         ("descriptor", descriptor, tuple(model.descriptors)),
-        ("variant", variant, VARIANTS),
         ("ending", path.suffix, tuple(FORMATS)),
     ):
         if value not in valid:
@@ -200,8 +186,6 @@ def _check(
         require(module, "openvino" if module == "openvino" else "export")
     if output == "logits" and not model.num_classes:
         raise UserError("this model has no classifier: export the embedding")
-    if variant == "plain" and is_deployed(model):
-        raise UserError("this model is in its deploy form already: give the one it was made from")
 
 
 def _checks(modality: str, shape: tuple[int, int, int]) -> dict[str, Inputs]:
@@ -226,8 +210,8 @@ def _judge(path: Path, differences: dict[str, float], tolerance: float) -> None:
     if not all(difference <= tolerance for difference in differences.values()):  # NaN fails
         raise UserError(
             f"{path} was not written: its numbers differ from torch's by up to "
-            f"{differences[worst]:.1e} (batch of {worst}), more than {tolerance:.0e}: try "
-            f"the plain variant, or report it with your versions of torch and the runtime"
+            f"{differences[worst]:.1e} (batch of {worst}), more than {tolerance:.0e}: "
+            f"report it with your versions of torch and the runtime"
         )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,7 @@ from .evaluation.results import METRICS
 from .io import sha256, whole_folder
 from .model_card import Measured, card, licence_of
 from .models import ReidModel, create_model
-from .models.checkpoint import model_config
-from .models.pretrained import CONFIG, WEIGHTS, hub_errors
+from .models.pretrained import CONFIG, WEIGHTS, hub_errors, model_config
 
 __all__ = ["Publication", "measured", "publish"]
 
@@ -88,13 +87,19 @@ def publish(
         raise UserError(f"tag {tag!r}: give one such as v1, of letters, digits, '.', '-' and '_'")
     model = _load(folder)
     digest = sha256(folder / WEIGHTS)
-    trained_on = json.loads((folder / CONFIG).read_text("utf-8"))["deen_zoo"].get("trained_on")
-    source = (trained_on or {}).get("source")
+    source = (model.trained_on or {}).get("source")
     file = Path(results) if results else folder / RESULTS
     content = _read_results(file, folder)
-    with _as_written(file):  # also what is needed later, when something has been created
+    try:  # also what is needed later, when something has been created
         found = measured(content, digest)
         card(model, _without_paths(content), found, repo, tag or "v1", digest, source)
+    except UserError:
+        raise
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
+        raise UserError(  # keys are missing, or values of another type
+            f"{file} is not as 'deen-zoo reproduce' wrote it ({type(error).__name__}: {error}): "
+            "take the original, or evaluate again with --eval-only"
+        ) from error
     cfg: Any = model.pretrained_cfg
     architecture = cfg["architecture"]
     if not content["eval_only"] and content["model"] != architecture:
@@ -114,7 +119,7 @@ def publish(
         }
         return {name: text.encode() for name, text in written.items()}
 
-    url = None
+    url = preview = None
     if dry_run is None:
         with hub_errors(repo):
             api = HfApi(library_name="deen_zoo")
@@ -123,6 +128,7 @@ def publish(
             url = _upload(api, repo, tag, folder / WEIGHTS, digest, files)
     else:
         target = Path(dry_run)
+        preview = str(target)
         if target.is_dir() and any(target.iterdir()):
             raise UserError(f"{target} is not empty: name a new folder for --dry-run")
         tag = tag or "v1"
@@ -133,7 +139,6 @@ def publish(
                 (partial / name).write_bytes(data)
     sizes = {name: len(data) for name, data in files.items()}
     sizes[WEIGHTS] = (folder / WEIGHTS).stat().st_size
-    preview = None if dry_run is None else str(dry_run)
     return Publication(repo, tag, url, preview, sizes, sorted(left_out), digest)
 
 
@@ -166,20 +171,6 @@ def _read_results(path: Path, folder: Path) -> dict[str, Any]:
     return content
 
 
-@contextlib.contextmanager
-def _as_written(file: Path) -> Iterator[None]:
-    """Turn what edited results cause into a UserError: missing keys and values of other types."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
-        raise UserError(
-            f"{file} is not as 'deen-zoo reproduce' wrote it ({type(error).__name__}: {error}): "
-            "take the original, or evaluate again with --eval-only"
-        ) from error
-
-
 def measured(results: Mapping[str, Any], digest: str) -> Measured:
     """Find what ``results.json`` says about the weights with this SHA-256.
 
@@ -209,18 +200,17 @@ def measured(results: Mapping[str, Any], digest: str) -> Measured:
     for entry in results["protocols"].values():
         own = dict(entry)
         if which == "best":
-            own |= {"mean": entry["best"]["mean"], "std": entry["best"]["std"]}
+            own |= {part: entry["best"][part] for part in ("mean", "std")}
         elif len(models) > 1:
             row = next(row for row in entry["trials"] if row["trial"] == model["trial"])
             own |= {"mean": row, "std": dict.fromkeys(METRICS, 0.0), "trials": [row]}
-        for part in ("mean", "std"):
-            for key in METRICS:
-                value = own[part].get(key)
-                if not isinstance(value, float | int) or not 0 <= value <= 1:
-                    raise UserError(
-                        f"the results' {part} {key} of {entry['name']} is {value}, no number "
-                        f"between 0 and 1: evaluate again"
-                    )
+        for part, key in itertools.product(("mean", "std"), METRICS):
+            value = own[part].get(key)
+            if not isinstance(value, float | int) or not 0 <= value <= 1:
+                raise UserError(
+                    f"the results' {part} {key} of {entry['name']} is {value}, no number between "
+                    f"0 and 1: evaluate again"
+                )
         entries.append(own)
     if not entries:
         raise UserError("the results are of no protocol: evaluate again")
@@ -236,9 +226,8 @@ def _without_paths(results: Mapping[str, Any]) -> dict[str, Any]:
     """``results.json`` without the folders of the machine that it was written on."""
     content: dict[str, Any] = copy.deepcopy(dict(results))
     for model in content["models"]:
-        for which in ("last", "best"):
-            if which in model:
-                model[which]["checkpoint"] = Path(model[which]["checkpoint"]).name
+        for which in {"last", "best"} & set(model):
+            model[which]["checkpoint"] = Path(model[which]["checkpoint"]).name
     if content["eval_only"]:
         content["eval_only"] = Path(content["eval_only"]).name
     return content

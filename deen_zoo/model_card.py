@@ -176,9 +176,9 @@ def _data(results: Mapping[str, Any], found: Measured, title: str) -> str:
     names = f"{facts['images']:,} images; SHA-256 of their names `{facts['sha256']}`."
     if found.drawn:
         return f"Pictures drawn by `deen-zoo synthesize`, which show no real person: {names}"
-    if not get_dataset(results["dataset"]).home:
-        return f"The publisher's own images: {names} They are not redistributed here."
     home = get_dataset(results["dataset"]).home
+    if not home:
+        return f"The publisher's own images: {names} They are not redistributed here."
     return (
         f"{title}: {names} It is given out on a signed request only ({home}), "
         f"for research, and is not redistributed here. It shows real people: keep to the terms "
@@ -191,20 +191,21 @@ def licence_of(
 ) -> tuple[str, str | None, str | None, str]:
     """The terms of the weights: the Hub's name for them, their name, a link, and words."""
     code = "The code, deen_zoo, is under Apache-2.0."
+    home = get_dataset(results["dataset"]).home
+    see_card = "other", "see-card", f"{constants.ENDPOINT}/{repo}#licence"
     if results["eval_only"]:
         words = "That does not extend to the weights, whose authors set their terms."
-        if _source(source):
-            words += f" The repository that they come from says: {_source(source)['licence']}."
-        return "other", "see-card", f"{constants.ENDPOINT}/{repo}#licence", f"{code} {words}"
+        if entry := _source(source):
+            words += f" The repository that they come from says: {entry['licence']}."
+        return *see_card, f"{code} {words}"
     if found.drawn:
         words = "So are these weights, which come from drawn pictures alone."
         return "apache-2.0", None, None, f"{code} {words}"
-    if not get_dataset(results["dataset"]).home:
+    if not home:
         words = "That does not extend to the weights, whose publisher sets their terms."
-        return "other", "see-card", f"{constants.ENDPOINT}/{repo}#licence", f"{code} {words}"
-    link = get_dataset(results["dataset"]).home
+        return *see_card, f"{code} {words}"
     words = (
         f"That does not extend to the weights: they are for research only, within the terms of "
-        f"the dataset that they were trained on ({link})."
+        f"the dataset that they were trained on ({home})."
     )
-    return "other", "research-only", link, f"{code} {words}"
+    return "other", "research-only", home, f"{code} {words}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,25 +48,23 @@ class SearchResult:
     @property
     def correct(self) -> Tensor | None:
         """(Q, k) whether the identity is the query's; None where identities are not known."""
-        tables = self.query, self.gallery
-        if any("identity" not in t.labels or unknown(t.labels["identity"]).any() for t in tables):
+        labels = [table.labels.get("identity") for table in (self.query, self.gallery)]
+        if any(ids is None or unknown(ids).any() for ids in labels):
             return None
-        ids, gallery_ids = (label_column(t.labels["identity"].tolist()).astype(str) for t in tables)
+        ids, gallery_ids = map(_as_text, (self.query, self.gallery))
         return torch.from_numpy(gallery_ids[self.indices.numpy()] == ids[:, None])
 
     def to_dict(self, threshold: float = -math.inf) -> list[dict[str, Any]]:
         """For each query its path, labels and ``hits`` of at least that score, ready for JSON."""
-        correct = self.correct
-        out = []
-        for q in range(len(self.query)):
+        correct, out = self.correct, []
+        for q, found in enumerate(zip(self.scores.tolist(), self.indices.tolist(), strict=True)):
             hits = []
-            for rank, (score, i) in enumerate(
-                zip(self.scores[q].tolist(), self.indices[q].tolist(), strict=True)
-            ):
+            for rank, (score, i) in enumerate(zip(*found, strict=True)):
                 if score >= threshold:
                     hit = {"rank": rank + 1, "score": score, **_described(self.gallery, i)}
-                    extra = {} if correct is None else {"correct": bool(correct[q, rank])}
-                    hits.append({**hit, **extra})
+                    hits.append(
+                        hit if correct is None else {**hit, "correct": bool(correct[q, rank])}
+                    )
             out.append({**_described(self.query, q), "hits": hits})
         return out
 
@@ -76,7 +75,7 @@ class SearchResult:
         """Lines of rank, score and path under each query; ``+`` marks the same identity."""
         lines = []
         for query in self.to_dict(threshold):
-            lines.append(f"{query['path']}")
+            lines.append(query["path"])
             for hit in query["hits"]:
                 mark = {True: "+", False: "-"}.get(hit.get("correct"), " ")
                 lines.append(f"{hit['rank']:>5} {hit['score']:8.4f} {mark} {hit['path']}")
@@ -93,6 +92,25 @@ def _described(table: FeatureTable, row: int) -> dict[str, Any]:
         elif not unknown(values[row : row + 1]).any():
             out[name] = values[row].item()
     return out
+
+
+def _as_text(table: FeatureTable) -> Any:
+    """Identities as text, numbers and words alike."""
+    return label_column(table.label("identity").tolist()).astype(str)
+
+
+def _products(
+    query: FeatureTable, gallery: FeatureTable, device: str = "cpu"
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """All dot products, block by block: rows of the queries, rows of the gallery, scores."""
+    query.check_finite()
+    gallery.check_finite()
+    queries = query.features.float().to(device)
+    for start, block in blocks(gallery.features, FLOATS):
+        columns = block.to(device).T
+        for q in range(0, len(query), QUERIES):
+            rows = slice(q, q + QUERIES)
+            yield rows, slice(start, start + len(block)), queries[rows] @ columns
 
 
 def search(query: Table, gallery: Table, k: int = 8, device: str = "cpu") -> SearchResult:
@@ -118,20 +136,14 @@ def search(query: Table, gallery: Table, k: int = 8, device: str = "cpu") -> Sea
             f"k is {k}, with {len(query)} queries and a gallery of {len(gallery)}: each must be "
             "at least 1"
         )
-    query.check_finite()
-    gallery.check_finite()
     k = min(k, len(gallery))
-    queries = query.features.float().to(device)
     scores = torch.full((len(query), k), -math.inf, device=device)
     indices = torch.full((len(query), k), -1, device=device)
-    for start, block in blocks(gallery.features, FLOATS):
-        columns = block.to(device).T
-        for q in range(0, len(query), QUERIES):
-            part = slice(q, q + QUERIES)
-            found, places = _best(queries[part] @ columns, min(k, len(block)))
-            both = torch.cat([indices[part], places + start], dim=1)
-            scores[part], chosen = _best(torch.cat([scores[part], found], dim=1), k)
-            indices[part] = both.gather(1, chosen)
+    for part, block, products in _products(query, gallery, device):
+        found, places = _best(products, min(k, products.shape[1]))
+        both = torch.cat([indices[part], places + block.start], dim=1)
+        scores[part], chosen = _best(torch.cat([scores[part], found], dim=1), k)
+        indices[part] = both.gather(1, chosen)
     return SearchResult(query, gallery, scores.cpu(), indices.cpu())
 
 
@@ -201,10 +213,7 @@ def calibrate(
         query, gallery = query.select(infrared), query.select(~infrared)
     gallery = _open(gallery)
     check_comparable(query, gallery)
-    # Numbers and words are compared as text, and as small integers from then on.
-    ids, gallery_ids = (
-        label_column(t.label("identity").tolist()).astype(str).tolist() for t in (query, gallery)
-    )
+    ids, gallery_ids = (_as_text(table).tolist() for table in (query, gallery))
     number = {identity: i for i, identity in enumerate(dict.fromkeys([*ids, *gallery_ids]))}
     images = Counter(gallery_ids)
     same = sum(images[identity] for identity in ids)
@@ -216,20 +225,13 @@ def calibrate(
             f"{same} of one: it must be between 0 and 1, and at least one pair of two; give more "
             "images, or another rate"
         )
-    query.check_finite()
-    gallery.check_finite()
-    rows = torch.tensor([number[identity] for identity in ids])
-    columns = torch.tensor([number[identity] for identity in gallery_ids])
+    rows, columns = (torch.tensor([number[x] for x in names]) for names in (ids, gallery_ids))
     highest, genuine = torch.empty(0), []
-    for start, block in blocks(gallery.features, FLOATS):
-        block_ids = columns[start : start + len(block)]
-        for q in range(0, len(ids), QUERIES):
-            part = slice(q, q + QUERIES)
-            scores = query.features[part].float() @ block.T
-            match = rows[part, None] == block_ids
-            genuine.append(scores[match])
-            highest = torch.cat([highest, scores[~match]])
-            highest = highest.topk(min(allowed + 1, len(highest))).values
+    for part, block, scores in _products(query, gallery):
+        match = rows[part, None] == columns[block]
+        genuine.append(scores[match])
+        highest = torch.cat([highest, scores[~match]])
+        highest = highest.topk(min(allowed + 1, len(highest))).values
     threshold = highest[-1].nextafter(torch.tensor(math.inf))  # above the first one too many
     return Calibration(
         float(threshold),

@@ -40,12 +40,12 @@ def images() -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def make(home) -> FeatureExtractor:
-    return FeatureExtractor("test_deen_resnet", engine="openvino", progress=False)
+    return FeatureExtractor("test_deen_resnet", flip=False, engine="openvino", progress=False)
 
 
 def test_rows_equal_torchs(images, make, monkeypatch):
     """Of mixed modalities, of one image, of a batch that is not full; converted once."""
-    plain = FeatureExtractor("test_deen_resnet", "cpu")
+    plain = FeatureExtractor("test_deen_resnet", "cpu", flip=False)
     modality = [KINDS[i % 3] for i in range(len(images))]
     wanted = plain(images, modality)
     torch.testing.assert_close(make(images, modality), wanted, rtol=0, atol=1e-5)
@@ -53,22 +53,21 @@ def test_rows_equal_torchs(images, make, monkeypatch):
     torch.testing.assert_close(one[0], wanted[4], rtol=0, atol=1e-5)
     assert make((), "visible").shape == (0, make.dim)
     monkeypatch.setattr(engines, "convert", None)  # the graphs are on the disk by now
-    again = FeatureExtractor("test_deen_resnet", engine="openvino")
+    again = FeatureExtractor("test_deen_resnet", flip=False, engine="openvino")
     assert torch.equal(again(images, modality), make(images, modality))
     assert make.provenance["engine"] == "openvino"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "change", [{"mfa_softmax": True}, {"pretrained_cfg_overlay": {"mean": (0.2, 0.2, 0.2)}}]
-)
-def test_the_same_weights_in_another_model_have_a_graph_of_their_own(images, make, change):
+def test_the_same_weights_in_another_model_have_a_graph_of_their_own(make):
     """The kept graph of other arguments or another normalisation was taken: other rows."""
-    make(images[:2], "visible")
-    model = deen_zoo.create_model("test_deen_resnet", pretrained=True, **change)
-    wanted = FeatureExtractor(model, "cpu")(images[:2], "visible")
-    rows = FeatureExtractor(model, engine="openvino")(images[:2], "visible")
-    torch.testing.assert_close(rows, wanted, rtol=0, atol=1e-5)
+    homes = [make.engine._home]
+    for change in ({"mfa_softmax": True}, {"pretrained_cfg_overlay": {"mean": (0.2, 0.2, 0.2)}}):
+        model = deen_zoo.create_model("test_deen_resnet", pretrained=True, **change)
+        homes.append(FeatureExtractor(model, flip=False, engine="openvino").engine._home)
+    homes.append(FeatureExtractor("test_deen_resnet", flip=True, engine="openvino").engine._home)
+    assert len(set(homes)) == 4
+    again = FeatureExtractor("test_deen_resnet", flip=False, engine="openvino")
+    assert again.engine._home == homes[0]
 
 
 def test_engines_that_convert_at_the_same_time_wait_for_one_another(tmp_path, monkeypatch):
@@ -122,6 +121,32 @@ def test_mistakes(images, make, tmp_path):
         make(torch.zeros(1, 3, 128, 64), "visible")
 
 
+def test_int8_graphs_of_another_network_or_normalisation_are_refused(tmp_path):
+    """They were taken with any mean, std and model arguments: other rows than the model's."""
+    plain = FeatureExtractor("test_deen_resnet", "cpu")
+    mean, std, size = plain.transform.mean, plain.transform.std, plain.transform.size
+    options = dict(model=plain.model, flip=True, descriptor="official", mean=mean, std=std)
+    options["size"] = size
+    facts = engines.graph_facts(options, plain.provenance["descriptor_sha256"])
+    facts["pixels"] = {kind: [[0, 0], [255, 128]] for kind in engines.KINDS}
+    folder = deen_zoo.save_pretrained(plain.model, tmp_path / "int8")
+    (folder / "openvino").mkdir()
+    (folder / "openvino" / "quantization.json").write_text(json.dumps(facts))
+    FeatureExtractor(folder, engine="openvino", precision="int8")
+    file = folder / "config.json"
+    saved = file.read_text()
+    for part, key, value in (
+        ("pretrained_cfg", "mean", [0.2, 0.2, 0.2]),
+        ("pretrained_cfg", "std", [0.2, 0.2, 0.2]),
+        ("model_args", "mfa_softmax", True),
+    ):
+        config = json.loads(saved)
+        config[part][key] = value
+        file.write_text(json.dumps(config))
+        with pytest.raises(UserError, match=key if part == "pretrained_cfg" else part):
+            FeatureExtractor(folder, engine="openvino", precision="int8")
+
+
 @pytest.mark.slow
 def test_int8_from_quantize_to_extract(llcm_tree, tmp_path, capsys):
     pytest.importorskip("nncf")
@@ -156,7 +181,7 @@ def test_nothing_is_written_below_the_bound(llcm_tree, tmp_path):
     dataset = open_dataset("llcm", llcm_tree)
     samples = dataset.test("visible") + dataset.test("infrared")
     with pytest.raises(UserError, match="int8 keeps the first hit"):
-        quantize("test_deen_resnet", samples, tmp_path / "out", same_first_hit=1.01)
+        quantize("test_deen_resnet", samples, tmp_path / "out", 8, same_first_hit=1.01)
     with pytest.raises(UserError, match="at least 4"):
         quantize("test_deen_resnet", samples[:1], tmp_path / "out")
     assert not list(Path(tmp_path).iterdir())

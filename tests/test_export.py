@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from timm.utils import reparameterize_model
 
 import deen_zoo
 from deen_zoo import export
@@ -43,12 +42,9 @@ def run_onnx(path, **inputs):
     return torch.from_numpy(outputs[0]), session
 
 
-@pytest.mark.parametrize("variant", export.VARIANTS)
-def test_onnx_with_modality_input(model, variant, tmp_path):
+def test_onnx_with_modality_input(model, tmp_path):
     path = tmp_path / "deen.onnx"
-    report = export_model(
-        model, path, modality="input", variant=variant, flip=False, normalize=False
-    )
+    report = export_model(model, path, modality="input", flip=False, normalize=False)
     assert max(report.differences.values()) < 1e-5
     assert set(report.differences) == {
         "1 visible", "1 infrared", "7 visible", "7 infrared", "7 mixed"}  # fmt: skip
@@ -93,10 +89,9 @@ def test_onnx_logits_of_another_size(model, tmp_path):
         torch.testing.assert_close(got, model(x, "visible"), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", export.VARIANTS)
-def test_program(model, variant, tmp_path):
+def test_program(model, tmp_path):
     path = tmp_path / "deen.pt2"
-    export_model(model, path, modality="input", variant=variant, flip=False, normalize=False)
+    export_model(model, path, modality="input", flip=False, normalize=False)
     module = torch.export.load(path).module()
     for count in (1, 7):
         x, infrared = batch(model, count)
@@ -187,16 +182,11 @@ def test_mistakes(model, tmp_path, monkeypatch):
         (".onnx, .xml, .pt, .pt2", "deen.txt", {}),
         ("embedding, logits", "deen.onnx", {"output": "features"}),
         ("visible, infrared, input", "deen.onnx", {"modality": "thermal"}),
-        ("deploy, plain", "deen.onnx", {"variant": "fused"}),
         ("official", "deen.onnx", {"descriptor": "best"}),
         ("even number", "deen.onnx", {"size": (36, 36)}),
     ):
         with pytest.raises(UserError, match=name):
             export_model(model, tmp_path / path, **{"modality": "visible", **kwargs})
-    with pytest.raises(UserError, match="already"):
-        export_model(
-            reparameterize_model(model), tmp_path / "deen.onnx", modality="input", variant="plain"
-        )
     headless = deen_zoo.create_model("test_deen_resnet", num_classes=0)
     with pytest.raises(UserError, match="no classifier"):
         export_model(headless, tmp_path / "deen.onnx", modality="input", output="logits")

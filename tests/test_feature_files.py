@@ -310,7 +310,7 @@ def test_hostile_files_are_one_line(name, tmp_path):
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_damaged_npz_is_read_or_one_line(tmp_path_factory, data):
     """C8: bytes changed, cut or repeated anywhere in the zip."""
@@ -334,7 +334,7 @@ numbers = hypothesis.extra.numpy.arrays(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from([*LABELS, "features", "paths", "provenance", "unreadable"]), numbers

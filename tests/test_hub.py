@@ -251,7 +251,7 @@ def test_a_cut_download_resumes_or_leaves_nothing(hub, online, folder, sums, hom
     size = (folder / "model.safetensors").stat().st_size
     # Older Hub clients give up at a cut connection, and go on when they are asked again.
     resumes = "RemoteProtocolError" in inspect.getsource(file_download)
-    for tenth in range(10):
+    for tenth in (0, 1, 5, 9):
         repo, cut = f"cut/at{tenth}", size * tenth // 10
         hub.add(repo, folder)
         hub.faults[f"{repo}/resolve/"] = Fault()

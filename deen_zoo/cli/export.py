@@ -11,7 +11,7 @@ EXAMPLES = """\
   deen-zoo export runs/llcm/checkpoint night.onnx --modality infrared
   deen-zoo export runs/llcm/checkpoint day.xml --modality visible
   deen-zoo export test_deen_resnet tiny.pt --modality infrared --no-flip --raw
-  deen-zoo export hf-hub:ORG/NAME deen.pt2 --modality input --output logits --variant plain --json
+  deen-zoo export hf-hub:ORG/NAME deen.pt2 --modality input --output logits --json
 
 The file takes "images" (N, 3, H, W), normalised, of any N, and gives the rows that "deen-zoo
 extract" gives; its metadata say how images are prepared. Embeddings are compared by dot product."""
@@ -37,12 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="scale embeddings to length 1, as extract does (default)",
     )
     add("--raw", dest="normalize", action="store_false", help="the same as --no-normalize")
-    add(
-        "--variant",
-        choices=("deploy", "plain"),
-        default="deploy",
-        help="deploy: the same numbers from fewer operations (default)",
-    )
     add("--size", nargs=2, type=int, metavar=("H", "W"), help="of the images, if not the model's")
     add("--json", action="store_true", help="print the report as JSON")
 
@@ -56,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"exporting {args.model} to {args.path} ...", file=sys.stderr, flush=True)
     report = export_model(
         model, args.path, modality=args.modality, output=args.output, descriptor=args.descriptor,
-        flip=False if args.no_flip else None, normalize=args.normalize, variant=args.variant,
+        flip=False if args.no_flip else None, normalize=args.normalize,
         size=tuple(args.size) if args.size else None,
     )  # fmt: skip
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)

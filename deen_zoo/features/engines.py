@@ -135,6 +135,8 @@ class OpenVINOEngine:
     def __init__(
         self, options: dict[str, Any], precision: str, key: str, folder: Path | None
     ) -> None:
+        from .. import __version__
+
         ov = require("openvino", extra="openvino")
         self.precision = "float32" if precision == "auto" else precision
         if self.precision not in HINTS:
@@ -144,18 +146,18 @@ class OpenVINOEngine:
             "CPU", "OPTIMIZATION_CAPABILITIES"
         ):
             print("this CPU has no bfloat16: OpenVINO computes in float32", file=sys.stderr)
-        height, width = options["size"]
-        name = f"{key[:16]}-{options['descriptor']}-{'flip' if options['flip'] else 'plain'}"
-        name += f"-{height}x{width}-{_rest(options)}"
+        facts = graph_facts(options, key)
+        digest = hashlib.sha256(json.dumps([facts, __version__], sort_keys=True).encode())
+        name = f"{key[:16]}-{digest.hexdigest()[:16]}"
         self._home = weights_home().parent / "openvino" / name
         self._ranges: dict[str, Tensor] = {}
         if self.precision == "int8":
-            self._home = self._quantized(folder, key)
+            self._home = self._quantized(folder, facts)
         self._compiled: dict[tuple[str, int], Any] = {}
         self._lock, self._requests = threading.Lock(), threading.local()
         self._warned = False
 
-    def _quantized(self, folder: Path | None, key: str) -> Path:
+    def _quantized(self, folder: Path | None, wanted: dict[str, Any]) -> Path:
         graphs = (folder or Path()) / "openvino"
         try:
             facts = json.loads((graphs / "quantization.json").read_bytes())
@@ -164,7 +166,6 @@ class OpenVINOEngine:
                 "precision int8 needs calibrated weights: make a folder of them with "
                 "'deen-zoo quantize MODEL IMAGES FOLDER', and give that folder as the model"
             ) from None
-        wanted = {"descriptor_sha256": key, **_plain(self._options)}
         for name, value in wanted.items():
             if facts.get(name) != value:
                 raise UserError(
@@ -253,22 +254,16 @@ class OpenVINOEngine:
             )
 
 
-def _rest(options: dict[str, Any]) -> str:
-    """A digest of what else is in a graph: the normalisation, and the model apart from its weights
-    (its class and arguments, as of this version)."""
-    from .. import __version__
+def graph_facts(options: dict[str, Any], key: str) -> dict[str, Any]:
+    """All that a graph depends on besides the modality, as JSON has it.
 
+    Args:
+        options: The arguments of :func:`convert` but for the modality.
+        key: A digest of the weights.
+    """
     model = options["model"]
-    arguments = getattr(model, "model_args", {})
-    parts = [type(model).__qualname__, arguments, options["mean"], options["std"], __version__]
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that a quantized folder is made for, as JSON has them."""
-    return {
-        "descriptor": options["descriptor"],
-        "flip": options["flip"],
-        "size": list(options["size"]),
-    }
+    facts = {name: value for name, value in options.items() if name != "model"}
+    facts |= {"descriptor_sha256": key, "network": type(model).__qualname__}
+    facts["model_args"] = getattr(model, "model_args", {})
+    plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))
+    return plain

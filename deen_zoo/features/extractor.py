@@ -11,10 +11,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from timm.data.config import resolve_model_data_config
@@ -32,6 +31,7 @@ from ..distributed import Distributed
 from ..errors import UserError, check_least
 from ..io import exclusive
 from ..models import create_model
+from ..models.pretrained import weights_bytes
 from .engines import ENGINES, OpenVINOEngine, TorchEngine
 from .files import (
     FeatureTable,
@@ -42,7 +42,7 @@ from .files import (
     write_feature_table,
 )
 from .project import read_head
-from .sources import Source, infrared_of, resolve_sources
+from .sources import Decoded, Source, infrared_of, resolve_sources
 
 __all__ = ["FeatureExtractor", "data_config", "extract", "weights_sha256"]
 
@@ -66,46 +66,26 @@ def data_config(model: Any) -> dict[str, Any]:
 def weights_sha256(model: Any, classifier: bool = True) -> str:
     """SHA-256 of the ``model.safetensors`` that :func:`deen_zoo.save_pretrained` would write, or
     of its tensors without the classifier, which makes no descriptor."""
-    tensors = {
-        name: t.detach().cpu().contiguous()
-        for name, t in model.state_dict().items()
-        if classifier or not name.startswith("classifier.")
-    }
-    return hashlib.sha256(safetensors.torch.save(tensors, {"format": "pt"})).hexdigest()
-
-
-class _Batch(NamedTuple):
-    indices: list[int]  # of the readable images, in the source
-    rows: Tensor  # (n, D) descriptors
-    infrared: list[bool]
-    unreadable: dict[int, str]  # index to reason
+    return hashlib.sha256(weights_bytes(model, classifier)).hexdigest()
 
 
 def _describe(
     source: Source,
     batches: Sequence[Sequence[int]],
     engine: Callable[[Tensor, Tensor], Tensor],
-    size: tuple[int, int],
     threads: int | None,
-    cache: DecodedCache | None = None,
-    intensity: Intensity = "full",
-) -> Iterator[_Batch]:
-    """Descriptors of each batch; threads decode the next ones meanwhile."""
-    decode = partial(source.decode, size=size, cache=cache, intensity=intensity)
-    for items in map_batches(decode, batches, threads):
+    **decoding: Any,
+) -> Iterator[tuple[list[Decoded], Tensor, list[Decoded]]]:
+    """The readable images of each batch, their descriptors (n, D), and the unreadable images;
+    threads decode the next batches meanwhile."""
+    for items in map_batches(partial(source.decode, **decoding), batches, threads):
         good = [item for item in items if item.pixels is not None]
         rows = torch.empty(0)
         if good:
-            pixels = torch.from_numpy(
-                np.stack([item.pixels for item in good if item.pixels is not None])
-            )
-            rows = engine(pixels, torch.tensor([item.infrared for item in good]))
-        yield _Batch(
-            [item.place for item in good],
-            rows,
-            [item.infrared for item in good],
-            {item.place: item.reason for item in items if item.pixels is None},
-        )
+            pixels: Any = [item.pixels for item in good]
+            infrared = torch.tensor([item.infrared for item in good])
+            rows = engine(torch.from_numpy(np.stack(pixels)), infrared)
+        yield good, rows, [item for item in items if item.pixels is None]
 
 
 def _split(rows: range, size: int) -> list[range]:
@@ -138,13 +118,10 @@ def extract(
         model: On the device of ``world``; left in the mode, training or not, that it was in.
         samples: N images; both modalities may be mixed.
         world: From :func:`deen_zoo.distributed.join`.
-        precision: As for :func:`deen_zoo.device.autocast`.
-        flip: Add the descriptor of the mirrored image; None as the model's results were published.
-        batch_size: Images at a time.
-        threads: Threads that decode; None is the number of available cores.
         cache: Decoded images.
-        progress: Show a bar where stderr is a terminal.
-        intensity: How images of 16 bits become 8-bit, see :func:`deen_zoo.data.images.open_image`.
+
+    ``precision``, ``flip``, ``batch_size``, ``threads``, ``progress`` and ``intensity`` are as for
+    :class:`FeatureExtractor`.
 
     Returns:
         (N, D) float32 on the CPU, not normalised as a whole; row i is ``samples[i]``.
@@ -159,20 +136,18 @@ def extract(
         transform.mean, transform.std,
     )  # fmt: skip
     mine = world.shard(len(samples))
-    out, done = torch.empty(len(mine), model.embed_dim), 0
-    training = model.training
+    decoding = dict(size=transform.size, cache=cache, intensity=intensity)
+    out, done, training = torch.empty(len(mine), model.embed_dim), 0, model.training
     model.eval()
     try:
         with _progress_bar(len(mine), progress and world.main) as bar:
             batches = _split(mine, batch_size)
-            for batch in _describe(
-                source, batches, engine, transform.size, threads, cache, intensity
-            ):
-                if batch.unreadable:
-                    raise UserError(next(iter(batch.unreadable.values())))
-                out[done : done + len(batch.indices)] = batch.rows
-                done += len(batch.indices)
-                bar.update(len(batch.indices))
+            for good, rows, bad in _describe(source, batches, engine, threads, **decoding):
+                for item in bad:
+                    raise UserError(item.reason)
+                out[done : done + len(good)] = rows
+                done += len(good)
+                bar.update(len(good))
     finally:
         model.train(training)
     return world.gather_rows(out, len(samples))
@@ -256,9 +231,9 @@ class FeatureExtractor:
         if engine != "openvino":
             resolve_precision(self.device, precision)
         folder = Path(model) if isinstance(model, (str, os.PathLike)) else None
-        if not isinstance(model, torch.nn.Module):
+        if folder:
             name = os.fspath(model)
-            model = create_model(f"local-dir:{name}" if os.path.isdir(name) else name, pretrained)
+            model = create_model(f"local-dir:{name}" if folder.is_dir() else name, pretrained)
         for option, value, valid in (
             ("engine", engine, ENGINES),
             ("descriptor", descriptor, model.descriptors),
@@ -290,13 +265,8 @@ class FeatureExtractor:
         }
         if getattr(model, "trained_on", None):
             self.provenance["trained_on"] = json.dumps(model.trained_on, sort_keys=True)
-        options = {
-            "model": self.model,
-            "flip": self.flip,
-            "descriptor": descriptor,
-            "mean": self.transform.mean,
-            "std": self.transform.std,
-        }
+        mean, std = self.transform.mean, self.transform.std
+        options = dict(model=self.model, flip=self.flip, descriptor=descriptor, mean=mean, std=std)
         self.engine: TorchEngine | OpenVINOEngine
         if engine == "openvino":
             options["size"] = self.transform.size
@@ -351,7 +321,7 @@ class FeatureExtractor:
 
         Args:
             source: As above, files only.
-            file: ``.safetensors``, ``.parquet``, or ``.npz``, which is made in memory.
+            file: ``.safetensors``, ``.parquet`` or ``.npz``.
             modality: As above.
             world: Processes that share the work, from :func:`deen_zoo.distributed.join`.
             shard: Images in a part.
@@ -365,22 +335,23 @@ class FeatureExtractor:
         world, file = world or Distributed(self.device), check_output(file)
         check_least("shard", shard, 1)
         found = resolve_sources(source, modality)
+        names = []
         for index, item in enumerate(found.items):
             if not isinstance(item, str):
                 raise UserError(f"image {index} is in memory; a feature file is of image files")
-        names = [os.path.abspath(str(item)) for item in found.items]
-        check_paths(names, "the source")
+            names.append(os.path.abspath(item))
         if not names:
             raise UserError(f"{file}: the source has no image")
+        check_paths(names, "the source")
         found = Source(names, found.infrared, found.labels)
         parts = _Parts(file, shard, found, self.provenance)
         lock = exclusive(parts.folder / "lock", f"{file}, to extract to it") if world.main else None
         with lock or contextlib.nullcontext():
             world.barrier()  # the others wait for the lock
             missing = parts.missing()
-            if world.main and len(missing) < len(parts):
-                kept = f"{len(parts) - len(missing)} of {len(parts)} parts"
-                print(f"continuing: {kept} are there already", file=sys.stderr)
+            kept = len(parts) - len(missing)
+            if world.main and kept:
+                print(f"continuing: {kept} of {len(parts)} parts are there", file=sys.stderr)
             world.barrier()  # nobody writes before all have looked
             mine = missing[world.rank :: world.size]
             tables = self._tables(found, [parts.rows[k] for k in mine], world.main)
@@ -407,17 +378,15 @@ class FeatureExtractor:
             UserError: An image cannot be read, by name.
         """
         found = resolve_sources(source, modality)
-        items = [
-            found.decode(i, self.transform.size, None, self.intensity) for i in range(len(found))
-        ]
-        for item in items:
+        decode = partial(found.decode, size=self.transform.size, intensity=self.intensity)
+        images, kinds = [torch.empty(0, 3, *self.transform.size)], []
+        for item in map(decode, range(len(found))):
             if item.pixels is None:
                 raise UserError(item.reason)
-        kinds = [item.infrared for item in items]
-        found.say_auto([found.name(item.place) for item in items], kinds)
-        images = [self.transform(item.pixels) for item in items if item.pixels is not None]
-        empty = torch.empty(0, 3, *self.transform.size)
-        return torch.stack(images) if images else empty, torch.tensor(kinds, dtype=torch.bool)
+            images.append(self.transform(item.pixels)[None])
+            kinds.append(item.infrared)
+        found.say_auto([found.name(i) for i in range(len(found))], kinds)
+        return torch.cat(images), torch.tensor(kinds, dtype=torch.bool)
 
     def _preprocessed(self, source: Tensor | DataLoader[Any], modality: Any) -> Tensor:
         out = [torch.empty(0, self.dim, dtype=self.dtype)]
@@ -441,28 +410,27 @@ class FeatureExtractor:
     def _checked(self, batch: Any, start: int) -> Tensor:
         """The images of a preprocessed batch, float32; ``start`` is the number of its first."""
         images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        what, channels = type(images).__name__, int(self.model.in_chans)
-        if not isinstance(images, Tensor):
-            raise UserError(f"a batch of {what}; give preprocessed float tensors, or images")
-        if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != channels:
+        channels = int(self.model.in_chans)
+        floats = isinstance(images, Tensor) and images.is_floating_point()
+        if not floats or images.ndim != 4 or images.shape[1] != channels:
+            what = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else ""
             raise UserError(
-                f"a batch of {tuple(images.shape)} {images.dtype}; give preprocessed float tensors "
+                f"a batch of {what or type(images).__name__}; give preprocessed float tensors "
                 f"(N, {channels}, H, W), or images"
             )
-        images = images.float()
+        checked: Tensor = images.float()
         # Pixels are in [0, 1] before the normalisation; far outside are those of [0, 255].
-        bound = 4 * max(
-            max(m, 1 - m) / s for m, s in zip(self.transform.mean, self.transform.std, strict=True)
-        )
-        wrong = ~(images.abs().amax((1, 2, 3)) <= bound) if len(images) else images.new_zeros(0)
-        if wrong.any():
-            image = int(wrong.nonzero()[0])
-            raise UserError(
-                f"image {start + image} of the batch has values up to "
-                f"{float(images[image].abs().max()):.4g}; normalised images are within "
-                f"{bound / 4:.2f}: use preprocess(), or give uint8 arrays as a list"
-            )
-        return images
+        mean, std = self.transform.mean, self.transform.std
+        bound = max(max(m, 1 - m) / s for m, s in zip(mean, std, strict=True))
+        largest = checked.abs().amax((1, 2, 3)).tolist() if len(checked) else []
+        for i, value in enumerate(largest):
+            if not value <= 4 * bound:  # NaN too
+                raise UserError(
+                    f"image {start + i} of the batch has values up to {value:.4g}; normalised "
+                    f"images are within {bound:.2f}: use preprocess(), or give uint8 arrays as a "
+                    "list"
+                )
+        return checked
 
     def _table(self, source: Source, strict: bool) -> FeatureTable:
         (table,) = self._tables(source, [range(len(source))], True, strict)
@@ -474,36 +442,35 @@ class FeatureExtractor:
     ) -> Iterator[FeatureTable]:
         """The rows of each shard, in order."""
         batches = [batch for shard in shards for batch in _split(shard, self.batch_size)]
-        results = _describe(
-            source, batches, self.engine, self.transform.size, self.threads, None, self.intensity
-        )
+        decoding = dict(size=self.transform.size, intensity=self.intensity)
+        results = _describe(source, batches, self.engine, self.threads, **decoding)
         with _progress_bar(sum(map(len, shards)), self.progress and shown) as bar:
             for shard in shards:
                 rows = torch.empty(len(shard), self.dim, dtype=self.dtype)
-                kept: list[int] = []
-                infrared: list[bool] = []
+                kept: list[Decoded] = []
                 unreadable: dict[str, str] = {}
-                for _, batch in zip(_split(shard, self.batch_size), results, strict=False):
-                    if batch.unreadable and strict:
-                        reason = next(iter(batch.unreadable.values()))
-                        raise UserError(f"{reason} (.table() lists all such)")
-                    if batch.indices:
-                        end = len(kept) + len(batch.indices)
-                        names = [source.name(i) for i in batch.indices]
-                        rows[len(kept) : end] = self._finish(batch.rows, names)
-                    kept += batch.indices
-                    infrared += batch.infrared
-                    unreadable |= {source.name(i): why for i, why in batch.unreadable.items()}
-                    bar.update(len(batch.indices) + len(batch.unreadable))
-                labels = {
-                    name: label_column([source.labels[i][column] for i in kept])
-                    for column, name in enumerate(("identity", "camera"))
-                }
+                for _, (good, found, bad) in zip(
+                    _split(shard, self.batch_size), results, strict=False
+                ):
+                    for item in bad:
+                        if strict:
+                            raise UserError(f"{item.reason} (.table() lists all such)")
+                        unreadable[source.name(item.place)] = item.reason
+                    if good:
+                        names = [source.name(item.place) for item in good]
+                        rows[len(kept) : len(kept) + len(good)] = self._finish(found, names)
+                    kept += [item._replace(pixels=None) for item in good]
+                    bar.update(len(good) + len(bad))
+                labels = [source.labels[item.place] for item in kept]
                 yield FeatureTable(
                     source.name(0) if len(source) == 1 else f"{len(source)} images",
                     rows[: len(kept)],
-                    [source.name(i) for i in kept],
-                    {**labels, "infrared": np.array(infrared, bool)},
+                    [source.name(item.place) for item in kept],
+                    {
+                        "identity": label_column([identity for identity, _ in labels]),
+                        "camera": label_column([camera for _, camera in labels]),
+                        "infrared": np.array([item.infrared for item in kept], bool),
+                    },
                     self.provenance,
                     unreadable,
                 )
@@ -540,12 +507,10 @@ class _Parts(Sequence[FeatureTable]):
     def _digest(source: Source, rows: range, provenance: dict[str, str]) -> str:
         digest = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode())
         for i in rows:
-            item = str(source.items[i])
-            try:
+            item, state = str(source.items[i]), "missing"
+            with contextlib.suppress(OSError):
                 status = os.stat(item)
                 state = f"{status.st_size} {status.st_mtime_ns}"
-            except OSError:
-                state = "missing"
             row = (item, source.infrared[i], source.labels[i], state)
             digest.update(f"{row}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()[:16]

@@ -24,7 +24,7 @@ list of D floats), ``identity``, ``camera`` and ``modality``, null where unknown
 itself is at hand, the labels can be read from there: :meth:`FeatureTable.of_dataset`.
 
 A safetensors file is mapped, not read: rows take memory when they are used, so files larger than
-the memory can be searched. Every tensor in it starts at a multiple of its element size.
+the memory can be searched.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data.protocols import Sample, as_label
@@ -56,8 +58,7 @@ SUFFIXES = (".safetensors", ".parquet", ".npz")
 _LABELS = ("identity", "camera", "infrared")
 # What two files must share for their rows to be comparable.
 _COMPARED = ("weights_sha256", "preprocessing", "descriptor", "flip", "normalize", "project")
-_FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
-_DTYPES = {**_FLOATS, torch.int64: "I64", torch.bool: "BOOL", torch.uint8: "U8"}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def label_column(values: Sequence[Any]) -> Column:
@@ -144,8 +145,7 @@ class FeatureTable:
         Raises:
             UserError: The file has not all three labels of every row.
         """
-        absent = [name for name in _LABELS if name not in self.labels]
-        if absent:
+        if absent := [name for name in _LABELS if name not in self.labels]:
             raise UserError(
                 f"{self.source}: no {', '.join(absent)} in it; store them, or give the dataset's "
                 "root (--data-root), which has them"
@@ -205,25 +205,25 @@ class FeatureTable:
         """
         pa = require("pyarrow", extra="parquet")
         features = self.features.float() if self.features.dtype == torch.bfloat16 else self.features
-        numbers = pa.array(features.contiguous().numpy().reshape(-1))
-        columns = {}
+        columns: dict[str, Any] = {"path": self.paths}
+        for name, values in self.labels.items():
+            if name == "infrared":
+                columns["modality"] = np.where(values, "infrared", "visible").tolist()
+            else:
+                kind = pa.string() if values.dtype.kind == "U" else pa.int64()
+                columns[name] = pa.array(values.tolist(), kind, mask=unknown(values))
+        columns["features"] = pa.FixedSizeListArray.from_arrays(
+            features.contiguous().numpy().reshape(-1), features.shape[1]
+        )
+        texts = {"provenance": _texts(self.provenance), "unreadable": self.unreadable}
+        metadata = {key: json.dumps(text) for key, text in texts.items()}
         try:
-            columns["path"] = pa.array(self.paths, pa.string())
+            return pa.table(columns, metadata=metadata)
         except UnicodeEncodeError as error:
             raise UserError(
                 f"a path is not valid UTF-8, which Parquet requires ({error}): write a "
                 ".safetensors file"
             ) from None
-        for name, values in self.labels.items():
-            if name == "infrared":
-                kinds = np.where(values, "infrared", "visible")
-                columns["modality"] = pa.array(kinds.tolist(), pa.string())
-            else:
-                kind = pa.string() if values.dtype.kind == "U" else pa.int64()
-                columns[name] = pa.array(values.tolist(), kind, mask=unknown(values))
-        columns["features"] = pa.FixedSizeListArray.from_arrays(numbers, self.features.shape[1])
-        texts = {"provenance": _texts(self.provenance), "unreadable": self.unreadable}
-        return pa.table(columns, metadata={key: json.dumps(text) for key, text in texts.items()})
 
     @classmethod
     def from_arrow(cls, table: Any, source: str = "the table") -> FeatureTable:
@@ -279,14 +279,12 @@ def check_comparable(a: FeatureTable, b: FeatureTable) -> None:
                 f"{silent.source} does not say what made its features, {other.source} is of "
                 f"{other.provenance.get('model')}; extract both with one model"
             )
+    # The same weights with another classifier, or none, make the same rows.
+    parts = {t.provenance.get("descriptor_sha256") for t in (a, b)}
+    same_weights = len(parts) == 1 and None not in parts
     for key in _COMPARED:
         ours, theirs = a.provenance.get(key, ""), b.provenance.get(key, "")
-        if key == "weights_sha256" and ours != theirs:
-            # The same weights with another classifier, or none, make the same rows.
-            parts = [t.provenance.get("descriptor_sha256") for t in (a, b)]
-            if parts[0] is not None and parts[0] == parts[1]:
-                continue
-        if ours != theirs:
+        if ours != theirs and not (key == "weights_sha256" and same_weights):
             what = "weights" if key == "weights_sha256" else key
             raise UserError(
                 f"{a.source} and {b.source} are not comparable: {what} {ours[:60]!r} and "
@@ -307,18 +305,10 @@ def read_feature_table(*files: str | os.PathLike[str]) -> FeatureTable:
     tables = [_read(Path(file)) for file in files]
     for table in tables[1:]:
         check_comparable(tables[0], table)
-    paths = [path for table in tables for path in table.paths]
-    check_paths(paths, tables[0].source)
-    if len(tables) == 1:
-        return tables[0]
-    return FeatureTable(
-        ", ".join(table.source for table in tables),
-        torch.cat([table.features for table in tables]),
-        paths,
-        _join_labels([(table.labels, len(table)) for table in tables]),
-        tables[0].provenance,
-        {path: reason for table in tables for path, reason in table.unreadable.items()},
-    )
+    if len(tables) > 1:
+        return _join(tables, ", ".join(table.source for table in tables))
+    check_paths(tables[0].paths, tables[0].source)
+    return tables[0]
 
 
 def check_paths(paths: Sequence[str], source: str) -> None:
@@ -338,33 +328,11 @@ def check_output(file: str | os.PathLike[str]) -> Path:
     return check_target(file)
 
 
-def _join_labels(parts: Sequence[tuple[dict[str, Column], int]]) -> dict[str, Column]:
-    """Labels of all parts, (labels, rows); identities and cameras are unknown where absent."""
-    out = {}
-    for name in _LABELS:
-        known = [name in labels for labels, _ in parts]
-        if all(known) or (any(known) and name != "infrared"):
-            columns = [labels[name] if name in labels else np.full(n, -1) for labels, n in parts]
-            if any(column.dtype.kind == "U" for column in columns):
-                columns = [label_column([*column.tolist(), ""])[:-1] for column in columns]
-            out[name] = np.concatenate(columns)
-    return out
+def _join(tables: Sequence[FeatureTable], source: str, scratch: Path | None = None) -> FeatureTable:
+    """All rows as one table, in memory or in a mapped scratch file.
 
-
-def write_feature_table(
-    file: str | os.PathLike[str], tables: Sequence[FeatureTable], allow_empty: bool = False
-) -> None:
-    """Write tables, which share their provenance, as one feature file, row after row.
-
-    The file appears whole or not at all. ``.safetensors`` and ``.parquet`` are written table by
-    table: a sequence that reads them one at a time (it is iterated twice) is joined in the memory
-    of one.
-
-    Raises:
-        UserError: The file cannot be written there, an image comes twice, or there is no row,
-            unless that is allowed.
+    Identities and cameras are unknown where a table has none.
     """
-    file = check_output(file)
     paths: list[str] = []
     unreadable: dict[str, str] = {}
     labels: list[tuple[dict[str, Column], int]] = []
@@ -372,41 +340,91 @@ def write_feature_table(
         paths += table.paths
         unreadable |= table.unreadable
         labels.append((table.labels, len(table)))
-        width, dtype, provenance = table.features.shape[1], table.features.dtype, table.provenance
-    check_paths(paths, str(file))
-    if not (paths or allow_empty):
-        reason = next(iter(unreadable.values()), "there is none")
+    check_paths(paths, source)
+    first, out = tables[0], {}
+    for name in _LABELS:
+        known = [name in own for own, _ in labels]
+        if all(known) or (any(known) and name != "infrared"):
+            columns = [own[name] if name in own else np.full(n, -1) for own, n in labels]
+            if any(column.dtype.kind == "U" for column in columns):
+                columns = [label_column([*column.tolist(), ""])[:-1] for column in columns]
+            out[name] = np.concatenate(columns)
+    shape = len(paths), first.features.shape[1]
+    rows, start = first.features.new_empty(0), 0
+    if scratch and paths:
+        size, dtype = shape[0] * shape[1], first.features.dtype
+        rows = torch.from_file(str(scratch), shared=True, size=size, dtype=dtype).view(shape)
+        for table in tables:
+            rows[start : start + len(table)] = table.features
+            start += len(table)
+    else:
+        rows = torch.cat([table.features for table in tables])
+    return FeatureTable(source, rows, paths, out, first.provenance, unreadable)
+
+
+def write_feature_table(
+    file: str | os.PathLike[str], tables: Sequence[FeatureTable], allow_empty: bool = False
+) -> None:
+    """Write tables, which share their provenance, as one feature file, row after row.
+
+    The file appears whole or not at all. Several tables are joined in a scratch file next to it: a
+    sequence that reads them one at a time (it is iterated three times) takes the memory of one.
+
+    Raises:
+        UserError: The file cannot be written there, an image comes twice, or there is no row,
+            unless that is allowed.
+    """
+    file = check_output(file)
+    partial, scratch = (file.with_name(f"{file.name}.{end}") for end in ("partial", "rows"))
+    if not (allow_empty or any(len(table) for table in tables)):
+        reasons = [reason for table in tables for reason in table.unreadable.values()]
+        reason = reasons[0] if reasons else "there is none"
         raise UserError(f"{file}: none of the images can be read: {reason}")
-    columns = {
-        name: values
-        for name, values in _join_labels(labels).items()
-        if name == "infrared" or not unknown(values).all()
-    }
-    partial = file.with_name(f"{file.name}.partial")
     try:
-        if file.suffix == ".safetensors":
-            tensors = {"paths": _encode(paths)}
-            for name, values in columns.items():
-                words = values.dtype.kind == "U"
-                key, value = (f"{name}_words", _encode(values.tolist())) if words else (name, None)
-                tensors[key] = torch.from_numpy(values) if value is None else value
-            tensors |= {"unreadable": _encode(unreadable)} if unreadable else {}
-            rows = (dtype, [len(paths), width])
-            _write_safetensors(partial, tables, rows, tensors, _texts(provenance))
-        elif file.suffix == ".parquet":
-            _write_parquet(partial, tables, columns, unreadable)
-        else:
-            features = torch.cat([table.features for table in tables])
-            texts = {"unreadable": unreadable, "provenance": _texts(provenance)}
-            arrays: dict[str, Any] = {
-                name: np.array(json.dumps(text)) for name, text in texts.items() if text
-            }
-            arrays |= {"features": features.numpy(), "paths": np.array(paths), **columns}
-            with open(partial, "wb") as out:
-                np.savez(out, **arrays)
+        table = _join(tables, str(file), scratch if len(tables) > 1 else None)
+        labels = {
+            name: values
+            for name, values in table.labels.items()
+            if name == "infrared" or not unknown(values).all()
+        }
+        WRITERS[file.suffix](partial, replace(table, labels=labels))
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
+
+
+def _write_safetensors(file: Path, table: FeatureTable) -> None:
+    tensors = {"features": table.features.contiguous(), "paths": _encode(table.paths)}
+    for name, values in table.labels.items():
+        if values.dtype.kind == "U":
+            tensors[f"{name}_words"] = _encode(values.tolist())
+        else:
+            tensors[name] = torch.from_numpy(values)
+    if table.unreadable:
+        tensors["unreadable"] = _encode(table.unreadable)
+    save_file(tensors, file, _texts(table.provenance) or None)
+
+
+def _write_parquet(file: Path, table: FeatureTable) -> None:
+    require("pyarrow.parquet", extra="parquet").write_table(
+        table.to_arrow(), file, row_group_size=1024
+    )
+
+
+def _write_npz(file: Path, table: FeatureTable) -> None:
+    texts = {"unreadable": table.unreadable, "provenance": _texts(table.provenance)}
+    arrays: dict[str, Any] = {k: np.array(json.dumps(text)) for k, text in texts.items() if text}
+    arrays |= {"features": table.features.numpy(), "paths": np.array(table.paths), **table.labels}
+    with open(file, "wb") as out:
+        np.savez(out, **arrays)
+
+
+WRITERS = {
+    ".safetensors": _write_safetensors,
+    ".parquet": _write_parquet,
+    ".npz": _write_npz,
+}
 
 
 def _texts(provenance: dict[str, Any]) -> dict[str, str]:
@@ -415,53 +433,6 @@ def _texts(provenance: dict[str, Any]) -> dict[str, str]:
 
 def _encode(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-
-
-def _write_safetensors(
-    file: Path,
-    tables: Sequence[FeatureTable],
-    features: tuple[torch.dtype, list[int]],
-    tensors: dict[str, Tensor],
-    metadata: dict[str, str],
-) -> None:
-    """The library would need all features in memory. Large elements come first, as its own writer
-    orders them, so that each tensor is aligned."""
-    layout = {"features": features, **{k: (t.dtype, list(t.shape)) for k, t in tensors.items()}}
-    layout = dict(sorted(layout.items(), key=lambda entry: -entry[1][0].itemsize))
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    place = 0
-    for name, (dtype, shape) in layout.items():
-        size = dtype.itemsize * int(np.prod(shape))
-        offsets = [place, place + size]
-        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": offsets}
-        place += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(file, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for name in layout:
-            parts = (t.features for t in tables) if name == "features" else [tensors[name]]
-            for part in parts:
-                if part.numel():
-                    out.write(part.contiguous().view(torch.uint8).numpy().data)
-
-
-def _write_parquet(
-    file: Path,
-    tables: Sequence[FeatureTable],
-    columns: dict[str, Column],
-    unreadable: dict[str, str],
-) -> None:
-    """One row group per table; the labels are those of the whole file."""
-    parquet = require("pyarrow.parquet", extra="parquet")
-    start, writer = 0, None
-    with contextlib.ExitStack() as stack:
-        for table in tables:
-            labels = {name: values[start : start + len(table)] for name, values in columns.items()}
-            rows = replace(table, labels=labels, unreadable=unreadable).to_arrow()
-            writer = writer or stack.enter_context(parquet.ParquetWriter(file, rows.schema))
-            writer.write_table(rows)
-            start += len(table)
 
 
 @contextlib.contextmanager
@@ -491,8 +462,6 @@ def _read(path: Path) -> FeatureTable:
 
 
 def _read_tensors(path: Path) -> dict[str, Any]:
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         arrays: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = dict(file.metadata() or {})

@@ -149,7 +149,7 @@ def size_table(
     from ..evaluation.metrics import evaluate_ranking
 
     infrared, ids = held_out.label("infrared"), held_out.label("identity")
-    largest = min(len(fitted) - 1, len(fitted.features[:: -(-len(fitted) // ROWS)]) - 1)
+    largest = len(fitted.features[:: -(-len(fitted) // ROWS)]) - 1
     out = []
     for dim in [*(d for d in dims if d <= min(largest, fitted.features.shape[1])), None]:
         rows = held_out.features.float()

@@ -17,7 +17,7 @@ from ..data.protocols import Sample
 from ..errors import UserError, check_least, require
 from ..evaluation.metrics import evaluate_ranking
 from ..io import whole_folder
-from .engines import BATCH, KINDS, convert, pixel_statistics
+from .engines import BATCH, KINDS, convert, graph_facts, pixel_statistics
 from .extractor import FeatureExtractor
 from .sources import resolve_sources
 
@@ -68,26 +68,12 @@ def quantize(
         raise UserError(f"{len(both)} identities have images of both modalities: give at least 4")
     calibrating = set(both[::2])
     exact = FeatureExtractor(model, "cpu", "float32", threads=threads)
-    size = exact.transform.size
-    options = {
-        "model": exact.model,
-        "flip": exact.flip,
-        "descriptor": "official",
-        "size": size,
-        "mean": exact.transform.mean,
-        "std": exact.transform.std,
-    }
-    held_out = [
-        s for s in samples if str(s.identity) in both and str(s.identity) not in calibrating
-    ]
-    facts: dict[str, Any] = {
-        "descriptor_sha256": exact.provenance["descriptor_sha256"],
-        "descriptor": "official",
-        "flip": exact.flip,
-        "size": list(size),
-        "pixels": {},
-        "calibration_images": 0,
-    }
+    mean, std, size = exact.transform.mean, exact.transform.std, exact.transform.size
+    options = dict(model=exact.model, flip=exact.flip, descriptor="official")
+    options |= dict(size=size, mean=mean, std=std)
+    held_out = [s for s in samples if str(s.identity) in set(both) - calibrating]
+    facts = graph_facts(options, exact.provenance["descriptor_sha256"])
+    facts |= {"pixels": {}, "calibration_images": 0}
     with whole_folder(output) as folder:
         save_pretrained(exact.model, folder)
         for kind in KINDS:

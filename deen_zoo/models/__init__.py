@@ -13,9 +13,9 @@ from .agw import AGW as AGW
 from .base import NAMES
 from .base import ReidModel as ReidModel
 from .base import register_reid_model as register_reid_model
-from .checkpoint import save_pretrained as save_pretrained
 from .deen import DEEN as DEEN
 from .plain import PlainModel as PlainModel
+from .pretrained import save_pretrained as save_pretrained
 
 
 def create_model(

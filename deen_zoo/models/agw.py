@@ -18,16 +18,17 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs
 
 from .base import (
+    TINY,
     BNNeck,
     Modality,
     ReidModel,
+    kept_args,
     register_reid_model,
+    reid_cfg,
     resnet_parts,
-    without_stride,
 )
 from .pretrained import build_model
 
@@ -116,26 +117,18 @@ class AGW(ReidModel):
     the references report their results; ``"pool"`` the one before it. The descriptor of the
     mirrored image (``flip``) is added and the sum L2-normalised again, as in CAJ's test.
 
+    The other arguments are those of every family, see :class:`ReidModel`: ``num_classes``,
+    ``in_chans``, ``global_pool``, ``backbone``, ``backbone_args``, ``pretrained_backbone``,
+    ``flip`` (CAJ's results have it), ``modality``, ``drop_path_rate``, ``drop_block_rate``,
+    ``output_stride``, ``device``, ``dtype``.
+
     Args:
-        num_classes: Training identities; 0 for none: ``forward`` then gives BN-neck features.
-        in_chans: Channels of the images of either modality.
-        global_pool: ``"avg"``, pooled as ``pool`` says, or ``""`` for unpooled maps.
-        backbone: Any timm ResNet by name, with its weight tag (``resnet50.tv_in1k``).
-        backbone_args: Keyword arguments for that ResNet, such as ``channels``.
-        pretrained_backbone: Start both stems and the trunk from the backbone's own weights.
         non_local: Non-local blocks after the last two blocks of the second stage and the last three
             of the third.
         pool: ``"gem"`` with the exponent 3, ``"gem-learned"``, or ``"avg"``.
         stem_act: ReLU in the stems; the base models of TVI-LFM have none.
         neck_bias: Let the BN neck learn a bias.
-        flip: Whether the published results add the descriptor of the mirrored image: CAJ's do.
-        modality: What ``modality=None`` means in the calls, ``"visible"`` or ``"infrared"``.
         drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth of the trunk's blocks, as in timm's ResNet.
-        drop_block_rate: DropBlock in the trunk, as in timm's ResNet.
-        output_stride: 16 only, the stride of the final maps.
-        device: Device of the parameters, as for torch's own modules.
-        dtype: Type of the parameters.
     """
 
     task = "deen_zoo.training.tasks:AGWTask"
@@ -162,41 +155,22 @@ class AGW(ReidModel):
         dtype: Any = None,
     ):
         super().__init__(in_chans, modality, drop_rate, output_stride)
+        self.model_args = kept_args(locals())
         if pool not in POOLS:
             raise ValueError(f"pool must be one of {', '.join(POOLS)}: got {pool!r}")
         dd = {"device": device, "dtype": dtype}
         drop = dict(drop_path_rate=drop_path_rate, drop_block_rate=drop_block_rate)
         self.flip = flip
-        self.model_args = dict(
-            backbone=backbone,
-            backbone_args=backbone_args,
-            non_local=non_local,
-            pool=pool,
-            stem_act=stem_act,
-            neck_bias=neck_bias,
-            flip=flip,
-            modality=modality,
-            drop_rate=drop_rate,
-            **drop,
-        )
-        self.visible_stem, self.infrared_stem, trunk = resnet_parts(
+        self.visible_stem, self.infrared_stem, trunk, dims = resnet_parts(
             backbone, backbone_args, pretrained_backbone, drop, in_chans=in_chans, **dd
         )
         if not stem_act:
             del self.visible_stem.act1, self.infrared_stem.act1
-        info: Any = trunk.feature_info
-        dims: list[int] = [info[i]["num_chs"] for i in range(5)]
-        self.feature_info = [dict(num_chs=dims[0], reduction=4, module="visible_stem")]
         stages = []
-        for i in range(1, 5):
-            blocks: Any = getattr(trunk, f"layer{i}")
-            blocks = without_stride(blocks, backbone) if i == 4 else blocks
+        for i, blocks in enumerate(trunk, start=1):
             last = min(NON_LOCAL.get(i, 0), len(blocks)) if non_local else 0
             stages.append(NonLocalStage(blocks, [NonLocal(dims[i], **dd) for _ in range(last)]))
-            module, reduction = f"stages.{i - 1}", min(2 ** (i + 1), 16)
-            self.feature_info.append(dict(num_chs=dims[i], reduction=reduction, module=module))
-        self.stages = nn.Sequential(*stages)
-
+        self.set_stages(stages, dims)
         self.num_features = self.head_hidden_size = dims[-1]
         self.descriptors = dict(official=dims[-1], pool=dims[-1])
         self.gem: nn.Module = LearnedGeM(**dd) if pool == "gem-learned" else GeM()
@@ -220,24 +194,13 @@ class AGW(ReidModel):
         return F.normalize(out + mirrored)
 
 
-def _cfg(num_classes: int, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": num_classes,
-        "input_size": (3, 288, 144),
-        "pool_size": (18, 9),
-        "crop_pct": 1.0,
-        "crop_mode": "squash",
-        "interpolation": "lanczos",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": ("visible_stem.conv1", "infrared_stem.conv1"),
-        "classifier": "classifier",
-        "license": "other",
-        "paper_ids": "arXiv:2001.04193",
-        "paper_name": "Deep Learning for Person Re-identification: A Survey and Outlook",
-        "origin_url": "https://github.com/mangye16/Cross-Modal-Re-ID-baseline",
-        **kwargs,
-    }
+def _cfg(num_classes: int, height: int = 288, width: int = 144, **kwargs: Any) -> dict[str, Any]:
+    paper = dict(
+        paper_ids="arXiv:2001.04193",
+        paper_name="Deep Learning for Person Re-identification: A Survey and Outlook",
+        origin_url="https://github.com/mangye16/Cross-Modal-Re-ID-baseline",
+    )
+    return reid_cfg(num_classes, height, width, **{**paper, **kwargs})
 
 
 def _tvilfm_cfg(num_classes: int) -> dict[str, Any]:
@@ -260,40 +223,35 @@ default_cfgs = generate_default_cfgs(
         "tvilfm_resnet50_llcm": _tvilfm_cfg(713),
         "test_agw_resnet": _cfg(
             64,
-            input_size=(3, 128, 64),
-            pool_size=(8, 4),
+            128,
+            64,
             first_conv=("visible_stem.conv1.0", "infrared_stem.conv1.0"),
         ),
     }
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> AGW:
-    model: AGW = build_model(AGW, variant, pretrained, **kwargs)
-    return model
-
-
 def _create_tvilfm(variant: str, pretrained: bool, **kwargs: Any) -> AGW:
     own = dict(non_local=False, pool="gem-learned", stem_act=False, neck_bias=True)
-    return _create(variant, pretrained, **{**own, **kwargs})
+    return build_model(AGW, variant, pretrained, **{**own, **kwargs})
 
 
 @register_reid_model
 def agw_resnet50_sysu(pretrained: bool = False, **kwargs: Any) -> AGW:
     """AGW for SYSU-MM01: 395 training identities."""
-    return _create("agw_resnet50_sysu", pretrained, **kwargs)
+    return build_model(AGW, "agw_resnet50_sysu", pretrained, **kwargs)
 
 
 @register_reid_model
 def agw_resnet50_regdb(pretrained: bool = False, **kwargs: Any) -> AGW:
     """AGW for RegDB: 206 training identities."""
-    return _create("agw_resnet50_regdb", pretrained, **kwargs)
+    return build_model(AGW, "agw_resnet50_regdb", pretrained, **kwargs)
 
 
 @register_reid_model
 def agw_resnet50_llcm(pretrained: bool = False, **kwargs: Any) -> AGW:
     """AGW for LLCM: 713 training identities."""
-    return _create("agw_resnet50_llcm", pretrained, **kwargs)
+    return build_model(AGW, "agw_resnet50_llcm", pretrained, **kwargs)
 
 
 @register_reid_model
@@ -317,6 +275,5 @@ def tvilfm_resnet50_llcm(pretrained: bool = False, **kwargs: Any) -> AGW:
 @register_reid_model
 def test_agw_resnet(pretrained: bool = False, **kwargs: Any) -> AGW:
     """A tiny AGW for tests and demonstrations, with random weights."""
-    tiny = dict(stem_width=16, stem_type="deep", channels=(32, 48, 64, 128))
-    model_args = {} if "backbone" in kwargs else dict(backbone="resnet10t", backbone_args=tiny)
-    return _create("test_agw_resnet", pretrained, **dict(model_args, **kwargs))
+    kwargs = kwargs if "backbone" in kwargs else {**TINY, **kwargs}
+    return build_model(AGW, "test_agw_resnet", pretrained, **kwargs)

@@ -10,20 +10,30 @@ import copy
 import functools
 import warnings
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Set, Tuple, Union
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
 import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import register_model, register_notrace_function, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["MODALITIES", "BNNeck", "ReidModel", "Stem", "register_reid_model", "resnet_parts"]
+__all__ = ["MODALITIES", "BNNeck", "ReidModel", "kept_args", "register_reid_model", "reid_cfg"]
+__all__ += ["resnet_parts"]
 
 MODALITIES = ("visible", "infrared")
-Modality = Union[str, torch.Tensor, None]
-NAMES: Set[str] = set()  # of all models registered on the contract
+Modality = str | torch.Tensor | None
+NAMES: set[str] = set()  # of all models registered on the contract
+NOT_KEPT = {"self", "__class__", "num_classes", "in_chans", "global_pool", "output_stride"}
+NOT_KEPT |= {"pretrained_backbone", "device", "dtype"}
+# The backbone of the tiny models of the tests and demonstrations.
+TINY = dict(
+    backbone="resnet10t",
+    backbone_args=dict(stem_width=16, stem_type="deep", channels=(32, 48, 64, 128)),
+)
 
 
 def register_reid_model(entrypoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,6 +45,29 @@ def register_reid_model(entrypoint: Callable[..., Any]) -> Callable[..., Any]:
     return register_model(entrypoint)
 
 
+def reid_cfg(num_classes: int, height: int, width: int, **more: Any) -> dict[str, Any]:
+    """An entry of ``default_cfgs``: images squashed to (height, width), ImageNet-normalised."""
+    return {
+        "num_classes": num_classes,
+        "input_size": (3, height, width),
+        "pool_size": (height // 16, width // 16),
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+        "interpolation": "lanczos",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": ("visible_stem.conv1", "infrared_stem.conv1"),
+        "classifier": "classifier",
+        "license": "other",
+        **more,
+    }
+
+
+def kept_args(given: Mapping[str, Any]) -> dict[str, Any]:
+    """``model_args`` from the ``locals()`` of a constructor that has only called its parent's."""
+    return {name: value for name, value in given.items() if name not in NOT_KEPT}
+
+
 class ReidModel(nn.Module):
     """What every model of the zoo offers; a family subclasses it.
 
@@ -42,9 +75,18 @@ class ReidModel(nn.Module):
     ``"visible"``, ``"infrared"`` or a bool tensor (N,), True for infrared. None means the modality
     that the model was given in its constructor; a model without one warns and takes ``"visible"``.
 
-    A family's constructor builds the stems, the ``stages``, ``feature_info`` (the stems' output and
-    each stage's) and the ``bottleneck``, sets ``model_args`` and ``descriptors``, and ends with
-    ``reset_classifier``.
+    A family's constructor builds the stems, the ``stages`` with their ``feature_info``
+    (:meth:`set_stages`) and the ``bottleneck``, sets ``model_args`` and ``descriptors``, and ends
+    with ``reset_classifier``.
+
+    The families made of a ResNet share these arguments: ``num_classes`` (0 for none: ``forward``
+    then gives BN-neck features), ``in_chans`` (channels of the images of either modality),
+    ``global_pool`` (``"avg"``, or ``""`` for unpooled maps, with ``num_classes=0``), ``backbone``
+    (any timm ResNet by name, with its weight tag: ``resnet50.tv_in1k``), ``backbone_args`` (keyword
+    arguments for it, such as ``channels``), ``pretrained_backbone`` (start both stems and the trunk
+    from its own weights), ``flip`` and ``modality`` (see the attributes), ``drop_path_rate`` and
+    ``drop_block_rate`` (of the trunk, as in timm's ResNet), ``output_stride`` (16 only), ``device``
+    and ``dtype`` (of the parameters).
 
     Attributes:
         modality: What ``modality=None`` means in the calls.
@@ -60,18 +102,18 @@ class ReidModel(nn.Module):
 
     flip = True
     task: str = ""
-    trained_on: Optional[Dict[str, Any]] = None
-    modality: Optional[str]  # TorchScript reads this
+    trained_on: dict[str, Any] | None = None
+    modality: str | None  # TorchScript reads this
 
     if TYPE_CHECKING:
         in_chans: int
         num_classes: int
         num_features: int
         global_pool: str
-        descriptors: Dict[str, int]
-        model_args: Dict[str, Any]
-        pretrained_cfg: Dict[str, Any]
-        feature_info: List[Dict[str, Any]]
+        descriptors: dict[str, int]
+        model_args: dict[str, Any]
+        pretrained_cfg: dict[str, Any]
+        feature_info: list[dict[str, Any]]
         visible_stem: nn.Module
         infrared_stem: nn.Module
         stages: nn.Sequential
@@ -80,7 +122,7 @@ class ReidModel(nn.Module):
     def __init__(
         self,
         in_chans: int = 3,
-        modality: Optional[str] = None,
+        modality: str | None = None,
         drop_rate: float = 0.0,
         output_stride: int = 16,
     ):
@@ -102,13 +144,22 @@ class ReidModel(nn.Module):
         """Width of the official descriptor."""
         return self.descriptors["official"]
 
+    def set_stages(self, stages: Sequence[nn.Module], channels: Sequence[int]) -> None:
+        """Set ``stages``; ``channels`` are those of the stems' maps and of each stage's."""
+        self.stages = nn.Sequential(*stages)
+        names = ["visible_stem", *(f"stages.{i}" for i in range(len(stages)))]
+        self.feature_info = [
+            dict(num_chs=width, reduction=min(2 ** max(i + 1, 2), 16), module=name)
+            for i, (name, width) in enumerate(zip(names, channels))
+        ]
+
     # what a family defines
 
     def forward_pool(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, num_features, h, w) -> pooled features (N, num_features)."""
         return x.mean((2, 3))
 
-    def forward_train(self, x: torch.Tensor, modality: Modality = None) -> Dict[str, torch.Tensor]:
+    def forward_train(self, x: torch.Tensor, modality: Modality = None) -> dict[str, torch.Tensor]:
         """Images -> what the family's losses read: ``pool``, ``bn`` and ``logits``."""
         pool = self.forward_pool(self.forward_features(x, modality))
         bn = self.bottleneck(pool)
@@ -192,13 +243,13 @@ class ReidModel(nn.Module):
     def forward_intermediates(
         self,
         x: torch.Tensor,
-        indices: Optional[Union[int, List[int]]] = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         modality: Modality = None,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """The stems' output and each stage's; the last as ``forward_features``.
 
         Args:
@@ -223,10 +274,10 @@ class ReidModel(nn.Module):
 
     def prune_intermediate_layers(
         self,
-        indices: Union[int, List[int]] = 1,
+        indices: int | list[int] = 1,
         prune_norm: bool = False,
         prune_head: bool = True,
-    ) -> List[int]:
+    ) -> list[int]:
         """Remove the stages that the given intermediates do not need, and the classifier."""
         take, last = feature_take_indices(len(self.stages) + 1, indices)
         self.stages = self.stages[:last]
@@ -235,21 +286,21 @@ class ReidModel(nn.Module):
         return take
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
+    def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay besides biases and norms: none."""
         return set()
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of parameter names, for timm's layer-wise learning rates and freezing."""
         whole = r"^stages\.(\d+)"
         parts = [whole + r"\.blocks\.(\d+)", whole + r"\.(?!blocks)"]
-        blocks = [(whole, None)] if coarse else [(parts[0], None), (parts[1], (99999,))]
+        blocks: list[Any] = [(whole, None)] if coarse else [(parts[0], None), (parts[1], (99999,))]
         blocks.append((r"^bottleneck", (99999,)))
         return dict(stem=r"^(?:visible|infrared)_stem", blocks=blocks)
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True, stages: Optional[int] = None) -> None:
+    def set_grad_checkpointing(self, enable: bool = True, stages: int | None = None) -> None:
         """Recompute stages in the backward pass instead of keeping their activations.
 
         The numbers stay the same, to the bit, those of running statistics too.
@@ -267,7 +318,7 @@ class ReidModel(nn.Module):
         """The linear classifier of BN-neck features; Identity without classes."""
         return self.classifier
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a fresh one, ~ N(0, 0.001) without bias; 0 removes it."""
         if global_pool is not None:
             if global_pool not in ("avg", ""):
@@ -288,7 +339,7 @@ class ReidModel(nn.Module):
     # what training and deployment call
 
     @torch.jit.ignore
-    def param_groups(self) -> List[Dict[str, Any]]:
+    def param_groups(self) -> list[dict[str, Any]]:
         """All parameters in two groups, ``"rest"`` and then ``"head"``, for an optimiser.
 
         The head (BN neck and classifier) is trained at the full learning rate, the rest at a
@@ -303,21 +354,16 @@ class ReidModel(nn.Module):
     def for_modality(
         self,
         modality: str,
-        flip: Optional[bool] = None,
+        flip: bool | None = None,
         normalize: bool = True,
         descriptor: str = "official",
     ) -> nn.Module:
         """A plain module for images of one modality: (N, in_chans, H, W) -> (N, width).
 
         It shares this model's weights, puts it into eval mode, and can be traced, scripted and
-        exported: what trackers and other toolboxes take.
-
-        Args:
-            modality: ``"visible"`` or ``"infrared"``.
-            flip: Add the descriptor of the mirrored images; None as the model's results were
-                published.
-            normalize: Scale each descriptor to length 1.
-            descriptor: One of ``descriptors``.
+        exported: what trackers and other toolboxes take. ``flip`` and ``descriptor`` are those of
+        :meth:`forward_embedding` (None: as the model's results were published); ``normalize``
+        scales each descriptor to length 1.
         """
         if modality not in MODALITIES:
             raise ValueError(f"modality must be 'visible' or 'infrared': got {modality!r}")
@@ -352,16 +398,12 @@ def _warn_of_no_modality() -> None:
 
 
 @register_notrace_function
-def known_modality(
-    x: torch.Tensor, modality: Modality, default: Optional[str]
-) -> Union[str, torch.Tensor]:
+def known_modality(x: torch.Tensor, modality: Modality, default: str | None) -> str | torch.Tensor:
     """The modality of the rows of ``x``, checked; ``default`` if none is given."""
     if modality is None:
         if default is not None:
             return default
-        if torch.jit.is_scripting():
-            return "visible"
-        if not torch.compiler.is_compiling():
+        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
             _warn_of_no_modality()
         return "visible"
     if isinstance(modality, torch.Tensor):
@@ -380,7 +422,7 @@ def known_modality(
 
 
 @register_notrace_function
-def infrared_rows(x: torch.Tensor, modality: Union[str, torch.Tensor]) -> torch.Tensor:
+def infrared_rows(x: torch.Tensor, modality: str | torch.Tensor) -> torch.Tensor:
     """Which rows of ``x`` are infrared, as a bool tensor (N,)."""
     if isinstance(modality, torch.Tensor):
         return modality
@@ -399,19 +441,6 @@ def check_images(x: torch.Tensor, in_chans: int) -> None:
 # parts
 
 
-class Deployable:
-    """A part that ``timm.utils.reparameterize_model`` replaces by its deploy form."""
-
-    def fuse(self) -> nn.Module:
-        from .fuse import deploy
-
-        return deploy(self)
-
-
-class Stem(Deployable, nn.Sequential):
-    """A ResNet's first convolution to its max-pooling."""
-
-
 @register_notrace_module
 class BNNeck(nn.BatchNorm1d):
     """BatchNorm1d whose bias is a buffer frozen at zero; weight ~ N(1, 0.01)."""
@@ -426,19 +455,25 @@ class BNNeck(nn.BatchNorm1d):
 
 def resnet_parts(
     backbone: str,
-    backbone_args: Optional[Dict[str, Any]],
+    backbone_args: dict[str, Any] | None,
     pretrained: bool,
-    drop: Dict[str, float],
+    drop: dict[str, float],
+    num_stages: int = 4,
     **kwargs: Any,
-) -> Tuple[Stem, Stem, nn.Module]:
-    """A visible stem, an infrared stem, and the timm ResNet that has the stages.
+) -> tuple[Any, Any, list[Any], list[int]]:
+    """Stems and stages of a timm ResNet, without the stride of the fourth stage.
 
     Args:
-        backbone: Any timm ResNet by name, with its weight tag (``resnet50.tv_in1k``).
-        backbone_args: Keyword arguments for it, such as ``channels``.
+        backbone: As for the families.
+        backbone_args: As for the families.
         pretrained: Load its weights; both stems start from the same ones.
         drop: ``drop_path_rate`` and ``drop_block_rate`` of its blocks.
-        **kwargs: More of those, which no configuration keeps: ``in_chans``, ``device``, ...
+        num_stages: How many of its stages to take.
+        **kwargs: More of its arguments: ``in_chans``, ``device``, ``dtype``.
+
+    Returns:
+        The visible and the infrared stem, the stages, and the channels of the stems' maps and of
+        each stage's.
 
     Raises:
         ValueError: The backbone is not a ResNet.
@@ -459,16 +494,20 @@ def resnet_parts(
             f"{backbone} is a {type(net).__name__}"
         )
     names = ("conv1", "bn1", "act1", "maxpool")
-    visible = Stem(OrderedDict((name, getattr(net, name)) for name in names))
+    visible = nn.Sequential(OrderedDict((name, getattr(net, name)) for name in names))
     infrared = copy.deepcopy(visible)
     if not pretrained:
         for module in infrared.modules():
             if isinstance(module, nn.Conv2d):  # as timm's ResNet starts
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return visible, infrared, net
+    stages = [getattr(net, f"layer{i}") for i in range(1, num_stages + 1)]
+    if num_stages == 4:
+        without_stride(stages[3], backbone)
+    info: list[Any] = net.feature_info[: num_stages + 1]
+    return visible, infrared, stages, [stage["num_chs"] for stage in info]
 
 
-def without_stride(blocks: nn.Module, backbone: str) -> nn.Module:
+def without_stride(blocks: nn.Module, backbone: str) -> None:
     """Take the stride out of a ResNet stage; timm's ``output_stride=16`` would also dilate it."""
     for name, module in list(blocks.named_modules()):
         if isinstance(module, nn.Conv2d):
@@ -481,7 +520,6 @@ def without_stride(blocks: nn.Module, backbone: str) -> nn.Module:
                 f"backbone {backbone} strides by {type(module).__name__}, which cannot be "
                 f"undone: choose a plain ResNet such as resnet50"
             )
-    return blocks
 
 
 # gradient checkpointing
@@ -507,7 +545,7 @@ class _Uncounted:
     """Within it batch norms see a batch that does not count. It can be entered again, as each
     backward pass through a graph that is retained does."""
 
-    def __init__(self, norms: List[nn.Module]):
+    def __init__(self, norms: list[Any]):
         self.norms = norms
 
     def __enter__(self) -> None:

@@ -28,8 +28,7 @@ from ..errors import UserError
 from ..io import sha256, whole_folder
 from . import create_model, save_pretrained
 from .catalog import weights_home
-from .checkpoint import in_words, misfits
-from .pretrained import WEIGHTS, brief
+from .pretrained import WEIGHTS, brief, in_words, misfits
 
 __all__ = ["SOURCES", "ConversionReport", "Source", "convert", "read_checkpoint", "recognise"]
 

@@ -11,22 +11,22 @@ reference's behaviour, on top of timm's ResNet; gradients and outputs agree to r
 """
 
 from collections import OrderedDict
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_notrace_function
 
 from .base import (
+    TINY,
     BNNeck,
-    Deployable,
     Modality,
     ReidModel,
+    kept_args,
     register_reid_model,
+    reid_cfg,
     resnet_parts,
-    without_stride,
 )
 from .pretrained import TINY_WEIGHTS, build_model
 
@@ -186,7 +186,7 @@ class SideBySide(nn.Module):
         return x.reshape(-1, self.branches * channels, height, width)
 
 
-class FusedStage(Deployable, nn.Module):
+class FusedStage(nn.Module):
     """A ResNet stage followed by MFA: CNL then PNL fuse the stage's input into its output."""
 
     def __init__(self, blocks: nn.Module, cnl: CNL, pnl: PNL):
@@ -197,10 +197,6 @@ class FusedStage(Deployable, nn.Module):
         high = self.blocks(x)
         check_even(high)
         return self.pnl(self.cnl(high, x), x)
-
-
-class Stage(Deployable, nn.Sequential):
-    """A ResNet stage as ``blocks``; the last one's branches are made before and laid out after."""
 
 
 class DEEN(ReidModel):
@@ -217,27 +213,19 @@ class DEEN(ReidModel):
     which the generated branches are not computed, most of the work in a ResNet-50. As in the
     reference's test, the descriptor of the mirrored image is added and not normalised again.
 
+    The other arguments are those of every family, see :class:`ReidModel`: ``num_classes``,
+    ``in_chans``, ``global_pool``, ``backbone``, ``backbone_args``, ``pretrained_backbone``,
+    ``flip``, ``modality``, ``drop_path_rate``, ``drop_block_rate``, ``output_stride``, ``device``,
+    ``dtype``.
+
     Args:
-        num_classes: Training identities; 0 for none: ``forward`` then gives BN-neck features.
-        in_chans: Channels of the images of either modality.
-        global_pool: ``"avg"``, or ``""`` for unpooled maps (with ``num_classes=0``).
-        backbone: Any timm ResNet by name, with its weight tag (``resnet50.tv_in1k``).
-        backbone_args: Keyword arguments for that ResNet, such as ``channels``.
-        pretrained_backbone: Start both stems and the trunk from the backbone's own weights.
         num_stages: ResNet stages used: 4, or 3 as the reference does for RegDB.
         dee: Generate the two extra branches.
         mfa: Fuse the stages.
         dee_mean: Average DEE's dilated convolutions as the reference does; False sums them as the
             paper does.
         mfa_softmax: Softmax on MFA's attention as in the paper; the reference has none.
-        flip: Whether the published results add the descriptor of the mirrored image.
-        modality: What ``modality=None`` means in the calls, ``"visible"`` or ``"infrared"``.
         drop_rate: Dropout on DEE's output, as in the reference.
-        drop_path_rate: Stochastic depth of the trunk's blocks, as in timm's ResNet.
-        drop_block_rate: DropBlock in the trunk, as in timm's ResNet.
-        output_stride: 16 only, the stride of the final maps.
-        device: Device of the parameters, as for torch's own modules.
-        dtype: Type of the parameters.
     """
 
     task = "deen_zoo.training.tasks:DEENTask"
@@ -248,7 +236,7 @@ class DEEN(ReidModel):
         in_chans: int = 3,
         global_pool: str = "avg",
         backbone: str = "resnet50.tv_in1k",
-        backbone_args: Optional[Dict[str, Any]] = None,
+        backbone_args: dict[str, Any] | None = None,
         pretrained_backbone: bool = False,
         num_stages: int = 4,
         dee: bool = True,
@@ -256,7 +244,7 @@ class DEEN(ReidModel):
         dee_mean: bool = True,
         mfa_softmax: bool = False,
         flip: bool = True,
-        modality: Optional[str] = None,
+        modality: str | None = None,
         drop_rate: float = 0.01,
         drop_path_rate: float = 0.0,
         drop_block_rate: float = 0.0,
@@ -265,59 +253,31 @@ class DEEN(ReidModel):
         dtype: Any = None,
     ):
         super().__init__(in_chans, modality, drop_rate, output_stride)
+        self.model_args = kept_args(locals())
         if num_stages not in (3, 4):
             raise ValueError(f"num_stages must be 3 (RegDB) or 4: got {num_stages!r}")
         dd = {"device": device, "dtype": dtype}
         drop = dict(drop_path_rate=drop_path_rate, drop_block_rate=drop_block_rate)
         self.flip = flip
         self.num_branches = 3 if dee else 1
-        self.model_args = dict(
-            backbone=backbone,
-            backbone_args=backbone_args,
-            num_stages=num_stages,
-            dee=dee,
-            mfa=mfa,
-            dee_mean=dee_mean,
-            mfa_softmax=mfa_softmax,
-            flip=flip,
-            modality=modality,
-            drop_rate=drop_rate,
-            **drop,
+        self.visible_stem, self.infrared_stem, trunk, dims = resnet_parts(
+            backbone, backbone_args, pretrained_backbone, drop, num_stages, in_chans=in_chans, **dd
         )
-        self.visible_stem, self.infrared_stem, trunk = resnet_parts(
-            backbone,
-            backbone_args,
-            pretrained_backbone,
-            drop,
-            in_chans=in_chans,
-            **dd,
-        )
-        dims = [trunk.feature_info[i]["num_chs"] for i in range(num_stages + 1)]
-        self.feature_info = [dict(num_chs=dims[0], reduction=4, module="visible_stem")]
-        stages: List[nn.Module] = []
-        for i in range(1, num_stages + 1):
-            blocks = getattr(trunk, f"layer{i}")
-            reduction, low, high = min(2 ** (i + 1), 16), dims[i - 1], dims[i]
-            if i == num_stages:
-                blocks = without_stride(blocks, backbone) if i == 4 else blocks
-                parts = OrderedDict[str, nn.Module](blocks=blocks)
-                if dee:
-                    parts["dee"] = DEE(low, drop_rate, dee_mean, **dd)
-                    parts["branches"] = SideBySide(self.num_branches)
-                    parts.move_to_end("dee", last=False)
-                stages.append(Stage(parts))
-                high *= self.num_branches
-            elif mfa:
-                cnl = CNL(high, low, 1 if i == 1 else 2, mfa_softmax, **dd)
+        stages: list[nn.Module] = []
+        for i, blocks in enumerate(trunk):
+            parts, low, high = OrderedDict(blocks=blocks), dims[i], dims[i + 1]
+            if i < num_stages - 1 and mfa:
+                cnl = CNL(high, low, 1 if i == 0 else 2, mfa_softmax, **dd)
                 stages.append(FusedStage(blocks, cnl, PNL(high, low, mfa_softmax, **dd)))
-            else:
-                stages.append(Stage(OrderedDict(blocks=blocks)))
-            module = f"stages.{i - 1}"
-            self.feature_info.append(dict(num_chs=high, reduction=reduction, module=module))
-        self.stages = nn.Sequential(*stages)
-
+                continue
+            if i == num_stages - 1 and dee:  # branches are made before the blocks, laid out after
+                parts["dee"] = DEE(low, drop_rate, dee_mean, **dd)
+                parts.move_to_end("dee", last=False)
+                parts["branches"] = SideBySide(self.num_branches)
+            stages.append(nn.Sequential(parts))
         self.branch_features = width = dims[-1]
         self.num_features = self.head_hidden_size = self.num_branches * width
+        self.set_stages(stages, [*dims[:-1], self.num_features])
         features = self.num_features
         self.descriptors = dict(official=2 * features, bn=features, pool=features)
         self.descriptors["original"] = 2 * width
@@ -325,7 +285,7 @@ class DEEN(ReidModel):
         self.reset_classifier(num_classes, global_pool)
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of parameter names, for timm's layer-wise learning rates and freezing."""
         groups = super().group_matcher(coarse)
         if not coarse:
@@ -350,7 +310,7 @@ class DEEN(ReidModel):
             return bn.transpose(0, 1).flatten(1)
         return self.classifier(bn.mean(0))
 
-    def forward_train(self, x: torch.Tensor, modality: Modality = None) -> Dict[str, torch.Tensor]:
+    def forward_train(self, x: torch.Tensor, modality: Modality = None) -> dict[str, torch.Tensor]:
         """Images -> ``pool``, ``bn`` (B*N, C) and ``logits`` (B*N, num_classes), branch-major.
 
         ``pool`` are average-pooled maps before the BN neck, ``bn`` after it; neither is normalised.
@@ -377,29 +337,20 @@ class DEEN(ReidModel):
         """Images -> the original branch's maps (N, C, h, w)."""
         x = self.forward_stems(x, modality)
         for i, stage in enumerate(self.stages):
-            x = stage(x) if i + 1 < len(self.stages) else stage.blocks(x)
+            x = stage(x) if i + 1 < len(self.stages) else stage.blocks(x)  # type: ignore[operator]
         return x
 
 
-def _cfg(num_classes: int, **kwargs: Any) -> Dict[str, Any]:
-    return {
-        "num_classes": num_classes,
-        "input_size": (3, 384, 144),
-        "pool_size": (24, 9),
-        "crop_pct": 1.0,
-        "crop_mode": "squash",
-        "interpolation": "lanczos",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": ("visible_stem.conv1", "infrared_stem.conv1"),
-        "classifier": "classifier",
-        "hf_hub_filename": "model.safetensors",
-        "license": "other",
-        "paper_ids": "arXiv:2303.14481",
-        "paper_name": "Diverse Embedding Expansion Network",
-        "origin_url": "https://github.com/ZYK100/LLCM",
+def _cfg(num_classes: int, height: int = 384, width: int = 144, **kwargs: Any) -> dict[str, Any]:
+    return reid_cfg(
+        num_classes,
+        height,
+        width,
+        paper_ids="arXiv:2303.14481",
+        paper_name="Diverse Embedding Expansion Network",
+        origin_url="https://github.com/ZYK100/LLCM",
         **kwargs,
-    }
+    )
 
 
 default_cfgs = generate_default_cfgs(
@@ -409,10 +360,10 @@ default_cfgs = generate_default_cfgs(
         "deen_resnet50_llcm": _cfg(713),
         "test_deen_resnet": _cfg(
             64,
+            128,
+            64,
             file=TINY_WEIGHTS,
             license="apache-2.0",
-            input_size=(3, 128, 64),
-            pool_size=(8, 4),
             first_conv=("visible_stem.conv1.0", "infrared_stem.conv1.0"),
         ),
     }
@@ -440,6 +391,5 @@ def deen_resnet50_llcm(pretrained: bool = False, **kwargs: Any) -> DEEN:
 @register_reid_model
 def test_deen_resnet(pretrained: bool = False, **kwargs: Any) -> DEEN:
     """A tiny DEEN for tests and demonstrations, trained on synthetic people only."""
-    tiny = dict(stem_width=16, stem_type="deep", channels=(32, 48, 64, 128))
-    model_args = {} if "backbone" in kwargs else dict(backbone="resnet10t", backbone_args=tiny)
-    return build_model(DEEN, "test_deen_resnet", pretrained, **dict(model_args, **kwargs))
+    kwargs = kwargs if "backbone" in kwargs else {**TINY, **kwargs}
+    return build_model(DEEN, "test_deen_resnet", pretrained, **kwargs)

@@ -1,10 +1,9 @@
-"""Where pretrained weights come from, and what to say when they cannot be had.
+"""Where a model's weights come from, what they must be, and how they are saved.
 
 In this order: what the caller names, weights installed on this machine (``deen-zoo convert FILE
---install``), a repository on the Hub. timm falls back on a pickle when there is no safetensors
-file, trusts a download's length, and reports the Hub client's errors as they are. Here every source
-ends in a local safetensors file whose digest has been compared with the one it was published with,
-or in one line that says why not and what to do; nothing is ever unpickled.
+--install``), a repository on the Hub. Every source ends in a local safetensors file, compared with
+the digest that it was published with, or in one line that says why not and what to do. Nothing is
+ever unpickled: timm would fall back on a pickle where there is no safetensors file.
 """
 
 from __future__ import annotations
@@ -22,17 +21,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
+import torch
 from huggingface_hub import constants, errors, hf_hub_download
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._hub import load_model_config_from_path
 from timm.models._pretrained import PretrainedCfg
 
 from ..errors import UserError
-from ..io import sha256
+from ..io import sha256, write_atomically
 from .base import NAMES, ReidModel
 from .catalog import installed
 from .catalog import where as public_weights
@@ -44,12 +45,18 @@ HUB_ORGANISATION = os.environ.get("DEEN_ZOO_HUB_ORG")  # of one's own; read once
 TINY_WEIGHTS = str(Path(__file__).with_name("test_deen_resnet.safetensors"))
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = 1  # of config.json; a version that older ones must not read raises it
-
-LOGIN = "log in with 'hf auth login', or set HF_TOKEN"
 UPGRADE = "pip install -U deen-zoo"
+LOGIN = "log in with 'hf auth login', or set HF_TOKEN"
+NO_PICKLE = "only safetensors files are; 'deen-zoo convert' turns another kind into one"
+
+Model = TypeVar("Model", bound=ReidModel)
+Config = dict[str, Any]
 
 
-def build_model(cls: type[ReidModel], variant: str, pretrained: bool, **kwargs: Any) -> Any:
+# building and loading
+
+
+def build_model(cls: type[Model], variant: str, pretrained: bool, **kwargs: Any) -> Model:
     """timm's ``build_model_with_cfg`` for a family's entrypoints.
 
     Args:
@@ -61,18 +68,21 @@ def build_model(cls: type[ReidModel], variant: str, pretrained: bool, **kwargs: 
     Raises:
         UserError: The weights cannot be had, or do not fit.
     """
-    from .checkpoint import checkpoint_filter_fn
-
-    place, origin, kwargs = _resolve(variant, pretrained, kwargs)
+    place, origin, kwargs = _load_plan(variant, pretrained, kwargs)
+    form = kwargs.pop("form", None)
+    if form is not None:  # a configuration of version 0.1.0
+        kwargs.update(dee_mean=form != "paper", mfa_softmax=form == "paper")
+        if kwargs.get("modality") == "visible":  # which it wrote where none was given
+            del kwargs["modality"]
     try:
         out_indices = tuple(range(kwargs.get("num_stages", 4) + 1))
-        model = build_model_with_cfg(
+        model: Model = build_model_with_cfg(
             cls,
             variant,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
-            **_without_form(kwargs),
+            **kwargs,
         )
     except (UserError, OSError):
         raise
@@ -83,67 +93,55 @@ def build_model(cls: type[ReidModel], variant: str, pretrained: bool, **kwargs: 
             f"{place}: its {CONFIG} and the arguments given do not build a {variant}: "
             f"{brief(error)}"
         ) from error
-    if isinstance(model, ReidModel):
+    if isinstance(model, ReidModel):  # and not its features_only wrapper
         model.trained_on = origin.get("trained_on")
     return model
 
 
-def _without_form(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments from a configuration of version 0.1.0 as they are called now."""
-    kwargs = dict(kwargs)
-    form = kwargs.pop("form", None)
-    if form is not None:
-        kwargs.update(dee_mean=form != "paper", mfa_softmax=form == "paper")
-        if kwargs.get("modality") == "visible":  # which it wrote where none was given
-            del kwargs["modality"]
-    return kwargs
-
-
-def _resolve(
-    variant: str, pretrained: bool, kwargs: dict[str, Any]
-) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def _load_plan(variant: str, pretrained: bool, kwargs: Config) -> tuple[str, Config, Config]:
     """Replace the source of ``build_model_with_cfg``'s arguments by a verified local file.
-
-    A Hub id is pinned to the commit that was found, in ``pretrained_cfg["hf_hub_id"]``.
 
     Returns:
         Folder or repository of the configuration ("" for the package's own), what it says of the
-        weights (its ``deen_zoo``), and the arguments.
+        weights (its ``deen_zoo``), and the arguments. A Hub id among them is pinned to the commit
+        that was found.
 
     Raises:
         UserError: The weights cannot be had or must not be loaded; the message says what to do.
     """
-    given, cache_dir = kwargs.get("pretrained_cfg"), kwargs.get("cache_dir")
-    overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
-    tag, kwargs = "", dict(kwargs)
+    kwargs = dict(kwargs)
+    overlay, cache_dir = dict(kwargs.get("pretrained_cfg_overlay") or {}), kwargs.get("cache_dir")
+    given: Any = kwargs.get("pretrained_cfg")
+    tag = ""
     if isinstance(given, str):  # as in deen_resnet50_sysu.yyds
-        tag, given = given, None
-        del kwargs["pretrained_cfg"]
-    has_weights = timm.is_model_pretrained(variant)
+        given, tag = None, kwargs.pop("pretrained_cfg")
     named = given or any(overlay.get(key) for key in ("file", "hf_hub_id", "url", "state_dict"))
-    if pretrained and (tag or not (named or has_weights)):
-        folder = _installed(variant, tag)
-        if folder:
+    if pretrained and (tag or not (named or timm.is_model_pretrained(variant))):
+        if folder := _installed(variant, tag):
             given, _, args = load_model_config_from_path(folder)
             kwargs = {**args, **kwargs, "pretrained_cfg": given}
         elif tag or not hub_repository(variant):
             raise UserError(_no_weights(variant, tag))
-    config: dict[str, Any] = {}
+
+    config: Config = {}
     place = digest = ""
-    if isinstance(given, dict) and given.get("source") == "local-dir":
+    source = given.get("source") if isinstance(given, dict) else None
+    if source == "local-dir":
         place = str(given["file"])
         config = local_config(place, variant)
-    elif isinstance(given, dict) and given.get("source") == "hf-hub":
+    elif source == "hf-hub":
         config, place = hub_config(given["hf_hub_id"], variant, cache_dir)
         overlay["hf_hub_id"] = place
-    cfg = vars(resolve_pretrained_cfg(variant, given, overlay))
     if not pretrained:
         return place, {}, kwargs
+
+    cfg = vars(resolve_pretrained_cfg(variant, given, overlay))
+    from_hub = cfg.get("source") == "hf-hub"
     if cfg.get("source") == "local-dir":
         file = Path(cfg["file"]) / WEIGHTS
-    elif cfg.get("state_dict") and cfg.get("source") != "hf-hub":
+    elif cfg.get("state_dict") and not from_hub:
         return place, {}, kwargs
-    elif cfg.get("file") and cfg.get("source") != "hf-hub":
+    elif cfg.get("file") and not from_hub:
         file = Path(cfg["file"])
     elif cfg.get("url") and not cfg.get("hf_hub_id"):
         raise UserError(
@@ -152,14 +150,14 @@ def _resolve(
         )
     else:
         if not config:
-            repo, digest = cfg.get("hf_hub_id"), ""
+            repo = cfg.get("hf_hub_id")
             if not repo:
                 repo, digest = hub_repository(variant) or ("", "")
             config, place = hub_config(repo, variant, cache_dir)
             overlay["hf_hub_id"] = place
         file = fetch(place, cfg.get("hf_hub_filename") or WEIGHTS, cache_dir)
-    _check_file(file, config, digest)
-    if config and "num_classes" not in kwargs and not _has_classifier(file):
+    names = _check_file(file, config, digest)
+    if config and "num_classes" not in kwargs and "classifier.weight" not in names:
         kwargs["num_classes"] = overlay["num_classes"] = 0
     kwargs["pretrained_cfg_overlay"] = {**overlay, "file": str(file), "source": ""}
     return place, config.get("deen_zoo") or {}, kwargs
@@ -168,10 +166,10 @@ def _resolve(
 def _installed(variant: str, tag: str) -> Path | None:
     """Folder of the installed weights of a model, or of one tag of it."""
     found = installed(variant)
-    if tag and f"{variant}.{tag}" in found:
-        found = {f"{variant}.{tag}": found[f"{variant}.{tag}"]}
-    elif tag:  # one of RegDB's splits: yyds-split3
-        found = {name: path for name, path in found.items() if name.startswith(f"{variant}.{tag}-")}
+    if tag:  # the tag alone finds one of RegDB's splits: yyds-split3
+        whole = f"{variant}.{tag}"
+        names = [whole] if whole in found else [n for n in found if n.startswith(f"{whole}-")]
+        found = {name: found[name] for name in names}
     if len(found) > 1:
         raise UserError(
             f"several weights of {variant} are installed: create_model one of {', '.join(found)}"
@@ -222,9 +220,130 @@ def backbone_weights(name: str) -> str:
     return str(file)
 
 
-def hub_config(
-    repo: str, variant: str = "", cache_dir: str | None = None
-) -> tuple[dict[str, Any], str]:
+def checkpoint_filter_fn(state_dict: Config, model: Any) -> dict[str, torch.Tensor]:
+    """timm's hook before loading: check the keys both ways.
+
+    timm loads with ``strict=False`` when the class count differs, and a badly mapped checkpoint
+    would pass with a warning; here a missing, surplus or misshapen key is an error that names it.
+
+    Raises:
+        UserError: The keys or shapes do not fit, or the checkpoint has another number of training
+            identities than the model and nobody asked for a fresh classifier.
+    """
+    for wrapper in ("net", "state_dict"):
+        if isinstance(state_dict.get(wrapper), dict):
+            state_dict = state_dict[wrapper]
+    expected = model.state_dict()
+    classifier = state_dict.get("classifier.weight")
+    asked, configured = model.num_classes, model.pretrained_cfg["num_classes"]
+    if classifier is not None:
+        count = classifier.shape[0]
+        if asked == configured and count != asked:
+            raise UserError(
+                f"the checkpoint was trained on {count} identities and the model is for {asked}: "
+                f"give num_classes={count} to load it whole, or num_classes=0 to leave the "
+                f"classifier out"
+            )
+        model.pretrained_cfg["num_classes"] = count  # what timm compares with
+        if asked != count:
+            expected["classifier.weight"] = classifier
+    elif asked != configured:  # a fresh one was asked for
+        expected.pop("classifier.weight", None)
+
+    shapes = {name: tensor.shape for name, tensor in state_dict.items()}
+    wanted = {name: tensor.shape for name, tensor in expected.items()}
+    if model.in_chans != 3:  # timm adapts the first convolutions next
+        for name in set(shapes) & set(wanted):
+            if re.match(r"(visible|infrared)_stem\.conv1\.(0\.)?weight", name):
+                wanted[name] = wanted[name][:1] + shapes[name][1:2] + wanted[name][2:]
+    differing = misfits(shapes, wanted)
+    if any(differing.values()):
+        raise UserError(
+            f"the checkpoint does not fit {model.pretrained_cfg.get('architecture', 'the model')}: "
+            + in_words(differing)
+        )
+    return state_dict
+
+
+def misfits(found: dict[str, torch.Size], wanted: dict[str, torch.Size]) -> dict[str, list[str]]:
+    """How the shapes of a state dict differ from a network's: names that are missing, surplus or
+    misshapen, in the network's order."""
+    return {
+        "missing": [n for n in wanted if n not in found],
+        "surplus": [n for n in found if n not in wanted],
+        "misshapen": [
+            f"{n} {tuple(found[n])} for {tuple(wanted[n])}"
+            for n in wanted
+            if n in found and found[n] != wanted[n]
+        ],
+    }
+
+
+def in_words(misfits: dict[str, list[str]], most: int = 4) -> str:
+    """The first names of each kind of :func:`misfits`."""
+    return "; ".join(
+        f"{kind}: {', '.join(names[:most])}"
+        + (f" and {len(names) - most} more" if len(names) > most else "")
+        for kind, names in misfits.items()
+        if names
+    )
+
+
+# saving
+
+
+def save_pretrained(model: Any, folder: str | os.PathLike[str]) -> Path:
+    """Write ``config.json`` and ``model.safetensors``: a folder for timm and for transformers.
+
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` builds the same model from it, in a
+    process that has imported ``deen_zoo``. Each file is written whole and then renamed.
+
+    Raises:
+        OSError: One cannot be written; the message names it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = weights_bytes(model)
+    config = model_config(model, hashlib.sha256(weights).hexdigest())
+    write_atomically(folder / WEIGHTS, weights)
+    write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def weights_bytes(model: Any, classifier: bool = True) -> bytes:
+    """The content of ``model.safetensors``, or that of its tensors without the classifier."""
+    tensors = {
+        name: t.detach().cpu().contiguous()
+        for name, t in model.state_dict().items()
+        if classifier or not name.startswith("classifier.")
+    }
+    return save(tensors, {"format": "pt"})
+
+
+def model_config(model: Any, weights_sha256: str) -> Config:
+    """``config.json`` of a model: what builds it again, and the digest of its weights' file."""
+    from .. import __version__
+
+    sources = ("architecture", "url", "file", "state_dict", "hf_hub_id", "source", "tag")
+    cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in sources}
+    cfg["num_classes"] = model.num_classes
+    cfg["input_size"] = [model.in_chans, *cfg["input_size"][1:]]
+    own = {"format": FORMAT, "version": __version__, "weights_sha256": weights_sha256}
+    return {
+        "architecture": model.pretrained_cfg["architecture"],
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "global_pool": model.global_pool,
+        "model_args": model.model_args,
+        "pretrained_cfg": cfg,
+        "deen_zoo": own | ({"trained_on": model.trained_on} if model.trained_on else {}),
+    }
+
+
+# files and configurations of others
+
+
+def hub_config(repo: str, variant: str = "", cache_dir: str | None = None) -> tuple[Config, str]:
     """A repository's checked ``config.json``, and ``ORG/NAME@COMMIT`` of the commit it is of.
 
     Args:
@@ -236,16 +355,12 @@ def hub_config(
         UserError: It cannot be had, or is of another model or of a newer version.
     """
     path = fetch(repo, CONFIG, cache_dir)
-    config = _read_config(path)
-    _check_config(config, repo, variant)
-    return config, f"{repo.partition('@')[0]}@{path.parent.name}"
+    return _read_config(path, repo, variant), f"{repo.partition('@')[0]}@{path.parent.name}"
 
 
-def local_config(folder: str | os.PathLike[str], variant: str = "") -> dict[str, Any]:
+def local_config(folder: str | os.PathLike[str], variant: str = "") -> Config:
     """The checked ``config.json`` of a folder; see :func:`hub_config`."""
-    config = _read_config(Path(folder) / CONFIG)
-    _check_config(config, str(folder), variant)
-    return config
+    return _read_config(Path(folder) / CONFIG, str(folder), variant)
 
 
 def fetch(repo: str, filename: str, cache_dir: str | None = None) -> Path:
@@ -259,10 +374,7 @@ def fetch(repo: str, filename: str, cache_dir: str | None = None) -> Path:
         OSError: It cannot be written.
     """
     if not filename.endswith((".safetensors", ".json")):
-        raise UserError(
-            f"{repo}/{filename} is not loaded: only safetensors files are, since a pickle runs "
-            f"code; 'deen-zoo convert' opens an official .t file that you trust"
-        )
+        raise UserError(f"{repo}/{filename} is not loaded, a pickle runs code: {NO_PICKLE}")
     name, _, revision = repo.partition("@")
     with hub_errors(name, revision, filename):
         path = Path(hf_hub_download(name, filename, revision=revision or None, cache_dir=cache_dir))
@@ -273,7 +385,9 @@ def fetch(repo: str, filename: str, cache_dir: str | None = None) -> Path:
     elif re.fullmatch("[0-9a-f]{40}", stated):
         found = sha256(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size))
     if found != stated:
-        _discard(path)
+        # The entry in the cache, the blob it points to, and the blob's shared store.
+        for entry in (path.resolve(), path.parent / os.readlink(path), path):
+            entry.unlink(missing_ok=True)
         raise UserError(
             f"{repo}/{filename} was cut or altered on its way: its digest is {found[:12]}..., the "
             f"Hub says {stated[:12]}...; it has been removed: try again, or look at your proxy"
@@ -281,42 +395,28 @@ def fetch(repo: str, filename: str, cache_dir: str | None = None) -> Path:
     return path
 
 
-def _discard(path: Path) -> None:
-    """Remove a cached file: its entry, the blob it points to, and the blob's shared store."""
-    for entry in (path.resolve(), path.parent / os.readlink(path), path):
-        entry.unlink(missing_ok=True)
-
-
-def _check_file(path: Path, config: dict[str, Any], digest: str = "") -> None:
+def _check_file(path: Path, config: Config, digest: str = "") -> set[str]:
+    """The names of its tensors, if it is the safetensors file that ``config`` was written for."""
     if path.suffix != ".safetensors":
-        raise UserError(
-            f"{path} is not loaded: only safetensors files are; 'deen-zoo convert' turns another "
-            f"repository's file into one"
-        )
+        raise UserError(f"{path} is not loaded: {NO_PICKLE}")
     if not path.is_file():
         raise UserError(f"{path}: there is no such file, and no pickle is loaded in its place")
-    stated = (config.get("deen_zoo") or {}).get("weights_sha256")
+    wanted = digest or (config.get("deen_zoo") or {}).get("weights_sha256")
     if "transformers_version" in config:  # it saves new weights and copies the old digest
-        stated = None
-    wanted = digest or stated
+        wanted = digest
     if wanted and wanted != (found := sha256(path)):
         raise UserError(
             f"{path} is not the file that its {CONFIG} was written for: its SHA-256 is "
             f"{found[:12]}..., not {wanted[:12]}...: get both again"
         )
     try:
-        with safe_open(str(path), framework="pt"):
-            pass
+        with safe_open(str(path), framework="pt") as file:
+            return set(file.keys())
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}): get it again") from error
 
 
-def _has_classifier(path: Path) -> bool:
-    with safe_open(str(path), framework="pt") as file:
-        return "classifier.weight" in file.keys()  # noqa: SIM118
-
-
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path, where: str, variant: str) -> Config:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -328,10 +428,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON ({error}): get it again") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a model's configuration: it holds {type(config).__name__}")
+    _check_config(config, where, variant)
     return config
 
 
-def _check_config(config: dict[str, Any], where: str, variant: str) -> None:
+def _check_config(config: Config, where: str, variant: str) -> None:
     """Refuse what this version cannot build, and what would load something else on the way."""
     own, cfg = (config.get(key) or {} for key in ("deen_zoo", "pretrained_cfg"))
     args: Any = config.get("model_args", {})
@@ -371,17 +472,17 @@ def _check_config(config: dict[str, Any], where: str, variant: str) -> None:
             f"{', '.join(sorted(unknown))}; if it is newer: {UPGRADE}"
         )
     classes = config.get("num_classes", 0)
-    wrong = [] if _count(classes) else [f"num_classes {classes!r}"]
-    if args.get("num_classes", classes) != classes:
-        wrong.append(f"model_args.num_classes {args['num_classes']!r} for num_classes {classes!r}")
-    if not isinstance(own.get("weights_sha256", ""), str):
-        wrong.append(f"deen_zoo.weights_sha256 {own['weights_sha256']!r}")
-    if not isinstance(own.get("trained_on") or {}, dict):
-        wrong.append(f"deen_zoo.trained_on {own['trained_on']!r}")
-    wrong += [f"pretrained_cfg.{key} {v!r}" for key, v in cfg.items() if not _fits(key, v)]
-    wrong += [f"model_args.{key} {v!r}" for key, v in args.items() if not _builds(key, v)]
-    if wrong:
-        raise UserError(f"{where} has values in its {CONFIG} that no model has: " + wrong[0][:200])
+    valid = {
+        f"num_classes {classes!r}": _number(classes, 0, 10**7, whole=True),
+        "model_args.num_classes, another one": args.get("num_classes", classes) == classes,
+        "deen_zoo.weights_sha256": isinstance(own.get("weights_sha256", ""), str),
+        "deen_zoo.trained_on": isinstance(own.get("trained_on") or {}, dict),
+        **{f"pretrained_cfg.{k} {v!r}": k not in VALID or VALID[k](v) for k, v in cfg.items()},
+        **{f"model_args.{k} {v!r}": _builds(k, v) for k, v in args.items()},
+    }
+    for value, fits in valid.items():
+        if not fits:
+            raise UserError(f"{where} has in its {CONFIG} what no model has: {value[:200]}")
 
 
 def _arguments(name: str) -> set[str]:
@@ -393,49 +494,41 @@ def _arguments(name: str) -> set[str]:
     return names - {"pretrained_backbone", "device", "dtype"}
 
 
-def _number(value: Any, low: float, high: float) -> bool:
-    """A finite number in [low, high]."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
+def _number(value: Any, low: float, high: float, whole: bool = False) -> bool:
+    """Whether it is a finite number in [low, high]."""
+    plain = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
     return plain and math.isfinite(value) and low <= value <= high
 
 
-def _count(value: Any, low: int = 0, high: int = 10**7) -> bool:
-    return isinstance(value, int) and _number(value, low, high)
+def _numbers(value: Any, low: float, high: float, *lengths: int, whole: bool = False) -> bool:
+    fits = isinstance(value, list | tuple) and len(value) in lengths
+    return fits and all(_number(number, low, high, whole) for number in value)
 
 
-def _numbers(value: Any, low: float, high: float, lengths: tuple[int, ...], whole: bool) -> bool:
-    fits: Callable[..., bool] = _count if whole else _number
-    return (
-        isinstance(value, list | tuple)
-        and len(value) in lengths
-        and all(fits(number, low, high) for number in value)
-    )
+def _size(value: Any) -> bool:
+    return value is None or _numbers(value, 1, 4096, 2, 3, whole=True)
 
 
-def _fits(key: str, value: Any) -> bool:
-    """Whether a value of ``pretrained_cfg`` can be a model's."""
-    if key == "mean":
-        return _numbers(value, 0, 1, (1, 3), False)
-    if key == "std":
-        return _numbers(value, 1e-3, 10, (1, 3), False)
-    if key == "input_size":
-        return _numbers(value, 1, 4096, (3,), True)
-    if key == "crop_pct":
-        return _number(value, 0.01, 1)
-    if key == "crop_mode":
-        return value in ("center", "squash", "border")
-    if key == "interpolation":
-        return value in ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")
-    if key == "num_classes":
-        return _count(value)
-    if key in ("custom_load", "label_offset"):  # timm would load by them, or cut the classifier
-        return not value
-    if key in ("first_conv", "classifier"):
-        names = value if isinstance(value, list | tuple) else [value]
-        return all(isinstance(name, str) for name in names)
-    if key in ("test_input_size", "min_input_size", "pool_size", "test_pool_size"):
-        return value is None or _numbers(value, 1, 4096, (2, 3), True)
-    return True  # words
+def _names(value: Any) -> bool:
+    return all(isinstance(x, str) for x in (value if isinstance(value, list | tuple) else [value]))
+
+
+# What a value of ``pretrained_cfg`` must be; those of other keys are words.
+VALID: dict[str, Callable[[Any], bool]] = {
+    "mean": lambda v: _numbers(v, 0, 1, 1, 3),
+    "std": lambda v: _numbers(v, 1e-3, 10, 1, 3),
+    "input_size": lambda v: _numbers(v, 1, 4096, 3, whole=True),
+    **dict.fromkeys(("test_input_size", "min_input_size", "pool_size", "test_pool_size"), _size),
+    "crop_pct": lambda v: _number(v, 0.01, 1),
+    "crop_mode": lambda v: v in ("center", "squash", "border"),
+    "interpolation": lambda v: (
+        v in ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")
+    ),
+    "num_classes": lambda v: _number(v, 0, 10**7, whole=True),
+    # timm would load by them, or cut the classifier
+    **dict.fromkeys(("custom_load", "label_offset"), lambda v: not v),
+    **dict.fromkeys(("first_conv", "classifier"), _names),
+}
 
 
 def _builds(key: str, value: Any) -> bool:
@@ -444,12 +537,15 @@ def _builds(key: str, value: Any) -> bool:
     if isinstance(value, dict):
         return all(_builds(name, inner) for name, inner in value.items())
     if isinstance(value, list):
-        if key == "layers" and not _numbers(value, 1, 100, (4,), True):
+        if key == "layers" and not _numbers(value, 1, 100, 4, whole=True):
             return False
         return len(value) <= 16 and all(_builds("", inner) for inner in value)
     if isinstance(value, bool) or value is None:
         return True
     return len(value) < 200 if isinstance(value, str) else _number(value, 0, 4096)
+
+
+# the Hub's errors
 
 
 @contextmanager
@@ -468,44 +564,36 @@ def hub_errors(repo: str, revision: str = "", filename: str = "") -> Iterator[No
 
 
 def _explain(error: BaseException, repo: str, revision: str, filename: str) -> str:
-    at = f"{repo}@{revision}" if revision else repo
-    hub = constants.ENDPOINT
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
-    cause = error.__cause__
-    if isinstance(error, errors.HFValidationError):
-        return f"{repo!r} is no repository: give ORG/NAME or ORG/NAME@REVISION ({brief(error)})"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"HF_HUB_OFFLINE is set: unset it to reach {hub}/{repo}"
+    at, hub = f"{repo}@{revision}" if revision else repo, constants.ENDPOINT
     if isinstance(error, errors.LocalEntryNotFoundError):
+        cause = error.__cause__
         if cause is not None and getattr(cause, "response", None) is not None:
             return _explain(cause, repo, revision, filename)
-        why = f"{hub} cannot be reached ({brief(cause)})" if cause else f"{hub} cannot be reached"
+        why = f"{hub} cannot be reached ({brief(cause or error)})"
         if constants.HF_HUB_OFFLINE:
             why = "HF_HUB_OFFLINE is set"
         return (
             f"{at}/{filename} is not in the cache {constants.HF_HUB_CACHE}, and {why}: load it "
             f"once with a connection, or from a folder: 'local-dir:FOLDER' with pretrained=True"
         )
-    if isinstance(error, errors.GatedRepoError):
-        return f"{repo} is gated: ask for access on {hub}/{repo}, then {LOGIN}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        variant = repo.rpartition("/")[2]
-        ours = f". {_no_weights(variant, '')}" if hub_repository(variant) == (repo, "") else ""
-        return (
-            f"there is no {repo} on {hub}, or your login has no access to it{ours}; if it is "
-            f"private, {LOGIN}"
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return (
-            f"{repo} has no revision {revision!r}: choose a branch, tag or commit of "
-            f"{hub}/{repo}/tree/main, or none for the newest"
-        )
-    if isinstance(error, errors.EntryNotFoundError):
-        return (
-            f"{at} has no {filename}: it is no model that deen_zoo published, and nothing else is "
-            f"loaded from it (a pickle never is)"
-        )
+    variant = repo.rpartition("/")[2]
+    ours = f". {_no_weights(variant, '')}" if hub_repository(variant) == (repo, "") else ""
+    kinds = {
+        errors.HFValidationError: f"{repo!r} is no repository: give ORG/NAME or ORG/NAME@REVISION "
+        f"({brief(error)})",
+        errors.OfflineModeIsEnabled: f"HF_HUB_OFFLINE is set: unset it to reach {hub}/{repo}",
+        errors.GatedRepoError: f"{repo} is gated: ask for access on {hub}/{repo}, then {LOGIN}",
+        errors.RepositoryNotFoundError: f"there is no {repo} on {hub}, or your login has no access "
+        f"to it{ours}; if it is private, {LOGIN}",
+        errors.RevisionNotFoundError: f"{repo} has no revision {revision!r}: choose a branch, tag "
+        f"or commit of {hub}/{repo}/tree/main, or none for the newest",
+        errors.EntryNotFoundError: f"{at} has no {filename}: it is no model that deen_zoo "
+        f"published, and nothing else is loaded from it (a pickle never is)",
+    }
+    for kind, message in kinds.items():
+        if isinstance(error, kind):
+            return message
+    status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
         return f"{hub} wants a valid login for {repo}: {LOGIN}"
     if status == 403:
