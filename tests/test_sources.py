@@ -133,7 +133,7 @@ def test_half_precision_bare_dictionaries_and_missing_counters(tmp_path):
         ({"module.DEE.FC1.bias": torch.full((512,), torch.nan)}, {}, "diverged: stages.2.dee"),
         ({}, {"epoch": "best"}, "epoch as 'best'"),
         ({}, {"mAP": float("nan")}, "mAP"),
-        ({}, {"cmc": []}, "rank1"),
+        ({}, {"cmc": []}, "cmc"),
     ],
     ids=["diverged", "epoch", "mAP", "cmc"],
 )

@@ -35,7 +35,6 @@ from .pretrained import build_model
 __all__ = ["AGW"]
 
 NON_LOCAL = {2: 2, 3: 3}  # stage, counted from 1: after how many of its last blocks
-POOLS = ("gem", "gem-learned", "avg")
 
 
 class NonLocal(nn.Module):
@@ -88,6 +87,9 @@ class AvgPool(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.mean((2, 3))
+
+
+POOLS = {"gem": GeM, "gem-learned": LearnedGeM, "avg": AvgPool}
 
 
 class NonLocalStage(nn.Module):
@@ -173,9 +175,7 @@ class AGW(ReidModel):
         self.set_stages(stages, dims)
         self.num_features = self.head_hidden_size = dims[-1]
         self.descriptors = dict(official=dims[-1], pool=dims[-1])
-        self.gem: nn.Module = LearnedGeM(**dd) if pool == "gem-learned" else GeM()
-        if pool == "avg":
-            self.gem = AvgPool()
+        self.gem: nn.Module = POOLS[pool](**(dd if pool == "gem-learned" else {}))
         self.bottleneck = (nn.BatchNorm1d if neck_bias else BNNeck)(dims[-1], **dd)
         self.reset_classifier(num_classes, global_pool)
 

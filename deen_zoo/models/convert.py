@@ -422,7 +422,7 @@ def convert(
     content = read_checkpoint(file)
     found = recognise(content["net"], file.name, model, source)
     weights, half = _sound(found.state, file)
-    scores = _scores(content, file)
+    epoch, rank1, mean = (_score(content, key, file) for key in ("epoch", "cmc", "mAP"))
     dataset = found.model.rpartition("_")[2]
     if split is None and dataset == "regdb" and (match := re.search(r"trial_(\d+)", file.name)):
         split = int(match[1])
@@ -464,7 +464,9 @@ def convert(
         tensors_equal=equal,
         half_precision=half,
         sha256=sha256(target / WEIGHTS),
-        **scores,
+        epoch=None if epoch is None else int(epoch),
+        rank1=rank1,
+        mAP=mean,
     )
 
 
@@ -488,24 +490,22 @@ def _sound(state: StateDict, file: Path) -> tuple[StateDict, int]:
     return out, converted
 
 
-def _scores(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Epoch, rank-1 and mAP that a checkpoint says of itself, None where it says nothing.
+def _score(content: Mapping[str, Any], key: str, file: Path) -> float | None:
+    """A number that a checkpoint says of itself, the first of several; None if it says nothing.
 
     Raises:
-        UserError: One of them is not a number.
+        UserError: It is not a number.
     """
-    cmc = content.get("cmc")
-    said = {"epoch": content.get("epoch"), "rank1": cmc, "mAP": content.get("mAP")}
-    out: dict[str, Any] = {}
-    for key, value in said.items():
-        try:
-            number = None if value is None else float(np.asarray(value).reshape(-1)[0])
-        except (TypeError, ValueError, IndexError, RuntimeError):
-            number = math.nan
-        if number is not None and not math.isfinite(number):
-            raise UserError(
-                f"{file} gives {key} as {str(value)[:40]!r}, not as a number: it is not what the "
-                f"training scripts save; to convert its weights alone, save the state dict"
-            )
-        out[key] = int(number) if key == "epoch" and number is not None else number
-    return out
+    value = content.get(key)
+    if value is None:
+        return None
+    try:
+        number = float(np.asarray(value).reshape(-1)[0])
+    except (TypeError, ValueError, IndexError, RuntimeError):
+        number = math.nan
+    if math.isfinite(number):
+        return number
+    raise UserError(
+        f"{file} gives {key} as {str(value)[:40]!r}, not as a number: it is not what the training "
+        f"scripts save; to convert its weights alone, save the state dict"
+    )
