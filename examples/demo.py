@@ -38,6 +38,7 @@ descriptors are. The score is their cosine similarity: 1 is the same picture, an
 who somebody is.
 
 **Model:** {model}. {knows}"""
+UNKNOWN = "Nothing in its folder says what its weights were trained on."
 DRAWN = """
 > ⚠️ **These weights know drawn people only.** They show how things work; on photographs of real
 > people their scores mean nothing. Start the demo with `--model` and weights of real people."""
@@ -62,8 +63,10 @@ def about(model: Any) -> str:
     """The head of the page: which model it is and what its weights know."""
     name = model.pretrained_cfg.get("architecture", type(model).__name__)
     trained = getattr(model, "trained_on", None) or {}
-    drawn = name.startswith("test_") or trained.get("dataset") == "synthetic"
-    knows = f"Trained on {trained['dataset']}." if "dataset" in trained and not drawn else ""
+    # A tiny model of the name alone is the shipped one.
+    drawn = trained.get("drawn", not trained and name.startswith("test_"))
+    knows = f"Trained on {trained['dataset']}." if "dataset" in trained else UNKNOWN
+    knows = "" if drawn else knows
     return ABOUT.format(model=name, knows=knows) + (DRAWN if drawn else "")
 
 

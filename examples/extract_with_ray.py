@@ -43,9 +43,9 @@ class Actor:
                 file.write_bytes(row["bytes"])
                 names[str(file)] = row["path"]
             table = self.extractor.table(list(names), modality=self.modality)
-        for file, reason in table.unreadable.items():
+        for path, reason in table.unreadable.items():
             if not self.skip_broken:
-                raise UserError(f"{names[file]}: {reason}; --skip-broken leaves it out")
+                raise UserError(f"{names[path]}: {reason}; --skip-broken leaves it out")
         paths = [names[path] for path in table.paths]
         labels = {"infrared": table.labels["infrared"]}
         return replace(table, paths=paths, labels=labels, unreadable={}).to_arrow()

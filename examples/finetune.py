@@ -20,6 +20,7 @@ import torch
 from deen_zoo import FeatureExtractor, create_model, save_pretrained
 from deen_zoo.data import Sample, TrainLoader
 from deen_zoo.data.folder import open_folder
+from deen_zoo.data.protocols import label_order
 from deen_zoo.data.transforms import TrainTransform
 from deen_zoo.device import choose_device
 from deen_zoo.distributed import Distributed
@@ -50,7 +51,7 @@ def draw_people(root: Path) -> Path:
 
 def split(samples: list[Sample], share: float) -> tuple[list[Sample], list[Sample]]:
     """Training and test: no person is in both, or the numbers would mean nothing."""
-    people = sorted({sample.identity for sample in samples})
+    people = sorted({sample.identity for sample in samples}, key=label_order)
     kept = set(people[round(len(people) * (1 - share)) :])
     training = [sample for sample in samples if sample.identity not in kept]
     return training, [sample for sample in samples if sample.identity in kept]

@@ -170,6 +170,18 @@ def test_finetune(tmp_path: Path, capsys) -> None:
     assert 0 < moved < 0.5
 
 
+@pytest.mark.slow
+def test_finetune_takes_words(tmp_path: Path) -> None:
+    """C9: identities may be words; the example said that they are numbers."""
+    example = load("finetune")
+    root = example.draw_people(tmp_path / "mine")
+    for folder in [path for kind in ("visible", "infrared") for path in (root / kind).iterdir()]:
+        if int(folder.name) % 2:
+            folder.rename(folder.with_name(f"person_{folder.name}"))
+    scores = example.main(["--data", str(root), "--epochs", "1", "--test-share", "0.7"])
+    assert 0 < scores.before.mAP < 1 and 0 < scores.after.mAP < 1
+
+
 def test_finetune_keeps_people_apart() -> None:
     example = load("finetune")
     samples = [
@@ -339,6 +351,13 @@ def test_the_demo_says_what_its_model_knows() -> None:
     assert "test_deen_resnet" in example.about(tiny) and "drawn people only" in example.about(tiny)
     real = deen_zoo.create_model("deen_resnet50_regdb", num_classes=0, device="meta")
     assert "drawn" not in example.about(real) and "deen_resnet50_regdb" in example.about(real)
+    assert "Nothing in its folder says" in example.about(real)
+    real.trained_on = {"dataset": "regdb"}
+    assert "Trained on regdb" in example.about(real) and "drawn" not in example.about(real)
+    real.trained_on["drawn"] = True  # a run on the data of `deen-zoo synthesize regdb`
+    assert "drawn people only" in example.about(real)
+    tiny.trained_on = {"dataset": "llcm"}
+    assert "drawn" not in example.about(tiny)
 
 
 def test_the_demo_reads_an_upload_as_an_image(tmp_path: Path) -> None:

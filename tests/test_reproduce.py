@@ -254,7 +254,7 @@ def test_people_that_a_model_was_trained_on_are_not_scored(trees, tmp_path, caps
     trained = json.loads((checkpoint / "config.json").read_text())["deen_zoo"]["trained_on"]
     people = sorted({str(s.identity) for s in open_dataset("regdb", trees["regdb"]).train(1)})
     assert trained == {
-        "dataset": "regdb", "split": 1, "seed": 0, "epoch": 1, "intensity": "full",
+        "dataset": "regdb", "drawn": True, "split": 1, "seed": 0, "epoch": 1, "intensity": "full",
         "identities": len(people),
         "identities_sha256": hashlib.sha256("\n".join(people).encode()).hexdigest(),
     }  # fmt: skip

@@ -212,6 +212,7 @@ class _Work:
         people = {sample.identity for sample in samples}
         trained_on = {
             "dataset": settings.dataset,
+            **({"drawn": True} if self.dataset.drawn else {}),
             "split": trial,
             "seed": settings.seed,
             "intensity": recipe.data.intensity or "full",
