@@ -180,8 +180,9 @@ class OpenVINOEngine:
         out: Tensor | None = None
         for kind, rows in ((KINDS[0], ~infrared), (KINDS[1], infrared)):
             places = rows.nonzero()[:, 0]
-            if len(places):
-                self._notice(kind, pixels[places])
+            if not len(places):  # torch.split would give one part of none
+                continue
+            self._notice(kind, pixels[places])
             # One image has a graph of its own; the last batch is filled up.
             size = 1 if len(places) == 1 else BATCH
             for part in torch.split(places, size):
