@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import re
 import sys
@@ -54,6 +55,15 @@ class _Parser(argparse.ArgumentParser):
         super().error(_one_line(message))
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Says the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.option_strings and type(action.default) in (str, int, float)
+        known = said and action.default not in (argparse.SUPPRESS, -math.inf)
+        return f"{action.help} (default: %(default)s)" if known else action.help
+
+
 def _overview() -> argparse.ArgumentParser:
     from .. import __version__
 
@@ -77,7 +87,7 @@ def load_verb(verb: str) -> tuple[ModuleType, argparse.ArgumentParser]:
         prog=f"deen-zoo {verb}",
         description=module.__doc__,
         epilog=f"examples:\n{module.EXAMPLES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     module.add_arguments(parser)
     return module, parser

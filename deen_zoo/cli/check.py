@@ -19,12 +19,12 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..data.datasets import DATASETS
 
-    parser.add_argument("dataset", choices=tuple(DATASETS))
-    parser.add_argument("root", metavar="ROOT", help="the folder as its authors give it")
-    parser.add_argument(
-        "--fast", action="store_true", help="do not decode images: truncated ones are not found"
-    )
-    parser.add_argument("--json", action="store_true", help="the full report as JSON on stdout")
+    add = parser.add_argument
+    add("dataset", choices=tuple(DATASETS))
+    add("root", metavar="ROOT", help="the folder as its authors give it")
+    about = "do not decode images: truncated ones are not found"
+    add("--fast", action="store_true", help=about)
+    add("--json", action="store_true", help="the full report as JSON on stdout")
 
 
 def run(args: argparse.Namespace) -> int:

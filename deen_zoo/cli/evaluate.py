@@ -21,44 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("features", nargs="+", metavar="FEATURES", help=".safetensors or .npz; several are joined")
-    add(
-        "--protocol",
-        required=True,
-        choices=PROTOCOLS,
-        metavar="PROTOCOL",
-        help=", ".join(PROTOCOLS),
-    )
-    add(
-        "--data-root",
-        metavar="ROOT",
-        help="the dataset's folder: labels are read from it; the official draw needs it",
-    )
+    names = ", ".join(PROTOCOLS)
+    add("--protocol", required=True, choices=PROTOCOLS, metavar="PROTOCOL", help=names)
+    add("--data-root", metavar="ROOT", help="the dataset, to read labels or official draws from")
     add("--trials", type=int, metavar="N", help="how many gallery draws (default: 10)")
-    add(
-        "--split",
-        type=int,
-        default=1,
-        metavar="N",
-        help="RegDB: the split that the features' model was trained for (default: 1)",
-    )
-    add(
-        "--draw",
-        choices=("seeded", "official"),
-        default="seeded",
-        help="galleries as the reference draws them, or by the SYSU authors' rand_perm_cam.mat",
-    )
-    add(
-        "--shots",
-        type=int,
-        default=1,
-        metavar="N",
-        help="gallery images of each identity and camera (default: 1; SYSU's multi-shot: 10)",
-    )
-    add(
-        "--rerank",
-        action="store_true",
-        help="with k-reciprocal re-ranking, under its own name (k1 20, k2 6, lambda 0.3)",
-    )
+    add("--split", type=int, default=1, metavar="N", help="RegDB: the split of the features' model")
+    about = "galleries as the reference draws them, or by the SYSU authors' rand_perm_cam.mat"
+    add("--draw", choices=("seeded", "official"), default="seeded", help=about)
+    about = "gallery images of each identity and camera; SYSU's multi-shot setting has 10"
+    add("--shots", type=int, default=1, metavar="N", help=about)
+    about = "with k-reciprocal re-ranking, under its own name (k1 20, k2 6, lambda 0.3)"
+    add("--rerank", action="store_true", help=about)
     add("--per-query", metavar="CSV", help="write a row for each query of each trial")
     add("--camera-pairs", action="store_true", help="also score each pair of cameras")
     add("--json", action="store_true", help="print JSON, fractions, instead of the table")

@@ -34,28 +34,16 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None
     from ..device import PRECISIONS
 
     add = parser.add_argument
-    add(
-        "--model",
-        required=required,
-        help="a name, a checkpoint folder, or hf-hub:ORG/NAME; its weights are loaded",
-    )
+    about = "a name, a checkpoint folder, or hf-hub:ORG/NAME; its weights are loaded"
+    add("--model", required=required, help=about)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--precision", choices=(*PRECISIONS, "int8"), default="auto", help="int8: see quantize")
     add("--project", metavar="HEAD", help="short descriptors, by a head of deen-zoo project")
-    add(
-        "--engine",
-        choices=("torch", "openvino"),
-        default="torch",
-        help="openvino is faster on a CPU (default: torch)",
-    )
-    add("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
-    add(
-        "--intensity",
-        type=check_intensity,
-        metavar="RULE",
-        help="16-bit images: full, minmax, percentile, or LOW,HIGH (default: as the weights were "
-        "trained)",
-    )
+    about = "openvino is faster on a CPU"
+    add("--engine", choices=("torch", "openvino"), default="torch", help=about)
+    add("--batch-size", type=int, default=64, metavar="N", help="images at a time")
+    about = "16-bit images: full, minmax, percentile, or LOW,HIGH (default: as in training)"
+    add("--intensity", type=check_intensity, metavar="RULE", help=about)
     add("--threads", type=int, metavar="N", help="threads that decode (default: one per core)")
 
 
@@ -82,21 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", nargs="+", metavar="SOURCE", help="images, folders (at any depth), CSV files")
     add("-o", "--output", required=True, metavar="FILE", help=".safetensors, .parquet, or .npz")
     add("--modality", choices=("visible", "infrared", "auto"), help="auto: grey is infrared")
-    add(
-        "--layout",
-        choices=tuple(DATASETS),
-        help="SOURCE is the root of such a tree: its test images, with labels",
-    )
-    add("--split", type=int, default=1, metavar="N", help="RegDB's, 1 to 10 (default: 1)")
+    about = "SOURCE is the root of such a tree: its test images, with labels"
+    add("--layout", choices=tuple(DATASETS), help=about)
+    add("--split", type=int, default=1, metavar="N", help="RegDB's, 1 to 10")
     add_model_arguments(parser, required=True)
     add("--descriptor", default="official", metavar="NAME", help="bn, pool, original, ...")
-    add("--dtype", choices=("float32", "float16"), default="float32")
+    add("--dtype", choices=("float32", "float16"), default="float32", help="of the rows")
     add("--no-flip", action="store_true", help="half the time, without the mirrored image")
-    add(
-        "--raw",
-        action="store_true",
-        help="rows as the reference compares them, not L2-normalised: for evaluate",
-    )
+    about = "rows as the reference compares them, not L2-normalised: for evaluate"
+    add("--raw", action="store_true", help=about)
     add("--json", action="store_true", help="print what was written as JSON")
 
 

@@ -20,13 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("features", nargs="+", metavar="FEATURES", help="feature files; several are joined")
     add("-o", "--output", required=True, metavar="HEAD", help="the head, .safetensors")
-    add("--dim", type=int, default=256, metavar="N", help="numbers in a descriptor (default: 256)")
-    add(
-        "--evaluate",
-        nargs="+",
-        metavar="FEATURES",
-        help="labelled features of other people: print mAP against size, infrared to visible",
-    )
+    add("--dim", type=int, default=256, metavar="N", help="numbers in a descriptor")
+    about = "labelled features of other people: print mAP against size, infrared to visible"
+    add("--evaluate", nargs="+", metavar="FEATURES", help=about)
     add("--json", action="store_true", help="print what was written as JSON")
 
 

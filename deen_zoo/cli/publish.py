@@ -22,11 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", metavar="DIR", help="a checkpoint folder of a run, or of deen-zoo convert")
     add("repo", metavar="ORG/NAME", help="the repository; created if it does not exist")
-    add(
-        "--results",
-        metavar="FILE",
-        help="results.json measured with these weights (default: DIR/results.json)",
-    )
+    about = "results.json measured with these weights (default: DIR/results.json)"
+    add("--results", metavar="FILE", help=about)
     add("--tag", help="name of this version (default: the next free of v1, v2, ...)")
     add("--private", action="store_true", help="create the repository as a private one")
     add("--dry-run", metavar="FOLDER", help="write what would be uploaded there; no network")

@@ -24,29 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="a name or a checkpoint folder")
     add("images", metavar="FOLDER", help="labelled images of both modalities")
     add("output", metavar="OUT", help="the checkpoint folder to write")
-    add("--layout", choices=tuple(DATASETS), default="own", help="of FOLDER (default: own)")
-    add("--split", type=int, default=1, metavar="N", help="RegDB's, 1 to 10 (default: 1)")
-    add(
-        "--calibration-images",
-        type=int,
-        default=128,
-        metavar="N",
-        help="of each modality (default: 128)",
-    )
-    add(
-        "--same-first-hit",
-        type=float,
-        default=0.985,
-        metavar="SHARE",
-        help="least share of queries whose first hit stays (default: 0.985)",
-    )
-    add(
-        "--map-drop",
-        type=float,
-        default=0.01,
-        metavar="DROP",
-        help="largest loss of mAP, of 1 (default: 0.01)",
-    )
+    add("--layout", choices=tuple(DATASETS), default="own", help="of FOLDER")
+    add("--split", type=int, default=1, metavar="N", help="RegDB's, 1 to 10")
+    add("--calibration-images", type=int, default=128, metavar="N", help="of each modality")
+    about = "least share of queries whose first hit stays"
+    add("--same-first-hit", type=float, default=0.985, metavar="SHARE", help=about)
+    add("--map-drop", type=float, default=0.01, metavar="DROP", help="largest loss of mAP, of 1")
     add("--threads", type=int, metavar="N", help="threads that decode (default: one per core)")
     add("--json", action="store_true", help="print the comparison as JSON")
 

@@ -33,17 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..training.settings import add_options
 
     add_options(parser)
-    parser.add_argument(
-        "--ablation", action="store_true", help="the seven rows of the paper's Table 4"
-    )
-    parser.add_argument(
-        "--seed",
-        type=seed,
-        nargs="+",
-        default=[0],
-        help="seed of the weights, the batches and the augmentation; several with --ablation",
-    )
-    parser.add_argument("--json", action="store_true", help="results.json on stdout")
+    add = parser.add_argument
+    add("--ablation", action="store_true", help="the seven rows of the paper's Table 4")
+    about = "seed of the weights, the batches and the augmentation; several with --ablation"
+    add("--seed", type=seed, nargs="+", default=[0], help=about)
+    add("--json", action="store_true", help="results.json on stdout")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -33,16 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gallery", nargs="+", metavar="SOURCE", required=True, help="the like, to be searched")
     add("--query-modality", choices=modalities, help="of query images")
     add("--gallery-modality", choices=modalities, help="of gallery images")
-    add("-k", type=int, default=8, metavar="N", help="hits a query (default: 8)")
+    add("-k", type=int, default=8, metavar="N", help="hits per query")
     add("-o", "--output", metavar="FILE", help="picture of the first ten rankings, .png or .svg")
     add("--threshold", type=float, default=-math.inf, metavar="SCORE", help="leave out hits below")
-    add(
-        "--calibrate",
-        type=float,
-        metavar="RATE",
-        help="do not search: the threshold for this false-match rate, from labelled features; "
-        "without --query, of the gallery's infrared rows against its visible ones",
+    about = (
+        "do not search: the threshold for this false-match rate, from labelled features; "
+        "without --query, of the gallery's infrared rows against its visible ones"
     )
+    add("--calibrate", type=float, metavar="RATE", help=about)
     add_model_arguments(parser, required=False)
     add("--json", action="store_true", help="all of it as JSON")
 

@@ -18,27 +18,18 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..synthetic.layouts import LAYOUTS
 
-    parser.add_argument("layout", choices=tuple(LAYOUTS), help="whose layout")
-    parser.add_argument("root", metavar="ROOT", help="folder to write: new, or empty")
-    parser.add_argument("--identities", type=int, default=32, metavar="N", help="people (32)")
-    parser.add_argument("--seed", type=seed, default=0, help="number of the world (0)")
-    parser.add_argument(
-        "--images-per-camera",
-        type=int,
-        metavar="N",
-        help="images of each person in each camera that sees them (sysu 4, regdb 10, llcm 2)",
-    )
-    parser.add_argument(
-        "--test-fraction",
-        type=float,
-        metavar="F",
-        help="share of the people to test on (as in the real dataset)",
-    )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes that draw (all CPU cores)"
-    )
-    parser.add_argument("--sheet", metavar="PNG", help="also write a contact sheet of the people")
-    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+    add = parser.add_argument
+    add("layout", choices=tuple(LAYOUTS), help="whose layout")
+    add("root", metavar="ROOT", help="folder to write: new, or empty")
+    add("--identities", type=int, default=32, metavar="N", help="people")
+    add("--seed", type=seed, default=0, help="number of the world")
+    about = "images of each person in each camera that sees them (sysu 4, regdb 10, llcm 2)"
+    add("--images-per-camera", type=int, metavar="N", help=about)
+    about = "share of the people to test on (as in the real dataset)"
+    add("--test-fraction", type=float, metavar="F", help=about)
+    add("--workers", type=int, metavar="N", help="processes that draw (all CPU cores)")
+    add("--sheet", metavar="PNG", help="also write a contact sheet of the people")
+    add("--json", action="store_true", help="print what was written as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,21 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("kind", choices=("ranking", "similarities", "tsne", "activations"))
     add("source", nargs="+", metavar="SOURCE", help="feature files; images for activations")
     add("-o", "--output", required=True, metavar="FILE", help=".png, .svg or .pdf")
-    add(
-        "--queries",
-        type=int,
-        default=5,
-        metavar="N",
-        help="ranking: infrared images to search for (default: 5)",
-    )
-    add("-k", type=int, default=8, metavar="N", help="ranking: hits per query (default: 8)")
-    add("--people", type=int, default=20, metavar="N", help="tsne: number of persons (default: 20)")
-    add("--seed", type=seed, default=0, help="chooses the queries or persons (default: 0)")
-    add(
-        "--modality",
-        choices=("visible", "infrared", "auto"),
-        help="activations: the images' modality",
-    )
+    add("--queries", type=int, default=5, metavar="N", help="ranking: infrared images to search")
+    add("-k", type=int, default=8, metavar="N", help="ranking: hits per query")
+    add("--people", type=int, default=20, metavar="N", help="tsne: number of persons")
+    add("--seed", type=seed, default=0, help="chooses the queries or persons")
+    about = "activations: the images' modality"
+    add("--modality", choices=("visible", "infrared", "auto"), help=about)
     add_model_arguments(parser, required=False)
 
 

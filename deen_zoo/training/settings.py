@@ -52,7 +52,7 @@ class Settings:
         "package.module:Class, the losses (default: what the model's family names)", None
     )
     scratch: bool = option("start from random weights, not from ImageNet's", False)
-    people: int = option("people in a synthetic world (default: 96)", 96, type=int)
+    people: int = option("people in a synthetic world", 96, type=int)
     seed: int = option("seed of the weights, the batches and the augmentation", 0)
     device: str = option("auto, cpu, cuda, cuda:1, ...", "auto")
     precision: str = option(
@@ -72,7 +72,7 @@ class Settings:
     threads: int | None = option(
         "threads that decode (default: one per core)", None, type=int, metavar="N"
     )
-    batch_size: int = option("images at a time in evaluation (default: 64)", 64, type=int)
+    batch_size: int = option("images at a time in evaluation", 64, type=int)
     save_every: int | None = option("save within epochs too", None, type=int, metavar="STEPS")
     skip_broken: bool = option("leave out broken images, with a counted warning", False)
     resume: bool = option("continue the run in --output", False)
