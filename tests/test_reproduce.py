@@ -455,7 +455,7 @@ def example_results(folder):
 def test_an_ablation_that_is_there_is_refused_before_any_row_is_trained(trees, tmp_path, capsys):
     """It was found when the rows before had been trained."""
     last = tmp_path / "ablation" / "dee+cpm+ort+mfa" / "seed-0"
-    last.mkdir(parents=True)
+    (last / "states" / "epoch-00001-step-0000000").mkdir(parents=True)
     options = ["--data-root", str(trees["llcm"]), "--output", str(tmp_path), *FAST]
     assert main(["reproduce", "llcm", "--ablation", *options]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

@@ -60,7 +60,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         said = action.option_strings and type(action.default) in (str, int, float)
-        known = said and action.default not in (argparse.SUPPRESS, -math.inf)
+        known = said and action.default not in ("", argparse.SUPPRESS, -math.inf)
         return f"{action.help} (default: %(default)s)" if known else action.help
 
 

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the images, which leaves the other stem out; or a second input of the file",
     )
     add("--output", choices=("embedding", "logits"), default="embedding")
-    add("--descriptor", default="official", help="which embedding (default: official)")
+    add("--descriptor", default="official", help="which embedding")
     add("--no-flip", action="store_true", help="without the mirrored image: half the time")
     add(
         "--normalize",

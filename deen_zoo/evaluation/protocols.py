@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,10 +67,9 @@ def evaluate(
     numbers = trial_numbers(protocol, trials)
     rows = _as_tensor(features, samples)
     sides = trial_sides(samples, protocol, numbers, draw, shots, permutations)
-    compare = _Comparison(rows, sides, rerank)
     done, pairs = [], []
-    for number, (queries, gallery) in zip(numbers, sides, strict=True):
-        similarity = compare(queries, gallery)
+    similarities = _similarities(rows, sides, rerank)
+    for number, (queries, gallery), similarity in zip(numbers, sides, similarities, strict=True):
         sampled = [samples[i] for i in queries], [samples[i] for i in gallery]
         labels = _labels(*sampled)
         done.append(Trial(number, *sampled, evaluate_ranking(similarity, *labels, row.rule)))
@@ -125,41 +124,25 @@ def _labels(queries: Sequence[Sample], gallery: Sequence[Sample]) -> Labels:
     return q_ids, g_ids, q_cameras, g_cameras
 
 
-class _Comparison:
-    """Similarities of any trial's images, from one product of all the images that any draws."""
-
-    def __init__(
-        self, rows: Tensor, sides: Sequence[tuple[Indices, Indices]], rerank: KReciprocal | None
-    ) -> None:
-        self.rerank = rerank
-        queries = sorted({i for trial in sides for i in trial[0]})
-        gallery = sorted({i for trial in sides for i in trial[1]})
-        if rerank:  # needs all pairs
-            queries = gallery = queries + gallery
-        self.place = [{image: n for n, image in enumerate(side)} for side in (queries, gallery)]
-        left, right = _pick(rows, queries), _pick(rows, gallery)
-        self.product = left @ right.T
-
-    def __call__(self, queries: Indices, gallery: Indices) -> Any:
-        if not self.rerank:
-            part = _take(self.product, 1, [self.place[1][i] for i in gallery])
-            return _take(part, 0, [self.place[0][i] for i in queries])
-        images = [self.place[0][i] for i in queries + gallery]
-        product = _take(_take(self.product, 1, images), 0, images)
-        norms = product.diagonal()
-        distance = (norms[:, None] + norms[None] - 2 * product).clamp(min=0)
-        return -k_reciprocal_distance(distance.cpu().numpy(), len(queries), self.rerank)
-
-
-def _take(matrix: Tensor, dim: int, indices: Indices) -> Tensor:
-    if indices == list(range(matrix.shape[dim])):
-        return matrix
-    return matrix.index_select(dim, torch.tensor(indices, device=matrix.device))
-
-
-def _pick(rows: Tensor, indices: Indices) -> Tensor:
-    picked = _take(rows, 0, indices)
-    return picked if picked.dtype in (torch.float32, torch.float64) else picked.float()
+def _similarities(
+    rows: Tensor, sides: Sequence[tuple[Indices, Indices]], rerank: KReciprocal | None
+) -> Iterator[Any]:
+    """(queries, gallery) of each trial, from one product of all the images that any trial draws."""
+    queries, gallery = (sorted({i for trial in sides for i in trial[side]}) for side in (0, 1))
+    if rerank:  # needs all pairs
+        queries = gallery = queries + gallery
+    at = [{image: n for n, image in enumerate(side)} for side in (queries, gallery)]
+    wide = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+    product = wide[queries] @ wide[gallery].T
+    for left, right in sides:
+        if not rerank:
+            yield product[[at[0][i] for i in left]][:, [at[1][i] for i in right]]
+            continue
+        images = [at[0][i] for i in left + right]
+        part = product[images][:, images]
+        norms = part.diagonal()
+        distance = (norms[:, None] + norms[None] - 2 * part).clamp(min=0)
+        yield -k_reciprocal_distance(distance.cpu().numpy(), len(left), rerank)
 
 
 def _score_pairs(similarity: Any, labels: Labels, rule: str) -> list[CameraPair]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..device import choose_device
 from ..distributed import Distributed, join
-from ..errors import UserError, plural
+from ..errors import plural
 from ..evaluation import published_ablation
 from ..evaluation.report import markdown_table
 from ..io import write_atomically
 from .recipes import override
-from .reproduce import reproduce
+from .reproduce import check_early, reproduce
 from .settings import Settings
 
 __all__ = ["ablate", "ablation_changes", "sweep", "table"]
@@ -44,7 +45,7 @@ def sweep(
     finished ones are read back and the others continued.
 
     Raises:
-        UserError: Without ``resume``, the folder of a run is there already.
+        UserError: One of them is there and ``resume`` is not set; none was trained.
     """
     out: dict[str, list[dict[str, Any]]] = {name: [] for name in changes}
     runs = []
@@ -54,12 +55,8 @@ def sweep(
             output = settings.output / "ablation" / name / f"seed-{seed}"
             runs.append((name, replace(settings, output=output, recipe=recipe, seed=seed)))
 
-    def check() -> None:  # before any of them is trained
-        there = [str(one.output) for _, one in runs if one.output.exists()]
-        if there and not settings.resume:
-            raise UserError(f"{there[0]} is there: give --resume, or another --output")
-
-    world.once(check)
+    for _, one in runs:  # before any of them is trained
+        world.once(partial(check_early, one))
     for name, one in runs:
         out[name].append(reproduce(one, world))
     return out

@@ -78,8 +78,9 @@ def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str,
         with join(choose_device(settings.device)) as world:
             return reproduce(settings, world)
     with ExitStack() as stack:
-        world.once(lambda: _enter(stack, settings))
-        _check_early(settings)
+        lock = exclusive(settings.output / ".lock", f"the run in {settings.output}")
+        world.once(lambda: stack.enter_context(lock))
+        check_early(settings)
         dataset = _check_data(settings, world)
         fingerprint = world.once(dataset.fingerprint)
         record = _record(settings, fingerprint, world)
@@ -105,12 +106,6 @@ def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str,
     return results
 
 
-def _enter(stack: ExitStack, settings: Settings) -> None:
-    """Lock the output folder."""
-    settings.output.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(exclusive(settings.output / ".lock", f"the run in {settings.output}"))
-
-
 def _finished(settings: Settings, run: dict[str, Any]) -> dict[str, Any] | None:
     """The results of the very same run, if it is resumed and has nothing left to do."""
     file = settings.output / "results.json"
@@ -120,7 +115,7 @@ def _finished(settings: Settings, run: dict[str, Any]) -> dict[str, Any] | None:
     return results if results.get("run") == run else None
 
 
-def _check_early(settings: Settings) -> None:
+def check_early(settings: Settings) -> None:
     """Refuse what would be found only after hours of work."""
     resolve_precision(choose_device(settings.device), settings.precision)
     if settings.task:
@@ -268,15 +263,10 @@ class _Work:
     def transform(self, model: Any) -> TrainTransform:
         """The recipe's augmentation, normalised as the model has it."""
         data, config = self.settings.recipe.data, data_config(model)
-        return (ChannelTransform if data.augmentation == "caj" else TrainTransform)(
-            data.pad,
-            data.grayscale,
-            data.flip,
-            data.erasing,
-            data.erasing_area or self.settings.kind.erasing_area,
-            config["mean"],
-            config["std"],
-        )
+        same = {name: getattr(data, name) for name in ("pad", "grayscale", "flip", "erasing")}
+        area = data.erasing_area or self.settings.kind.erasing_area
+        kind = ChannelTransform if data.augmentation == "caj" else TrainTransform
+        return kind(**same, erasing_area=area, mean=config["mean"], std=config["std"])
 
     def checkpoints(self, model: Any, run: Run, trial: int) -> dict[str, Any]:
         """Write the checkpoint folders of the last and the best epoch."""

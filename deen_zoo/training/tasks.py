@@ -118,12 +118,12 @@ class AGWTask(Task):
     def losses(self, batch: TrainBatch) -> dict[str, Tensor]:
         loss, out = self.loss, self.features(batch)
         terms = {"identity": identity_loss(out["logits"], batch.labels)}
-        if loss.triplet and loss.triplet_variant == "batch-hard":
-            triplet = batch_hard_triplet_loss(out["pool"], batch.labels, loss.triplet_margin)
-            terms["triplet"] = loss.triplet * triplet
-        elif loss.triplet:
-            squared = loss.triplet_variant == "squared"
-            triplet = weighted_triplet_loss(out["pool"], batch.labels, squared)
+        if loss.triplet:
+            pool, labels, variant = out["pool"], batch.labels, loss.triplet_variant
+            if variant == "batch-hard":
+                triplet = batch_hard_triplet_loss(pool, labels, loss.triplet_margin)
+            else:
+                triplet = weighted_triplet_loss(pool, labels, variant == "squared")
             terms["triplet"] = loss.triplet * triplet
         return terms
 
