@@ -341,11 +341,12 @@ def activation_maps(
             column[0].set_title("infrared" if infrared[i] else "visible", loc="center")
             for axes, heat in zip(column[1:], maps[i], strict=True):
                 axes.imshow(photo.mean(axis=2), cmap="gray", aspect="auto")
-                shown = axes.imshow(_scaled(heat, size), cmap="turbo", alpha=0.5, aspect="auto")
+                shown = axes.imshow(_scaled(heat, size), "turbo", aspect="auto", alpha=0.5)
+                shown.set_clim(0, 1)
         place = grids[0][1, -1].inset_axes((1.25, 0, 0.12, 1))  # next to the first map
         bar = figure.colorbar(shown, place, ticks=[0, 1], alpha=0.7)
         bar.ax.set_yticklabels(["least", "most"])
-        bar.set_label("response")
+        bar.set_label("response", labelpad=-12)
     return maps
 
 
