@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def command(settings: Settings) -> str:
     kind, recipe = settings.kind, settings.recipe
     name = recipe.name if recipe.name in RECIPES else "official"
     base, usual = flat(RECIPES[name]), Settings.create(
-        settings.dataset, settings.output, recipe=recipe,
+        settings.dataset, settings.output, recipe=replace(recipe, task=None),
         data_root=None if kind.synthetic else settings.output / "no such root",
     )  # fmt: skip
     words = ["deen-zoo", "reproduce", settings.dataset]
