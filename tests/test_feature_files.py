@@ -116,6 +116,25 @@ def test_tables_may_be_read_one_at_a_time(tmp_path):
     assert read_feature_table(tmp_path / "f.safetensors").samples() == SAMPLES[:2]
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "npz", "parquet"])
+def test_a_full_disk_is_an_os_error(suffix, tmp_path):
+    """A limit on the size of files stands for a disk without room; nothing half written stays."""
+    resource = pytest.importorskip("resource")
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+    made = [table(SAMPLES[:1], features=torch.randn(1, 5000)) for _ in range(2)]
+    made[1] = replace(made[1], paths=["/b.jpg"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        for tables in (made[:1], made):
+            with pytest.raises(OSError, match="File too large"):
+                write_feature_table(tmp_path / f"f.{suffix}", tables)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
 def test_mapped_not_read(tmp_path):
     file = write(tmp_path / "f.safetensors")
     rows = read_feature_table(file).features

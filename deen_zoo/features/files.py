@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -349,14 +349,14 @@ def _join(tables: Sequence[FeatureTable], source: str, scratch: Path | None = No
             if any(column.dtype.kind == "U" for column in columns):
                 columns = [label_column([*column.tolist(), ""])[:-1] for column in columns]
             out[name] = np.concatenate(columns)
-    shape = len(paths), first.features.shape[1]
-    rows, start = first.features.new_empty(0), 0
     if scratch and paths:
-        size, dtype = shape[0] * shape[1], first.features.dtype
-        rows = torch.from_file(str(scratch), shared=True, size=size, dtype=dtype).view(shape)
-        for table in tables:
-            rows[start : start + len(table)] = table.features
-            start += len(table)
+        dtype, width = first.features.dtype, first.features.shape[1]
+        with open(scratch, "wb") as file:  # written and then mapped: a full disk is an OSError
+            for table in tables:
+                if len(table):
+                    part = table.features.to(dtype).contiguous().view(torch.uint8)
+                    file.write(part.numpy().data)
+        rows = torch.from_file(str(scratch), size=len(paths) * width, dtype=dtype).view(-1, width)
     else:
         rows = torch.cat([table.features for table in tables])
     return FeatureTable(source, rows, paths, out, first.provenance, unreadable)
@@ -373,6 +373,7 @@ def write_feature_table(
     Raises:
         UserError: The file cannot be written there, an image comes twice, or there is no row,
             unless that is allowed.
+        OSError: The disk is full.
     """
     file = check_output(file)
     partial, scratch = (file.with_name(f"{file.name}.{end}") for end in ("partial", "rows"))
@@ -389,6 +390,8 @@ def write_feature_table(
         }
         WRITERS[file.suffix](partial, replace(table, labels=labels))
         os.replace(partial, file)
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(f"cannot write {file}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
         scratch.unlink(missing_ok=True)
