@@ -389,6 +389,9 @@ def test_arrow(tmp_path):
             FeatureTable.from_arrow(wrong)
     with pytest.raises(UserError, match="UTF-8"):
         table().to_arrow()
+    rows = FeatureTable("x", torch.randn(500, 64), [f"{i}.png" for i in range(500)], {})
+    write_feature_table(tmp_path / "f.parquet", [rows])
+    assert (tmp_path / "f.parquet").stat().st_size < 1.2 * 500 * 64 * 4  # no dictionary of floats
     (tmp_path / "f.parquet").write_bytes(b"PAR1 no parquet PAR1")
     with pytest.raises(UserError, match=r"f\.parquet"):
         read_feature_table(tmp_path / "f.parquet")

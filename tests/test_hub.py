@@ -424,6 +424,7 @@ def test_the_published_folder_loads_in_timm_and_transformers(preview, folder):
     from transformers import AutoModel, TimmWrapperModel
 
     ours = timm.create_model(f"local-dir:{preview}", pretrained=True).eval()
+    assert ours.pretrained_cfg["input_size"] == (3, 128, 64)  # to which timm's tools add a tuple
     x = torch.randn(2, 3, 128, 64)
     with torch.inference_mode():
         wanted = ours.forward_head(ours.forward_features(x), pre_logits=True)

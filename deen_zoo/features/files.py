@@ -410,8 +410,10 @@ def _write_safetensors(file: Path, table: FeatureTable) -> None:
 
 
 def _write_parquet(file: Path, table: FeatureTable) -> None:
+    arrow = table.to_arrow()
+    texts = [name for name in arrow.column_names if name != "features"]  # numbers do not repeat
     require("pyarrow.parquet", extra="parquet").write_table(
-        table.to_arrow(), file, row_group_size=1024
+        arrow, file, row_group_size=1024, use_dictionary=texts
     )
 
 

@@ -109,7 +109,7 @@ def _load_plan(variant: str, pretrained: bool, kwargs: Config) -> tuple[str, Con
     Raises:
         UserError: The weights cannot be had or must not be loaded; the message says what to do.
     """
-    kwargs = dict(kwargs)
+    kwargs = _with_tuples(kwargs)
     overlay, cache_dir = dict(kwargs.get("pretrained_cfg_overlay") or {}), kwargs.get("cache_dir")
     given: Any = kwargs.get("pretrained_cfg")
     tag = ""
@@ -161,6 +161,15 @@ def _load_plan(variant: str, pretrained: bool, kwargs: Config) -> tuple[str, Con
         kwargs["num_classes"] = overlay["num_classes"] = 0
     kwargs["pretrained_cfg_overlay"] = {**overlay, "file": str(file), "source": ""}
     return place, config.get("deen_zoo") or {}, kwargs
+
+
+def _with_tuples(kwargs: Config) -> Config:
+    """The arguments with tuples for the lists of a JSON file: timm's tools add tuples to them."""
+    given = kwargs.get("pretrained_cfg")
+    if not isinstance(given, dict):
+        return dict(kwargs)
+    cfg = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+    return {**kwargs, "pretrained_cfg": cfg}
 
 
 def _installed(variant: str, tag: str) -> Path | None:
