@@ -224,6 +224,24 @@ def test_a_resume_with_anything_else_is_refused_by_name(change, says, started, c
         os.utime(picture, ns=(state.st_atime_ns, state.st_mtime_ns))
 
 
+def test_another_split_is_trained_when_a_run_is_resumed(tmp_path, monkeypatch):
+    """With --trials 2 --resume after --trials 1 it gave the results of split 1."""
+    monkeypatch.setattr("deen_zoo.training.report._draw", lambda *_: None)
+    tiny_trees.regdb(tmp_path / "regdb", 4, 2)
+    command = ["reproduce", "regdb", "--data-root", str(tmp_path / "regdb"), *FAST, "--epochs", "1"]
+    command += ["--protocols", "regdb-ir2vis", "--output", str(tmp_path)]
+    command += ["--set", "data.identities_per_batch=2", "--set", "data.images_per_modality=2"]
+    assert main([*command, "--trials", "1"]) == 0
+    one, first = read(tmp_path), tmp_path / "trial-1" / "log.csv"
+    before = first.read_bytes()
+    assert main([*command, "--trials", "1", "2", "--resume"]) == 0
+    both = read(tmp_path)
+    assert [model["trial"] for model in both["models"]] == [1, 2]
+    trials = both["protocols"]["regdb-ir2vis"]["trials"]
+    assert trials[:1] == one["protocols"]["regdb-ir2vis"]["trials"] and len(trials) == 2
+    assert first.read_bytes() == before  # which has its seconds
+
+
 def test_fewer_epochs_than_are_done_are_refused(started, capsys):
     command, _ = started
     assert main([*command, "--epochs", "2", "--resume"]) == 0
@@ -314,6 +332,34 @@ def test_a_half_drawn_world_is_drawn_again(tmp_path):
     reproduce._draw(settings)
     assert (root / "synthetic.json").is_file() and not (root / ".unfinished").exists()
     assert open_dataset("synthetic", root).train()
+
+
+@pytest.mark.parametrize("place", ["thesis", "run/data"])
+def test_an_unfinished_mark_is_no_leave_to_remove_a_folder(place, tmp_path, capsys):
+    """Any file or folder called .unfinished was enough for --data-root to be removed."""
+    root = tmp_path / place
+    chapter = root / ("vis" if place == "thesis" else "thesis") / "chapter1.txt"
+    chapter.parent.mkdir(parents=True)
+    chapter.write_text("years of work")
+    (root / ".unfinished").touch()
+    command = ["reproduce", "synthetic", "--people", "8", "--output", str(tmp_path / "run")]
+    assert main([*command, "--data-root", str(root)]) == 2
+    error = capsys.readouterr().err
+    assert str(root) in error and ".unfinished" in error and "--data-root" in error
+    assert chapter.read_text() == "years of work"
+
+
+def test_another_number_of_people_than_a_tree_holds_is_refused(tmp_path, capsys):
+    """The option was ignored once the tree was there, and two people of six were evaluated."""
+    command = ["reproduce", "synthetic", "--data-root", str(tmp_path / "tree")]
+    command += ["--output", str(tmp_path / "run"), "--eval-only", "test_deen_resnet"]
+    synthesize("llcm", tmp_path / "tree", 6, images_per_camera=1, workers=1)
+    assert main([*command, "--people", "40"]) == 2
+    error = capsys.readouterr().err
+    assert "--people 40" in error and "6" in error
+    for people in (None, 6):
+        where = tmp_path / "run", tmp_path / "tree"
+        reproduce._draw(Settings.create("synthetic", *where, people=people))
 
 
 def test_files_where_people_are_to_be_drawn_are_left_alone(tmp_path, capsys):

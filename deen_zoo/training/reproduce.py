@@ -46,7 +46,7 @@ from ..models.catalog import installed_splits
 from ..synthetic import synthesize
 from .loop import make_optimizer, train
 from .report import command, write_results
-from .settings import TRY_WITHOUT_DATA, Settings
+from .settings import PEOPLE, TRY_WITHOUT_DATA, Settings
 from .state import Run
 from .tasks import load_object, task_class
 
@@ -84,7 +84,12 @@ def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str,
         dataset = _check_data(settings, world)
         fingerprint = world.once(dataset.fingerprint)
         record = _record(settings, fingerprint, world)
-        run = {"record": record, "epochs": settings.epochs, "protocols": list(settings.protocols)}
+        run = {
+            "record": record,
+            "trials": list(settings.trials),
+            "epochs": settings.epochs,
+            "protocols": list(settings.protocols),
+        }
         finished = world.once(lambda: _finished(settings, run))
         if finished is not None:
             return finished
@@ -111,8 +116,17 @@ def _finished(settings: Settings, run: dict[str, Any]) -> dict[str, Any] | None:
     file = settings.output / "results.json"
     if not settings.resume or settings.eval_only or not file.is_file():
         return None
-    results: dict[str, Any] = json.loads(file.read_text())
+    results = _object(file)
     return results if results.get("run") == run else None
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; empty if it was cut off, or holds something else."""
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def check_early(settings: Settings) -> None:
@@ -169,20 +183,35 @@ def _draw(settings: Settings) -> None:
     """Draw the people, unless they are there; a tree that 0.1.0 left half drawn is drawn again.
 
     Raises:
-        UserError: Other files are in that folder, which are left alone.
+        UserError: Other files are in that folder, which are left alone, or another number of people
+            than was asked for.
     """
-    root = settings.data_root
+    root, note = settings.data_root, settings.data_root / "synthetic.json"
     if (root / ".unfinished").exists():  # 0.1.0 drew in it
+        drawn = {folder.partition("/")[0] for folder in settings.kind.folders}
+        others = {entry.name for entry in root.iterdir()} - drawn - {".unfinished", note.name}
+        if root != settings.output / "data" or others:
+            raise UserError(
+                f"{root} holds .unfinished, as a tree that was left half drawn: remove that folder "
+                "if it is one, or choose another --data-root"
+            )
         shutil.rmtree(root)
-    if (root / "synthetic.json").exists():
+    if note.exists():
+        there, asked = _object(note).get("identities"), settings.people
+        if asked is not None and there not in (None, asked):
+            raise UserError(
+                f"--people {asked}: {root} holds {there} drawn people: leave --people out to take "
+                "them, or choose another --output or --data-root"
+            )
         return
     if root.exists() and any(root.iterdir()):
         raise UserError(
             f"{root} holds other files than a whole tree of drawn people: choose another --output, "
             "or remove that folder"
         )
-    print(f"drawing {settings.people} synthetic people into {root}", file=sys.stderr)
-    synthesize(settings.kind.layout, root, identities=settings.people)
+    people = settings.people or PEOPLE
+    print(f"drawing {people} synthetic people into {root}", file=sys.stderr)
+    synthesize(settings.kind.layout, root, identities=people)
 
 
 class _Work:

@@ -16,6 +16,7 @@ from .recipes import RECIPES, Recipe, describe, get_recipe, shown
 
 __all__ = ["Settings", "add_options"]
 
+PEOPLE = 96  # in a synthetic world that is drawn
 TRY_WITHOUT_DATA = "without data, try 'deen-zoo reproduce synthetic'"
 
 
@@ -52,7 +53,9 @@ class Settings:
         "package.module:Class, the losses (default: what the model's family names)", None
     )
     scratch: bool = option("start from random weights, not from ImageNet's", False)
-    people: int = option("people in a synthetic world", 96, type=int)
+    people: int | None = option(
+        f"people in a synthetic world that is drawn (default: {PEOPLE})", None, type=int
+    )
     seed: int = option("seed of the weights, the batches and the augmentation", 0)
     device: str = option("auto, cpu, cuda, cuda:1, ...", "auto")
     precision: str = option(
