@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 import deen_zoo
 from deen_zoo.errors import UserError
+from deen_zoo.features.extractor import FeatureExtractor
+from deen_zoo.models import pretrained
 
 ARGS, BACKBONE, CFG = ("model_args",), ("model_args", "backbone_args"), ("pretrained_cfg",)
 NAN, INF = float("nan"), float("inf")
@@ -118,6 +121,25 @@ def test_any_value(saved, data):
     ]
     path = data.draw(st.sampled_from(paths))
     builds_the_same_or_says_why(saved, changed(config, path, data.draw(JSON)))
+
+
+def test_a_larger_classifier_than_the_files_is_refused_before_it_is_built(saved, monkeypatch):
+    """Ten million identities took gigabytes, and were refused after that."""
+    _, folder, config = saved
+    many = changed(config, ("num_classes",), 10**7)
+    (folder / "config.json").write_text(json.dumps(many))
+    monkeypatch.setattr(pretrained, "build_model_with_cfg", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match=r"num_classes 10000000 .* 3 identities"):
+        deen_zoo.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+@pytest.mark.parametrize("size", [[3, 1, 1], [3, 16, 16], [3, 100, 50]])
+def test_a_size_that_the_model_cannot_take_is_one_line(saved, size):
+    _, folder, config = saved
+    config = changed(config, ("pretrained_cfg", "input_size"), size)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="multiple of 32"):
+        FeatureExtractor(folder, "cpu")([np.zeros((64, 32, 3), np.uint8)], "visible")
 
 
 @pytest.mark.parametrize("form", ["official", "paper"])

@@ -142,6 +142,11 @@ def test_int8_graphs_of_another_network_or_normalisation_are_refused(tmp_path):
     (folder / "openvino").mkdir()
     (folder / "openvino" / "quantization.json").write_text(json.dumps(facts))
     FeatureExtractor(folder, engine="openvino", precision="int8")
+    for damaged in ([], {}, {**facts, "pixels": {}}, {**facts, "pixels": {"visible": "x"}}):
+        (folder / "openvino" / "quantization.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="deen-zoo quantize"):
+            FeatureExtractor(folder, engine="openvino", precision="int8")
+    (folder / "openvino" / "quantization.json").write_text(json.dumps(facts))
     file = folder / "config.json"
     saved = file.read_text()
     for part, key, value in (

@@ -82,6 +82,14 @@ def test_installed_weights_are_found_by_name_and_tag(home, name, create, capsys)
         create(f"{NAME}.other", pretrained=True)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"deen_zoo": []}', '{"deen_zoo": 5}'])
+def test_installed_weights_with_a_broken_configuration_are_one_line(home, text):
+    _, folder = install(home, "mine")
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match="mine.*(not JSON|configuration|config.json|architecture)"):
+        deen_zoo.create_model(NAME, pretrained=True)
+
+
 def test_several_installed_weights_are_named(home):
     install(home, "yyds-split1"), install(home, "yyds-split2")
     for name in (NAME, f"{NAME}.yyds"):

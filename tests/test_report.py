@@ -76,6 +76,8 @@ def test_sources_of_weights_have_numbers_of_their_own():
     assert yyds["sysu-all"]["mINP"] == 0.5403 and "YYDS" in yyds["sysu-all"]["source"]
     for source, r1 in (("agw", 0.475), ("caj", 0.6988)):
         assert [e["r1"] for e in published("sysu-all", weights=source)] == [r1]
+    # The reference's own files: what its paper and its README report, and no other network's.
+    assert published("llcm-ir2vis", weights="llcm-official") == published("llcm-ir2vis", "DEEN")
     assert all("YYDS" not in e["source"] for e in published("sysu-all"))
 
 

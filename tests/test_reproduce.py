@@ -242,6 +242,22 @@ def test_another_split_is_trained_when_a_run_is_resumed(tmp_path, monkeypatch):
     assert first.read_bytes() == before  # which has its seconds
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"deen_zoo": []}'])
+def test_a_broken_configuration_is_one_line(text, trees, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(text)
+    command = ["reproduce", "llcm", "--data-root", str(trees["llcm"]), "--device", "cpu"]
+    command += ["--eval-only", str(tmp_path), "--output", str(tmp_path / "run")]
+    assert main(command) == 2
+    assert str(tmp_path) in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{"])
+def test_damaged_results_are_written_again(text, tmp_path):
+    (tmp_path / "results.json").write_text(text)
+    settings = Settings.create("synthetic", tmp_path, resume=True)
+    assert reproduce._finished(settings, {}) is None
+
+
 def test_fewer_epochs_than_are_done_are_refused(started, capsys):
     command, _ = started
     assert main([*command, "--epochs", "2", "--resume"]) == 0

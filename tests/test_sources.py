@@ -63,6 +63,12 @@ def test_recognised_by_names_and_shapes(key):
     assert found.ambiguous == (("caj",) if tag == "agw" else ())
 
 
+def test_a_file_name_with_both_tags_does_not_tell():
+    """The name "agw_caj_best.t" was taken for AGW's, and CAJ was not named."""
+    found = recognise(state_of("agw sysu"), name="agw_caj_best.t")
+    assert (found.source.tag, found.ambiguous) == ("agw", ("caj",))
+
+
 def test_refused_with_the_nearest_source_and_what_differs():
     with pytest.raises(
         UserError, match="nearest is .*YYDS.*surplus: .*text.* and .* more"

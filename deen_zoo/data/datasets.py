@@ -261,9 +261,10 @@ class LLCM(ReidDataset):
             )
         if near:
             return (
-                "most likely the version adjusted after publication (issue 28 of its repository, "
-                f"July 2024), on which results are higher: {'; '.join(differ)}; compare results "
-                "with the repository's table (DEEN: llcm-ir2vis 55.52 / 62.07), not the paper's"
+                "either an incomplete copy, or the version adjusted after publication (issue 28 of "
+                "its repository, July 2024), whose counts are not published and on which results "
+                f"are higher: {'; '.join(differ)}; compare results on that version with the "
+                "repository's table (DEEN: llcm-ir2vis 55.52 / 62.07), not the paper's"
             )
         return f"neither the published version nor the adjusted one: {'; '.join(differ)}"
 

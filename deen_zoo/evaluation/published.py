@@ -32,13 +32,17 @@ def published(
         method: Of this method alone; None for all, in the order of their table.
         weights: What the source of public weights reports of those (a source of the catalog, such
             as ``"yyds"``), in place of what papers and tables report; entries then have
-            ``"weights"``, and a report gives the difference.
+            ``"weights"``, and a report gives the difference. Those of the reference itself,
+            ``"llcm-official"``, have DEEN's rows of papers and tables: no file says of which row
+            it is.
 
     >>> [(entry["r1"], entry["mAP"]) for entry in published("llcm-vis2ir", "DEEN")]
     [(0.625, 0.658)]
     >>> [entry["mINP"] for entry in published("llcm-ir2vis", weights="yyds")]
     [0.5987]
     """
+    if weights == "llcm-official":
+        method, weights = "DEEN", None
     others = [] if weights else _table()["weights"]
     return [
         _fractions(entry) | ({"weights": weights} if weights else {})

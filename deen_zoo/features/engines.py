@@ -161,7 +161,10 @@ class OpenVINOEngine:
         graphs = (folder or Path()) / "openvino"
         try:
             facts = json.loads((graphs / "quantization.json").read_bytes())
-        except (OSError, ValueError):
+            pixels = {kind: torch.tensor(facts["pixels"][kind]) for kind in KINDS}
+            if any(bounds.shape != (2, 2) for bounds in pixels.values()):
+                raise ValueError("not the lowest and highest of two statistics")
+        except (OSError, ValueError, TypeError, LookupError, RuntimeError):
             raise UserError(
                 "precision int8 needs calibrated weights: make a folder of them with "
                 "'deen-zoo quantize MODEL IMAGES FOLDER', and give that folder as the model"
@@ -172,7 +175,7 @@ class OpenVINOEngine:
                     f"{graphs} was quantized with {name} {facts.get(name)}, not {value}: quantize "
                     "again, or extract with that"
                 )
-        self._ranges = {kind: torch.tensor(facts["pixels"][kind]) for kind in KINDS}
+        self._ranges = pixels
         return graphs
 
     def __call__(self, pixels: Tensor, infrared: Tensor) -> Tensor:

@@ -363,7 +363,8 @@ def recognise(
             f"{name or 'the checkpoint'} was trained on {_identities(best.state)} identities, "
             f"which is none of the datasets' counts: give --model, one of {', '.join(models)}"
         )
-    same = () if named else tuple(f.source.tag for f in fits if f.source != best.source)
+    others_too = tuple(fit.source.tag for fit in named or fits if fit.source != best.source)
+    same = others_too if len(named) != 1 else ()
     return replace(best, ambiguous=same)
 
 

@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_notrace_function
 
+from ..errors import UserError
 from .base import (
     TINY,
     BNNeck,
@@ -165,7 +166,7 @@ def triple_product(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.T
 def check_even(x: torch.Tensor) -> None:
     """PNL reads two channels as one row, so a fused map needs an even number of positions."""
     if x.shape[2] * x.shape[3] % 2 == 1:
-        raise ValueError(
+        raise UserError(
             f"MFA needs an even number of positions in each map, and these images give one of "
             f"{x.shape[2]} x {x.shape[3]}: make their height or width a multiple of 32, "
             f"e.g. 384 x 144"

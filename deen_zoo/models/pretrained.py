@@ -118,6 +118,7 @@ def _load_plan(variant: str, pretrained: bool, kwargs: Config) -> tuple[str, Con
     named = given or any(overlay.get(key) for key in ("file", "hf_hub_id", "url", "state_dict"))
     if pretrained and (tag or not (named or timm.is_model_pretrained(variant))):
         if folder := _installed(variant, tag):
+            local_config(folder, variant)  # before timm's reader takes what is no configuration
             given, _, args = load_model_config_from_path(folder)
             kwargs = {**args, **kwargs, "pretrained_cfg": given}
         elif tag or not hub_repository(variant):
@@ -156,8 +157,8 @@ def _load_plan(variant: str, pretrained: bool, kwargs: Config) -> tuple[str, Con
             config, place = hub_config(repo, variant, cache_dir)
             overlay["hf_hub_id"] = place
         file = fetch(place, cfg.get("hf_hub_filename") or WEIGHTS, cache_dir)
-    names = _check_file(file, config, digest)
-    if config and "num_classes" not in kwargs and "classifier.weight" not in names:
+    classes = _check_file(file, config, digest)
+    if config and "num_classes" not in kwargs and not _classes(place, cfg["num_classes"], classes):
         kwargs["num_classes"] = overlay["num_classes"] = 0
     kwargs["pretrained_cfg_overlay"] = {**overlay, "file": str(file), "source": ""}
     return place, config.get("deen_zoo") or {}, kwargs
@@ -170,6 +171,16 @@ def _with_tuples(kwargs: Config) -> Config:
         return dict(kwargs)
     cfg = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
     return {**kwargs, "pretrained_cfg": cfg}
+
+
+def _classes(place: str, stated: int, found: int) -> int:
+    """How many were found; refuse a larger classifier than the file has, before it is built."""
+    if stated > found > 0:
+        raise UserError(
+            f"{place}: its {CONFIG} has num_classes {stated} and its weights are of {found} "
+            "identities: get both again, or give num_classes"
+        )
+    return found
 
 
 def _installed(variant: str, tag: str) -> Path | None:
@@ -364,12 +375,16 @@ def hub_config(repo: str, variant: str = "", cache_dir: str | None = None) -> tu
         UserError: It cannot be had, or is of another model or of a newer version.
     """
     path = fetch(repo, CONFIG, cache_dir)
-    return _read_config(path, repo, variant), f"{repo.partition('@')[0]}@{path.parent.name}"
+    config = read_config(path.parent)
+    _check_config(config, repo, variant)
+    return config, f"{repo.partition('@')[0]}@{path.parent.name}"
 
 
 def local_config(folder: str | os.PathLike[str], variant: str = "") -> Config:
     """The checked ``config.json`` of a folder; see :func:`hub_config`."""
-    return _read_config(Path(folder) / CONFIG, str(folder), variant)
+    config = read_config(folder)
+    _check_config(config, str(folder), variant)
+    return config
 
 
 def fetch(repo: str, filename: str, cache_dir: str | None = None) -> Path:
@@ -404,8 +419,9 @@ def fetch(repo: str, filename: str, cache_dir: str | None = None) -> Path:
     return path
 
 
-def _check_file(path: Path, config: Config, digest: str = "") -> set[str]:
-    """The names of its tensors, if it is the safetensors file that ``config`` was written for."""
+def _check_file(path: Path, config: Config, digest: str = "") -> int:
+    """How many identities its classifier has (0 without one), if it is the safetensors file that
+    ``config`` was written for."""
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is not loaded: {NO_PICKLE}")
     if not path.is_file():
@@ -420,12 +436,20 @@ def _check_file(path: Path, config: Config, digest: str = "") -> set[str]:
         )
     try:
         with safe_open(str(path), framework="pt") as file:
-            return set(file.keys())
+            if "classifier.weight" not in file.keys():  # noqa: SIM118, it is no dictionary
+                return 0
+            return int((file.get_slice("classifier.weight").get_shape() or [0])[0])
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}): get it again") from error
 
 
-def _read_config(path: Path, where: str, variant: str) -> Config:
+def read_config(folder: str | os.PathLike[str]) -> Config:
+    """The ``config.json`` of a folder as it is, of one's own class of models too.
+
+    Raises:
+        UserError: There is none, or it is no JSON object.
+    """
+    path = Path(folder) / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -437,7 +461,6 @@ def _read_config(path: Path, where: str, variant: str) -> Config:
         raise UserError(f"{path} is not JSON ({error}): get it again") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a model's configuration: it holds {type(config).__name__}")
-    _check_config(config, where, variant)
     return config
 
 

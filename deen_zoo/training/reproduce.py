@@ -43,6 +43,7 @@ from ..io import exclusive, sha256
 from ..models import create_model
 from ..models.base import MODALITIES, NAMES, ReidModel
 from ..models.catalog import installed_splits
+from ..models.pretrained import read_config
 from ..synthetic import synthesize
 from .loop import make_optimizer, train
 from .report import command, write_results
@@ -407,8 +408,10 @@ class _Work:
     def load(self, source: str | Path) -> Any:
         """The model of a checkpoint; one's own function builds it again, with the saved weights."""
         if Path(source).is_dir() and _own_function(self.settings) is not None:
-            config = json.loads((Path(source) / "config.json").read_text())
-            model = _build(self.settings, config["num_classes"])
+            classes = read_config(source).get("num_classes")
+            if not isinstance(classes, int):
+                raise UserError(f"{source}: its config.json has no num_classes: get it again")
+            model = _build(self.settings, classes)
             model.load_state_dict(load_file(Path(source) / "model.safetensors"))
         else:
             name = f"local-dir:{source}" if Path(source).is_dir() else str(source)
@@ -440,9 +443,9 @@ class _Work:
 
 def _trained_on(source: str | Path, model: Any = None) -> dict[str, Any]:
     """What a checkpoint says of its training: source, dataset, split, intensity, ..."""
-    file = Path(source) / "config.json"
-    own = json.loads(file.read_text()).get("deen_zoo", {}) if file.is_file() else {}
-    found = own.get("trained_on") or getattr(model, "trained_on", None)
+    own = read_config(source).get("deen_zoo") if (Path(source) / "config.json").is_file() else {}
+    found = own.get("trained_on") if isinstance(own, dict) else None
+    found = found or getattr(model, "trained_on", None)
     return found if isinstance(found, dict) else {}
 
 
