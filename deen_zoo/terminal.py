@@ -23,6 +23,7 @@ __all__ = [
     "exit_quietly",
     "interrupt_work",
     "is_command",
+    "one_line",
     "prepare",
     "received",
     "safe_streams",
@@ -37,6 +38,17 @@ _received: KeyboardInterrupt | None = None
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM: it ends a command as Ctrl-C does, through every ``finally``."""
+
+
+def one_line(text: str) -> str:
+    """A file name, or a text with one, for a line of output: line ends and control characters
+    appear as escapes, and so does what UTF-8 does not have.
+
+    >>> print(one_line("a.jpg\\r   1   0.9999 + b.jpg"))
+    a.jpg\\x0d   1   0.9999 + b.jpg
+    """
+    shown = text.translate(CONTROLS | {10: "\\x0a", 13: "\\x0d"})
+    return shown.encode(errors="backslashreplace").decode()
 
 
 def is_command() -> bool:

@@ -379,9 +379,21 @@ def test_the_full_range_is_no_reason_to_warn(tmp_path, recwarn, monkeypatch):
     assert not recwarn.list
 
 
+def test_a_dead_pixel_is_no_range(tmp_path, monkeypatch):
+    """B3: one count of 0 made the range of 23,000 to 24,000 look wide, and nothing was said."""
+    monkeypatch.setattr(images, "_warned", False)
+    counts = np.array(raw_thermal(23000, 24000))
+    counts[5, 5] = 0
+    Image.fromarray(counts).save(tmp_path / "a.png")
+    with pytest.warns(UserWarning, match="intensity='minmax'"):
+        open_image(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("text", ["full", "percentile", "7000,9000"])
 def test_an_intensity_is_read_from_the_command_line(text):
     assert images.check_intensity(images.check_intensity(text)) == images.check_intensity(text)
+    written = str(images.check_intensity(text))  # as in the provenance of feature files
+    assert images.check_intensity(written) == images.check_intensity(text)
     with pytest.raises(UserError, match="LOW,HIGH"):
         images.check_intensity(text + ",1,2")
 

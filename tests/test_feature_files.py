@@ -191,6 +191,35 @@ def test_what_may_differ_and_what_does_not_say():
         check_comparable(table(), table(features=torch.zeros(3, 2)))
 
 
+def test_other_intensities_are_said_where_both_have_infrared_rows(recwarn):
+    silent = table()
+    minmax, full = (
+        replace(silent, provenance={**silent.provenance, "intensity": rule})
+        for rule in ("minmax", "full")
+    )
+    infrared = minmax.labels["infrared"]
+    check_comparable(minmax, full.select(~infrared))
+    check_comparable(minmax, silent)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="intensity minmax and full"):
+        check_comparable(minmax, full)
+
+
+@pytest.mark.parametrize("values", [[1.2, 1.7], [True, False], [2**63], [1, None], ["a", 1.5]])
+def test_labels_are_whole_numbers_or_words(values):
+    """B2: floats were cut off, and people of 1.2 and 1.7 became one."""
+    with pytest.raises(UserError, match="whole number of 64 bits, or a word"):
+        label_column(values)
+
+
+def test_an_arrow_column_of_floats_is_no_identity():
+    pa = pytest.importorskip("pyarrow")
+    rows = pa.FixedSizeListArray.from_arrays(pa.array([0.5] * 4), 2)
+    columns = {"path": ["a", "b"], "features": rows, "identity": [1.2, 1.7]}
+    with pytest.raises(UserError, match="the table: identity: .*1.2"):
+        FeatureTable.from_arrow(pa.table(columns))
+
+
 def test_labels_that_are_needed():
     part = table().select(np.array([False, True, True]))
     assert part.samples() == SAMPLES[1:] and part.features[0, 0] == 4

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import deen_zoo
 from deen_zoo.cli import main
-from deen_zoo.data import Sample
+from deen_zoo.data import Sample, images
 from deen_zoo.data.images import open_image
 from deen_zoo.distributed import Distributed
 from deen_zoo.errors import UserError
@@ -328,6 +328,53 @@ def test_a_raw_thermal_sensor(tmp_path):
     assert min(spread[1:]) > 5 * spread[0]
     with pytest.raises(UserError, match="intensity"):
         tiny(intensity="bright")
+
+
+def test_arrays_of_three_deep_channels(monkeypatch):
+    """B3: they were squeezed without a warning, and ``intensity`` was ignored."""
+    counts = np.random.default_rng(0).integers(7000, 9000, (64, 32), dtype=np.uint16)
+    grey = np.stack([counts] * 3, axis=2)
+    for intensity in ("full", "minmax"):
+        make = tiny(intensity=intensity)
+        assert torch.equal(make([grey], "infrared"), make([counts], "infrared"))
+    colour = grey + np.arange(3, dtype=np.uint16)
+    with pytest.raises(UserError, match="image 0: 16 bits of several channels"):
+        tiny(intensity="minmax")([colour], "infrared")
+    monkeypatch.setattr(images, "_warned", False)
+    with pytest.warns(UserWarning, match="image 0 holds 16-bit counts"):
+        tiny()([colour], "infrared")
+
+
+def test_a_model_in_training_mode_is_refused(files):
+    """C: after ``model.train()`` rows were wrong, and the batch norms learned from the images."""
+    make = tiny()
+    before = make(files[:2], "visible")
+    state = {name: value.clone() for name, value in make.model.state_dict().items()}
+    make.model.train()
+    with pytest.raises(UserError, match=r"training mode: call model\.eval\(\)"):
+        make(files[:2], "visible")
+    assert all(torch.equal(value, state[name]) for name, value in make.model.state_dict().items())
+    make.model.eval()
+    assert torch.equal(make(files[:2], "visible"), before)
+
+
+@pytest.mark.parametrize("label", [1.2, True, 2**63, None])
+def test_a_label_that_is_none_is_said_before_the_work(label, files, extractor):
+    """B2: 1.2 was identity 1, and 2**63 an OverflowError after the work."""
+    sample = Sample(str(files[0]), label, 1, "visible")
+    with pytest.raises(UserError, match="whole number of 64 bits"):
+        extractor.table([Sample("absent.png", 1, 1, "visible"), sample])
+
+
+def test_files_that_are_no_images_are_counted(files, extractor, tmp_path, capsys):
+    """B11: ``extract`` alone counted them; whoever searched a folder did not hear of them."""
+    os.link(files[0], tmp_path / files[0].name)
+    for name in ("a.heic", "b.heic", "c.webp2", "Thumbs.db"):
+        (tmp_path / name).write_bytes(b"x")
+    for take in (extractor, extractor.table, extractor.preprocess):
+        take(tmp_path, "visible")
+        err = capsys.readouterr().err
+        assert err.count("left out") == 1 and "2 .heic, 1 .webp2" in err
 
 
 def test_identities_may_be_words(files, extractor, tmp_path):
@@ -681,6 +728,30 @@ def test_a_file_replaced_between_kill_and_resume_is_read_again(
     Image.open(files[5]).convert("RGB").save(mine[6])
     table = extractor.write(mine, file, "visible", shard=4)
     assert not table.unreadable and torch.equal(table.features, extractor(mine, "visible"))
+
+
+def test_an_image_that_can_be_read_after_all_is_read(
+    files, extractor, tmp_path, monkeypatch, decoded
+):
+    """B6: after ``chmod`` size and time were the old ones, and the complaint stayed."""
+    mine = [tmp_path / f"{i}.png" for i in range(12)]
+    for i, path in enumerate(mine):
+        Image.open(files[i % 3]).convert("RGB").save(path)
+    good, times = mine[1].read_bytes(), os.stat(mine[1])
+    for path in (mine[1], mine[5]):
+        path.write_bytes(bytes(len(path.read_bytes())))
+    os.utime(mine[1], ns=(times.st_atime_ns, times.st_mtime_ns))
+    file = tmp_path / "f.safetensors"
+    restore = killed_at(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        extractor.write(mine, file, "visible", shard=4)
+    restore()
+    mine[1].write_bytes(good)
+    os.utime(mine[1], ns=(times.st_atime_ns, times.st_mtime_ns))
+    decoded.clear()
+    table = extractor.write(mine, file, "visible", shard=4)
+    assert sorted(decoded) == [*range(4), *range(8, 12)]  # 5.png is as broken as it was
+    assert list(table.unreadable) == [str(mine[5])] and len(table) == 11
 
 
 def test_a_second_extraction_to_the_same_file_is_refused(files, extractor, tmp_path):

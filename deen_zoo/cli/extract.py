@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections import Counter
 from typing import Any
 
 EXAMPLES = """\
@@ -52,14 +50,16 @@ def extractor(args: argparse.Namespace, **options: Any) -> Any:
     from ..features.extractor import FeatureExtractor
 
     names = ("precision", "batch_size", "threads", "intensity", "engine", "project")
-    common = {name: getattr(args, name) for name in names}
-    return FeatureExtractor(args.model, options.pop("device", args.device), **common, **options)
+    common = {name: getattr(args, name) for name in ("device", *names)}
+    return FeatureExtractor(args.model, **(common | options))
 
 
 def name_unreadable(unreadable: dict[str, str]) -> int:
     """Name the images without a row on stderr; the exit code that says so."""
+    from ..terminal import one_line
+
     for reason in unreadable.values():
-        print(f"unreadable: {reason}", file=sys.stderr)
+        print(f"unreadable: {one_line(reason)}", file=sys.stderr)
     return 1 if unreadable else 0
 
 
@@ -100,7 +100,6 @@ def run(args: argparse.Namespace) -> int:
             normalize=not args.raw,
         )
         if world.main:
-            _name_others(args)
             print(f"extracting to {args.output} ...", file=sys.stderr, flush=True)
         table = make.write(source, args.output, args.modality, world)
         main = world.main
@@ -125,15 +124,3 @@ def _samples(args: argparse.Namespace) -> Any:
         raise UserError(f"--layout {args.layout} takes one root, not {len(args.source)} sources")
     dataset = open_dataset(args.layout, args.source[0])
     return dataset.test("visible", args.split) + dataset.test("infrared", args.split)
-
-
-def _name_others(args: argparse.Namespace) -> None:
-    """Files of the folders that are no images by their names are counted, not passed over."""
-    from ..data.folder import list_images
-
-    folders = [] if args.layout else [path for path in args.source if os.path.isdir(path)]
-    others = [path for folder in folders for path in list_images(folder)[1]]
-    if others:
-        kinds = Counter(os.path.splitext(path)[1].lower() or "no suffix" for path in others)
-        listed = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-        print(f"left out, not named like an image: {listed}", file=sys.stderr)

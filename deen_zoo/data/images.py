@@ -8,7 +8,7 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,9 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from .cache import DecodedCache
 
-__all__ = ["IMAGE_EXTENSIONS", "Intensity", "Pixels", "check_intensity", "is_foreign_name"]
-__all__ += ["is_image_name", "one_channel", "open_image", "read_image", "resize", "to_rgb"]
+__all__ = ["IMAGE_EXTENSIONS", "Intensity", "Pixels", "check_intensity", "deep_colour"]
+__all__ += ["is_foreign_name", "is_image_name", "one_channel", "open_image", "read_image"]
+__all__ += ["resize", "to_rgb"]
 
 Pixels = npt.NDArray[np.uint8]
 Intensity = str | tuple[float, float]
@@ -62,7 +63,8 @@ def is_foreign_name(name: str) -> bool:
 
 
 def check_intensity(intensity: Intensity) -> Intensity:
-    """A way to scale 16-bit pixels, as :func:`open_image` takes it, or ``"LOW,HIGH"``.
+    """A way to scale 16-bit pixels, as :func:`open_image` takes it, or ``"LOW,HIGH"``, in
+    parentheses or not.
 
     Raises:
         UserError: It is neither a known name nor two counts.
@@ -73,7 +75,7 @@ def check_intensity(intensity: Intensity) -> Intensity:
     if isinstance(intensity, str) and intensity in _INTENSITIES:
         return intensity
     try:
-        given = intensity.split(",") if isinstance(intensity, str) else intensity
+        given = intensity.strip("()").split(",") if isinstance(intensity, str) else intensity
         low, high = map(float, given)
         if 0 <= low < high <= 65535:
             return low, high
@@ -122,8 +124,8 @@ def open_image(path: str | os.PathLike[str], intensity: Intensity = "full") -> I
         intensity: How one channel of 16 bits is scaled to 8, nothing else is changed by it:
             ``"full"`` maps 0..65535 to 0..255, ``"minmax"`` the image's own extremes,
             ``"percentile"`` its 1st to 99th percentile, and ``(low, high)`` these two counts. With
-            ``"full"`` one warning in a run says when an image uses less than a quarter of the
-            range, as raw thermal cameras do.
+            ``"full"`` one warning in a run says when an image's 1st to 99th percentile is less than
+            a quarter of the range, as of raw thermal cameras.
 
     Raises:
         UserError: The file is missing, empty, truncated, not an image, or of float pixels, which
@@ -133,8 +135,9 @@ def open_image(path: str | os.PathLike[str], intensity: Intensity = "full") -> I
         # Pillow keeps the high byte alone of colour with 16 bits per channel.
         reduced = any(mode in str(tile[-1]) for tile in image.tile for mode in _DEEP_COLOUR)
         image.load()
-        if reduced:
-            _check_reduced(image, path, intensity)
+        if reduced:  # only the full range can be had of the high bytes
+            _check_full(intensity)
+            _warn_if_narrow(256 * np.asarray(image.convert("RGB")).astype(np.int64), str(path))
         return to_rgb(image, intensity, os.fspath(path))
 
 
@@ -199,8 +202,7 @@ def _eight_bits(pixels: npt.NDArray[np.int64], intensity: Intensity, name: str) 
         raise UserError("pixels exceed 16 bits; save it with 8 or 16 bits a channel")
     intensity = check_intensity(intensity)
     if intensity == "full":
-        if most - least < 65536 // 4:
-            _warn_of_narrow_range(name, least, most)
+        _warn_if_narrow(pixels, name)
         return ((pixels + 128) // 257).astype(np.uint8)
     extremes = {"minmax": (0, 100), "percentile": _PERCENTILES}
     low, high = (
@@ -211,27 +213,47 @@ def _eight_bits(pixels: npt.NDArray[np.int64], intensity: Intensity, name: str) 
     return rounded
 
 
-def _check_reduced(image: Image.Image, path: object, intensity: Intensity) -> None:
-    """Colour with 16 bits per channel: only the full range can be had of it."""
+def deep_colour(
+    pixels: npt.NDArray[np.uint16], intensity: Intensity = "full", name: str = ""
+) -> npt.NDArray[Any]:
+    """An array (H, W, 3) or (H, W, 4) of 16 bits as Pillow can take it.
+
+    Three equal channels become the one (H, W), which any ``intensity`` scales; others become
+    uint8 by the full range. ``name`` is for the warning.
+
+    Raises:
+        UserError: Channels differ, and the intensity is not ``"full"``.
+    """
+    if pixels.shape[2] == 3 and (pixels == pixels[..., :1]).all():
+        return pixels[..., 0]
+    _check_full(intensity)
+    _warn_if_narrow(pixels[..., :3].astype(np.int64), name)
+    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _check_full(intensity: Intensity) -> None:
     if intensity != "full":
         raise UserError("16 bits of several channels; save it with one channel to scale it")
-    pixels = np.asarray(image.convert("RGB"))
-    least, most = int(pixels.min()), int(pixels.max())
-    if most - least < 256 // 4:
-        _warn_of_narrow_range(str(path), 256 * least, 256 * most)
 
 
 _warned = False
 
 
-def _warn_of_narrow_range(name: str, least: int, most: int) -> None:
-    """Once in a process, however many images and threads there are."""
+def _warn_if_narrow(pixels: npt.NDArray[np.int64], name: str) -> None:
+    """Once in a process, however many images and threads there are.
+
+    By percentiles, since a raw sensor has dead pixels.
+    """
     global _warned
-    if not _warned:
+    if _warned:
+        return
+    least, most = np.percentile(pixels, _PERCENTILES)
+    if most - least < 65536 // 4:
         _warned = True
         warnings.warn(
-            f"{name or 'an image'} holds 16-bit counts from {least} to {most}, less than a quarter "
-            "of the range, and is nearly flat when scaled by the full range: choose "
-            "intensity='minmax', 'percentile' or (low, high); further images are not named",
+            f"{name or 'an image'} holds 16-bit counts from {least:.0f} to {most:.0f} (but for 1 % "
+            "at either end), less than a quarter of the range, and is nearly flat when scaled by "
+            "the full range: choose intensity='minmax', 'percentile' or (low, high); further "
+            "images are not named",
             stacklevel=2,
         )

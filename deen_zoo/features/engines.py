@@ -66,7 +66,13 @@ class TorchEngine:
 
     @torch.inference_mode()
     def embed(self, images: Tensor, infrared: Tensor) -> Tensor:
-        """The same for normalised images (n, 3, H, W); a batch of one modality runs one stem."""
+        """The same for normalised images (n, 3, H, W); a batch of one modality runs one stem.
+
+        Raises:
+            UserError: The model is in training mode.
+        """
+        if self.model.training:  # batch norms would mix the images, and learn from them
+            raise UserError("the model is in training mode: call model.eval() before extracting")
         modality: Tensor | str = infrared
         if infrared.all() or not infrared.any():
             modality = "infrared" if infrared[0] else "visible"

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..data.cache import DecodedCache
-from ..data.images import Intensity, check_intensity
+from ..data.images import Intensity, check_intensity, open_image
 from ..data.loader import map_batches
 from ..data.protocols import Sample
 from ..data.transforms import EvalTransform, eval_transform
@@ -316,8 +316,8 @@ class FeatureExtractor:
 
         Finished parts are kept in ``FILE.parts`` until all are there. The same call continues a
         killed one: it makes again what is missing or damaged, and what belongs to images whose
-        size or modification time has changed. The file appears when it is complete, and replaces
-        one of that name.
+        size or modification time has changed, or that can be read now. The file appears when it is
+        complete, and replaces one of that name.
 
         Args:
             source: As above, files only.
@@ -343,16 +343,16 @@ class FeatureExtractor:
         if not names:
             raise UserError(f"{file}: the source has no image")
         check_paths(names, "the source")
+        if world.main:
+            found.say_others()
         found = Source(names, found.infrared, found.labels)
         parts = _Parts(file, shard, found, self.provenance)
         lock = exclusive(parts.folder / "lock", f"{file}, to extract to it") if world.main else None
         with lock or contextlib.nullcontext():
-            world.barrier()  # the others wait for the lock
-            missing = parts.missing()
+            missing = world.share(parts.missing() if world.main else [])  # the others wait here
             kept = len(parts) - len(missing)
             if world.main and kept:
                 print(f"continuing: {kept} of {len(parts)} parts are there", file=sys.stderr)
-            world.barrier()  # nobody writes before all have looked
             mine = missing[world.rank :: world.size]
             tables = self._tables(found, [parts.rows[k] for k in mine], world.main)
             for k in mine:  # no name holds a part while the next one is made
@@ -378,6 +378,7 @@ class FeatureExtractor:
             UserError: An image cannot be read, by name.
         """
         found = resolve_sources(source, modality)
+        found.say_others()
         decode = partial(found.decode, size=self.transform.size, intensity=self.intensity)
         images, kinds = [torch.empty(0, 3, *self.transform.size)], []
         for item in map(decode, range(len(found))):
@@ -433,6 +434,7 @@ class FeatureExtractor:
         return checked
 
     def _table(self, source: Source, strict: bool) -> FeatureTable:
+        source.say_others()
         (table,) = self._tables(source, [range(len(source))], True, strict)
         source.say_auto(table.paths, table.labels["infrared"].tolist())
         return table
@@ -498,6 +500,7 @@ class _Parts(Sequence[FeatureTable]):
     def __init__(self, file: Path, shard: int, source: Source, provenance: dict[str, str]) -> None:
         self.folder = file.with_name(f"{file.name}.parts")
         self.rows = _split(range(len(source)), shard)
+        self.intensity = check_intensity(provenance["intensity"])
         self.files = [
             self.folder / f"{k:07}-{self._digest(source, rows, provenance)}.safetensors"
             for k, rows in enumerate(self.rows)
@@ -516,14 +519,24 @@ class _Parts(Sequence[FeatureTable]):
         return digest.hexdigest()[:16]
 
     def missing(self) -> list[int]:
-        """The parts that are not there, or damaged."""
+        """The parts that are not there, damaged, or without an image that can be read now."""
         out = []
         for k, file in enumerate(self.files):
             try:
-                read_feature_table(file)
+                table = read_feature_table(file)
             except UserError:
                 out.append(k)
+            else:
+                if any(map(self._readable, table.unreadable)):
+                    out.append(k)
         return out
+
+    def _readable(self, path: str) -> bool:
+        try:
+            open_image(path, self.intensity)
+        except UserError:
+            return False
+        return True
 
     def __len__(self) -> int:
         return len(self.files)

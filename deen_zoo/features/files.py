@@ -32,6 +32,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -58,6 +59,7 @@ SUFFIXES = (".safetensors", ".parquet", ".npz")
 _LABELS = ("identity", "camera", "infrared")
 # What two files must share for their rows to be comparable.
 _COMPARED = ("weights_sha256", "preprocessing", "descriptor", "flip", "normalize", "project")
+_NONE = np.zeros(0, bool)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -72,8 +74,6 @@ def label_column(values: Sequence[Any]) -> Column:
     >>> label_column([7, -1]), label_column(["0007", -1, "ann"])
     (array([ 7, -1]), array(['7', '', 'ann'], dtype='<U3'))
     """
-    if not any(isinstance(value, str) for value in values):
-        return np.array(values, np.int64)
     labels = [as_label(x) if not isinstance(x, str) or x.strip() else -1 for x in values]
     if any(isinstance(label, str) for label in labels):
         return np.array(["" if label == -1 else str(label) for label in labels])
@@ -245,7 +245,9 @@ class FeatureTable:
                 arrays["features"] = torch.from_numpy(numbers.copy()).view(-1, width)
             for name in {"identity", "camera"} & set(table.column_names):
                 values = table[name].to_pylist()
-                arrays[name] = label_column([-1 if value is None else value for value in values])
+                arrays[name] = _named_column(
+                    source, name, [-1 if value is None else value for value in values]
+                )
             if "modality" in table.column_names:
                 kinds = table["modality"].to_pylist()
                 if not set(kinds) <= {"visible", "infrared"}:
@@ -267,7 +269,11 @@ def blocks(rows: Tensor, floats: int = 2**24) -> Iterator[tuple[int, Tensor]]:
 
 def check_comparable(a: FeatureTable, b: FeatureTable) -> None:
     """Raise UserError unless dot products of rows of ``a`` with rows of ``b`` mean anything: they
-    must be made by the same weights in the same way, and both or neither must say so."""
+    must be made by the same weights in the same way, and both or neither must say so.
+
+    A warning says when infrared rows of both were scaled by different rules, which matters for
+    16-bit images alone.
+    """
     if a.features.shape[1] != b.features.shape[1]:
         raise UserError(
             f"{b.source} has features of {b.features.shape[1]} numbers, {a.source} of "
@@ -290,6 +296,13 @@ def check_comparable(a: FeatureTable, b: FeatureTable) -> None:
                 f"{a.source} and {b.source} are not comparable: {what} {ours[:60]!r} and "
                 f"{theirs[:60]!r}; extract both in one way, with one model"
             )
+    rules = [t.provenance.get("intensity") for t in (a, b) if t.labels.get("infrared", _NONE).any()]
+    if len(rules) == 2 and None not in rules and rules[0] != rules[1]:
+        warnings.warn(
+            f"{a.source} and {b.source} were extracted with intensity {rules[0]} and {rules[1]}: "
+            "infrared images of 16 bits are not comparable; extract both with one --intensity",
+            stacklevel=2,
+        )
 
 
 def read_feature_table(*files: str | os.PathLike[str]) -> FeatureTable:
@@ -532,6 +545,13 @@ def _checked(source: str, arrays: dict[str, Any]) -> FeatureTable:
     return FeatureTable(source, features, paths, labels, provenance, unreadable)
 
 
+def _named_column(source: str, name: str, values: Sequence[Any]) -> Column:
+    try:
+        return label_column(values)
+    except UserError as error:
+        raise UserError(f"{source}: {name}: {error}") from None
+
+
 def _label(source: str, name: str, values: Any, count: int) -> Column:
     """One of the label columns as int64, words or bool."""
     kind = str(values.dtype)
@@ -547,8 +567,5 @@ def _label(source: str, name: str, values: Any, count: int) -> Column:
     if values.dtype.kind == "u" and count and int(values.max()) > np.iinfo(np.int64).max:
         raise UserError(f"{source}: {name} {values.max()} is too large; store int64 or words")
     if values.dtype.kind == "U":
-        try:
-            return label_column(values.tolist())
-        except UserError as error:
-            raise UserError(f"{source}: {name}: {error}") from None
+        return _named_column(source, name, values.tolist())
     return np.asarray(values if values.dtype.kind == "b" else values.astype(np.int64))

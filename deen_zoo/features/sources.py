@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,9 +16,18 @@ from torch import Tensor
 
 from ..data.cache import DecodedCache
 from ..data.folder import UNKNOWN, list_images, read_csv
-from ..data.images import Intensity, Pixels, read_image, resize, to_rgb
+from ..data.images import (
+    Intensity,
+    Pixels,
+    deep_colour,
+    is_foreign_name,
+    read_image,
+    resize,
+    to_rgb,
+)
 from ..data.protocols import Label, Sample
 from ..errors import UserError
+from .files import label_column
 
 __all__ = ["Decoded", "Source", "infrared_of", "resolve_sources", "three_equal_channels"]
 
@@ -46,11 +56,15 @@ class Decoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Images to extract; ``infrared`` is None where the pixels decide (``modality="auto"``)."""
+    """Images to extract; ``infrared`` is None where the pixels decide (``modality="auto"``).
+
+    ``others`` are the files of its folders that are no images by their names.
+    """
 
     items: Sequence[Item]
     infrared: Sequence[bool | None]
     labels: Sequence[Labels]
+    others: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -80,6 +94,13 @@ class Source:
             index, pixels, three_equal_channels(pixels) if infrared is None else infrared
         )
 
+    def say_others(self) -> None:
+        """Say on stderr how many files of the folders are left out, and of which kinds."""
+        kinds = Counter(os.path.splitext(path)[1].lower() or "no suffix" for path in self.others)
+        if kinds:
+            listed = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+            print(f"left out, not named like an image: {listed}", file=sys.stderr)
+
     def say_auto(self, paths: Sequence[str], infrared: Sequence[bool]) -> None:
         """Say on stderr what ``modality="auto"`` made of the readable images."""
         undecided = {self.name(i) for i, kind in enumerate(self.infrared) if kind is None}
@@ -99,8 +120,11 @@ def _in_memory(
         shape, kind = item.shape, item.dtype
         item = item[..., 0] if shape[2:] == (1,) else item
         deep = kind == np.uint16
-        if deep and item.ndim == 3:  # Pillow has no such colour
-            item = ((item.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        if deep and shape[2:] in ((3,), (4,)) and item.size:  # Pillow has no such colour
+            try:
+                item = deep_colour(item, intensity, name)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
         if not (item.dtype == np.uint8 or deep) or not (
             item.ndim == 2 or shape[2:] in ((3,), (4,))
         ):
@@ -118,16 +142,20 @@ def _in_memory(
         raise UserError(f"{name}: {error}") from None
 
 
-def _flatten(source: Any, modality: Any) -> Iterator[tuple[Item, str | None, Labels]]:
-    """(image, its own modality if it has one, its labels) of whatever a source may be."""
+def _flatten(
+    source: Any, modality: Any, others: list[str]
+) -> Iterator[tuple[Item, str | None, Labels]]:
+    """(image, its own modality if it has one, its labels) of whatever a source may be; files of
+    folders that are no images are added to ``others``."""
     if isinstance(source, Sample):
         yield source.path, source.modality, (source.identity, source.camera)
     elif isinstance(source, (str, os.PathLike)):
         path = os.fspath(source)
         if os.path.isdir(path):
-            images, _ = list_images(path)
+            images, foreign = list_images(path)
             if not images:
                 raise UserError(f"{path}: no image in this folder")
+            others += [file for file in foreign if is_foreign_name(os.path.basename(file))]
             yield from ((image, None, UNLABELLED) for image in images)
         elif path.lower().endswith(".csv"):
             said = modality if isinstance(modality, str) else None
@@ -140,7 +168,7 @@ def _flatten(source: Any, modality: Any) -> Iterator[tuple[Item, str | None, Lab
         yield source, None, UNLABELLED
     elif isinstance(source, Iterable) and not isinstance(source, Tensor):
         for one in source:
-            yield from _flatten(one, modality)
+            yield from _flatten(one, modality, others)
     else:
         raise UserError(
             f"a {type(source).__name__} is no source of images; give paths, folders, CSV files, "
@@ -158,9 +186,11 @@ def resolve_sources(source: Any, modality: Any) -> Source:
             every image knows its own.
 
     Raises:
-        UserError: Something else, an empty folder, or a modality that is missing or contradicts.
+        UserError: Something else, an empty folder, a modality that is missing or contradicts, or an
+            identity or camera that is neither a whole number nor a word.
     """
-    found = list(_flatten(source, modality))
+    others: list[str] = []
+    found = list(_flatten(source, modality, others))
     own = [None if kind is None else kind == "infrared" for _, kind, _ in found]
     if modality is not None or None in own:
         said = infrared_of(modality, len(found))
@@ -168,7 +198,10 @@ def resolve_sources(source: Any, modality: Any) -> Source:
             if None not in (mine, theirs) and mine != theirs:
                 raise UserError(f"{item} is {kind} by its own label; modality says otherwise")
         own = [a if a is not None else b for a, b in zip(own, said, strict=True)]
-    return Source([item for item, _, _ in found], own, [labels for _, _, labels in found])
+    labels = [labels for _, _, labels in found]
+    for column in zip(*labels, strict=True):
+        label_column(column)  # a wrong one is said before the work
+    return Source([item for item, _, _ in found], own, labels, others)
 
 
 def infrared_of(modality: Any, count: int) -> list[bool | None]:
