@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .data.protocols import as_label
 from .errors import UserError
 from .features.files import (
     FeatureTable,
@@ -21,6 +24,7 @@ from .features.files import (
     read_feature_table,
     unknown,
 )
+from .terminal import one_line
 
 __all__ = ["Calibration", "SearchResult", "calibrate", "search"]
 
@@ -47,9 +51,9 @@ class SearchResult:
 
     @property
     def correct(self) -> Tensor | None:
-        """(Q, k) whether the identity is the query's; None where identities are not known."""
-        labels = [table.labels.get("identity") for table in (self.query, self.gallery)]
-        if any(ids is None or unknown(ids).any() for ids in labels):
+        """(Q, k) whether the identity is the query's; None where identities are not known, or are
+        numbers on one side and words on the other."""
+        if not _labelled(self.query, self.gallery) or _of_two_kinds(self.query, self.gallery):
             return None
         ids, gallery_ids = map(_as_text, (self.query, self.gallery))
         return torch.from_numpy(gallery_ids[self.indices.numpy()] == ids[:, None])
@@ -81,7 +85,7 @@ class SearchResult:
                 lines.append(f"{hit['rank']:>5} {hit['score']:8.4f} {mark} {hit['path']}")
             if not query["hits"]:
                 lines.append(f"      none of a score of {threshold:.4f} or more")
-        return "\n".join(lines).encode(errors="backslashreplace").decode()  # names may be odd
+        return "\n".join(map(one_line, lines))
 
 
 def _described(table: FeatureTable, row: int) -> dict[str, Any]:
@@ -96,7 +100,21 @@ def _described(table: FeatureTable, row: int) -> dict[str, Any]:
 
 def _as_text(table: FeatureTable) -> Any:
     """Identities as text, numbers and words alike."""
-    return label_column(table.label("identity").tolist()).astype(str)
+    ids = table.label("identity")
+    return (label_column(ids.tolist()) if ids.dtype.kind == "U" else ids).astype(str)
+
+
+def _labelled(*tables: FeatureTable) -> bool:
+    columns = [table.labels.get("identity") for table in tables]
+    return all(ids is not None and not unknown(ids).any() for ids in columns)
+
+
+def _of_two_kinds(query: FeatureTable, gallery: FeatureTable) -> bool:
+    """Whether all identities are numbers on one side and words on the other, such as 1 and "1.0"
+    of two programs: none would be found equal."""
+    texts = [set(_as_text(table).tolist()) for table in (query, gallery)]
+    kinds = [{type(as_label(text)) for text in side} for side in texts]
+    return all(kinds) and kinds[0].isdisjoint(kinds[1])
 
 
 def _products(
@@ -107,10 +125,13 @@ def _products(
     gallery.check_finite()
     queries = query.features.float().to(device)
     for start, block in blocks(gallery.features, FLOATS):
-        columns = block.to(device).T
+        # Matrix products round a last, incomplete group of columns differently: equal rows would
+        # get different scores.
+        columns = F.pad(block.to(device), (0, 0, 0, -len(block) % 64)).T
         for q in range(0, len(query), QUERIES):
             rows = slice(q, q + QUERIES)
-            yield rows, slice(start, start + len(block)), queries[rows] @ columns
+            scores = (queries[rows] @ columns)[:, : len(block)]
+            yield rows, slice(start, start + len(block)), scores
 
 
 def search(query: Table, gallery: Table, k: int = 8, device: str = "cpu") -> SearchResult:
@@ -135,6 +156,12 @@ def search(query: Table, gallery: Table, k: int = 8, device: str = "cpu") -> Sea
         raise UserError(
             f"k is {k}, with {len(query)} queries and a gallery of {len(gallery)}: each must be "
             "at least 1"
+        )
+    if _labelled(query, gallery) and _of_two_kinds(query, gallery):
+        warnings.warn(
+            "identities are numbers on one side and words on the other, so hits are not marked as "
+            f"right or wrong: write them alike in {query.source} and {gallery.source}",
+            stacklevel=2,
         )
     k = min(k, len(gallery))
     scores = torch.full((len(query), k), -math.inf, device=device)
@@ -213,6 +240,11 @@ def calibrate(
         query, gallery = query.select(infrared), query.select(~infrared)
     gallery = _open(gallery)
     check_comparable(query, gallery)
+    if _of_two_kinds(query, gallery):
+        raise UserError(
+            f"identities are numbers on one side and words on the other: write them alike in "
+            f"{query.source} and {gallery.source}"
+        )
     ids, gallery_ids = (_as_text(table).tolist() for table in (query, gallery))
     number = {identity: i for i, identity in enumerate(dict.fromkeys([*ids, *gallery_ids]))}
     images = Counter(gallery_ids)

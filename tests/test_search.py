@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import deen_zoo
 from deen_zoo import search as module
@@ -73,6 +74,17 @@ def test_equal_scores_keep_the_gallery_order():
     assert result.indices.tolist() == [list(range(30))] * 2
 
 
+@pytest.mark.parametrize(("count", "k"), [(50, 8), (5, 5), (67, 9)])
+def test_copies_of_a_row_keep_the_gallery_order(count, k):
+    """B12: BLAS rounded the last columns differently, and of 50 copies the 49th came first."""
+    for queries in (1, 3):
+        for width in (24, 100, 512):
+            rows = table(1, 2, width=width).features.repeat(count, 1)
+            gallery = table(count, 2, features=rows)
+            result = search(table(queries, 1, width=width), gallery, k)
+            assert result.indices.tolist() == [list(range(k))] * queries
+
+
 @pytest.mark.parametrize("k", [1, 4, 9])
 def test_ties_at_the_last_place_keep_the_gallery_order(k, monkeypatch):
     """B12: any of the rows that tie at rank k came, and others from another index."""
@@ -92,6 +104,18 @@ def test_words_and_numbers_of_one_person():
     assert torch.equal(search(query, gallery).correct, search(query, named).correct)
     assert calibrate(query, named, 0.1) == calibrate(query, gallery, 0.1)
     assert search(query, named).to_dict()[0]["hits"][0]["identity"] in words["identity"]
+
+
+def test_numbers_and_words_that_never_meet_are_said():
+    """B2: with 1 on one side and "1.0" on the other every hit was marked as wrong."""
+    query, gallery = table(20, 1), table(30, 2)
+    words = np.array([f"{i}.0" for i in gallery.labels["identity"].tolist()])
+    named = table(30, 2, labels={**gallery.labels, "identity": words})
+    with pytest.warns(UserWarning, match="numbers on one side and words on the other"):
+        result = search(query, named)
+    assert result.correct is None and "correct" not in result.to_dict()[0]["hits"][0]
+    with pytest.raises(UserError, match="numbers on one side and words on the other"):
+        calibrate(query, named, 0.1)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
@@ -246,6 +270,24 @@ def test_command_extracts_images_as_the_file_beside_them(people, checkpoint, cap
     (found,) = json.loads(out)["queries"]
     assert code == 0 and [h["path"] for h in found["hits"]] == [h["path"] for h in wanted]
     assert found["hits"][0]["score"] == pytest.approx(wanted[0]["score"], abs=1e-5)
+
+
+def test_command_scales_images_as_the_file_next_to_them(checkpoint, tmp_path, capsys):
+    """A gallery by minmax was compared with a query by the full range, which is nearly black."""
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        counts = rng.integers(7000, 9000, (64, 32), dtype=np.uint16)
+        Image.fromarray(counts).save(tmp_path / f"{i}.png")
+    images, gallery = sorted(tmp_path.glob("*.png")), tmp_path / "g.safetensors"
+    make = FeatureExtractor(checkpoint, "cpu", threads=1, intensity=(7000, 9000))
+    make.write(images, gallery, "infrared")
+    arguments = ["--query", images[1], "--query-modality", "infrared", "--gallery", gallery]
+    code, out, _ = command(capsys, *arguments, "--model", checkpoint, "--json")
+    best = json.loads(out)["queries"][0]["hits"][0]
+    assert code == 0 and best["path"] == str(images[1])
+    assert best["score"] == pytest.approx(1, abs=1e-5)
+    with pytest.warns(UserWarning, match=r"intensity full and \(7000.0, 9000.0\)"):
+        command(capsys, *arguments, "--model", checkpoint, "--intensity", "full")
 
 
 def test_command_on_images_of_both_sides(llcm_tree, checkpoint, tmp_path, capsys):

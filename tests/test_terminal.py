@@ -21,6 +21,9 @@ from PIL import Image
 import deen_zoo
 from deen_zoo import terminal
 from deen_zoo.cli import VERBS, main
+from deen_zoo.cli.extract import name_unreadable
+from deen_zoo.data.check import CheckReport
+from deen_zoo.data.reader import Fault
 from deen_zoo.features.files import FeatureTable, write_feature_table
 from deen_zoo.features.project import read_head
 from deen_zoo.io import sha256, whole_folder
@@ -153,6 +156,14 @@ def test_names_with_escape_codes(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "\\x1b]0;title\\x07\\x9b31m" in said and "\\x1b[2Jgone" in said
     assert not set(said) & {chr(c) for c in terminal.CONTROLS}
+    forged = rows(tmp_path / "f.npz", False, names="a{}.png\r    1   0.9999 + \nme.png")
+    assert main(["search", "--query", str(query), "--gallery", str(forged)]) == 0
+    said = capsys.readouterr().out
+    assert "\r" not in said and "\\x0d    1   0.9999 + \\x0ame.png" in said
+    report = CheckReport("llcm", "root", {}, faults=[Fault("broken", "a\r.jpg", "b\nad")])
+    assert "broken: a\\x0d.jpg: b\\x0aad\n" in str(report)
+    name_unreadable({"a": "a\r.png: \x1b truncated\n"})
+    assert capsys.readouterr().err == "unreadable: a\\x0d.png: \\x1b truncated\\x0a\n"
     assert main(["check", "llcm", str(tmp_path / "\x1b[31mred")]) == 2
     said = capsys.readouterr().err
     assert "\\x1b[31mred" in said and "\x1b" not in said

@@ -1,7 +1,8 @@
 """Ranked galleries for query images: table, JSON, picture; and the score to decide by.
 
 Either side is a feature file (see "deen-zoo extract") or images and folders, which need --model and
-their modality. Beside a feature file they are extracted as it was.
+their modality. Next to a feature file they are extracted with its descriptor, flip, normalisation
+and intensity, unless --intensity says otherwise.
 """
 
 from __future__ import annotations
@@ -97,19 +98,20 @@ def _tables(args: argparse.Namespace) -> tuple[FeatureTable | None, FeatureTable
         if args.model is None:
             raise UserError(f"--{rest[0]} is of images: name the --model to extract them with")
         like = next((table.provenance for table in tables.values()), {})
-        make = extractor(args, **_options(like))
+        make = extractor(args, **_options(like, args.intensity is None))
         for side in rest:
             modality = getattr(args, f"{side}_modality")
             tables[side] = make.table(sides[side], modality)
     return tables.get("query"), tables["gallery"]
 
 
-def _options(provenance: dict[str, str]) -> dict[str, Any]:
+def _options(provenance: dict[str, str], intensity: bool) -> dict[str, Any]:
     out: dict[str, Any] = {
         name: provenance[name] == "true" for name in ("flip", "normalize") if name in provenance
     }
-    if "descriptor" in provenance:
-        out["descriptor"] = provenance["descriptor"]
+    for name in ("descriptor", *(["intensity"] if intensity else [])):
+        if name in provenance:
+            out[name] = provenance[name]
     return out
 
 

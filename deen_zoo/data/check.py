@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import UserError, plural
 from ..io import cores
+from ..terminal import one_line
 from .datasets import get_dataset, open_dataset
 from .images import is_image_name, one_channel, open_image
 from .protocols import PROTOCOLS, Sample, draw_gallery, read_permutations
@@ -97,7 +98,7 @@ class CheckReport:
         lines += ["", f"{plural(self.decoded, 'image')} decoded", verdict + differ]
         if kind.ask and not (self.usable and self.complete):
             lines.append(f"{kind.title} is given out on request: {kind.ask}")
-        return "\n".join(lines).encode(errors="backslashreplace").decode()  # file names may be odd
+        return "\n".join(map(one_line, lines))
 
     def _rows(self) -> dict[str, tuple[tuple[str, int, int | None], ...]]:
         """What was counted, found and expected, by split."""
