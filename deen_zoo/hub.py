@@ -85,6 +85,11 @@ def publish(
         raise UserError(f"{repo!r} is no repository to publish to: give ORG/NAME")
     if tag is not None and not re.fullmatch(r"[\w.-]+", tag):
         raise UserError(f"tag {tag!r}: give one such as v1, of letters, digits, '.', '-' and '_'")
+    if dry_run is not None:
+        target = Path(dry_run)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            what = "not empty" if target.is_dir() else "a file"
+            raise UserError(f"{target} is {what}: name a new folder for --dry-run")
     model = _load(folder)
     digest = sha256(folder / WEIGHTS)
     source = (model.trained_on or {}).get("source")
@@ -127,10 +132,7 @@ def publish(
             files = texts(tag)
             url = _upload(api, repo, tag, folder / WEIGHTS, digest, files)
     else:
-        target = Path(dry_run)
         preview = str(target)
-        if target.is_dir() and any(target.iterdir()):
-            raise UserError(f"{target} is not empty: name a new folder for --dry-run")
         tag = tag or "v1"
         files = texts(tag)
         with whole_folder(target) as partial:

@@ -164,6 +164,7 @@ def sample_ranking(
     Raises:
         UserError: One modality is missing, or ``queries`` is below 1.
     """
+    check_picture(file)
     infrared = table.label("infrared")
     rows, visible = np.flatnonzero(infrared), table.select(~infrared)
     if not len(rows) or not len(visible) or queries < 1:
@@ -196,8 +197,11 @@ def similarities(
         bins: Number of bins of the histograms.
 
     Raises:
-        UserError: There are no pairs of one person, or none of two, across the modalities.
+        UserError: There are no pairs of one person, or none of two, across the modalities; or a row
+            holds NaN or infinity.
     """
+    check_picture(file)
+    table.check_finite()
     infrared, ids = table.label("infrared"), table.label("identity")
     rows = table.features.float()
     values = rows[infrared] @ rows[~infrared].T
@@ -249,8 +253,10 @@ def tsne(
         perplexity: Size of t-SNE's neighbourhoods, lowered where there are few images.
 
     Raises:
-        UserError: Fewer than two persons have images of both modalities, or ``people`` is below 2.
+        UserError: Fewer than two persons have images of both modalities, ``people`` is below 2, or
+            a row holds NaN or infinity.
     """
+    check_picture(file)
     infrared, ids = table.label("infrared"), table.label("identity")
     both = sorted(set(ids[infrared].tolist()) & set(ids[~infrared].tolist()))
     if len(both) < 2 or people < 2:
@@ -265,6 +271,7 @@ def tsne(
     order = torch.randperm(len(both), generator=generator)[:people].tolist()
     chosen = sorted(both[i] for i in order)
     part = table.select(np.isin(ids, chosen))
+    part.check_finite()
     limit = min(perplexity, (len(part) - 1) / 3)
     fit = TSNE(2, perplexity=limit, metric="cosine", init="random", random_state=seed)
     places = fit.fit_transform(part.features.float().numpy())

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import json
+import os
 import pickle
 import re
 import shutil
@@ -523,6 +524,15 @@ def test_bad_names(folder, tmp_path, repo, tag, capsys):
     error = capsys.readouterr().err.splitlines()
     assert error[-1].startswith("deen-zoo publish: error: ") and "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_leaves_a_file_alone(folder, tmp_path, capsys):
+    """The file became a folder, and the user's notes were left under another name."""
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    assert main(["publish", str(folder), "lab/tiny", "--dry-run", str(notes)]) == 2
+    assert "notes.txt is a file" in capsys.readouterr().err
+    assert notes.read_text() == "mine" and os.listdir(tmp_path) == ["notes.txt"]
 
 
 def test_dry_run_says_what_it_would_do(folder, tmp_path, capsys):

@@ -263,6 +263,18 @@ def test_command_writes_a_tree_and_a_sheet(
     assert "8 images (4 visible, 4 infrared) of 4 people" in capsys.readouterr().out
 
 
+def test_where_the_sheet_goes_is_looked_at_before_drawing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, sheet = tmp_path / "regdb", tmp_path / "absent" / "sheet.png"
+    options = ["--identities", "4", "--images-per-camera", "1"]
+    assert main(["synthesize", "regdb", str(root), *options, "--sheet", str(sheet)]) == 2
+    assert "sheet.png: there is no folder" in capsys.readouterr().err and not root.exists()
+    inside = str(root / "sheet.png")
+    assert main(["synthesize", "regdb", str(root), *options, "--sheet", inside]) == 0
+    assert Path(inside).exists()
+
+
 def test_the_picture_in_the_docs_is_of_this_world() -> None:
     committed = DOCS / "synthetic.png"
     assert committed.stat().st_size < 400_000

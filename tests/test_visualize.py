@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +247,29 @@ def test_the_pictures_name_is_looked_at_before_the_work(tmp_path, capsys):
 def test_only_image_files_have_activations(extractor, tmp_path):
     with pytest.raises(UserError, match="drawn of image files: give paths or folders"):
         visualize.activation_maps(extractor, [Image.new("RGB", (9, 9))], tmp_path / "x.png", "auto")
+
+
+@pytest.mark.parametrize("kind", ["ranking", "similarities", "tsne"])
+def test_rows_that_are_no_numbers_are_not_drawn(kind, table, tmp_path, capsys):
+    """t-SNE had a traceback, and the similarities a picture and exit code 0."""
+    rows = table.features.clone()
+    rows[5, 2] = float("nan")
+    file, picture = tmp_path / "f.npz", tmp_path / "x.png"
+    write_feature_table(file, [replace(table, features=rows)])
+    assert main(["visualize", kind, str(file), "-o", str(picture)]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert f"the features of {table.paths[5]} are NaN" in err[-1] and not picture.exists()
+
+
+def test_where_the_picture_goes_is_looked_at_before_the_fit(table, tmp_path, monkeypatch, capsys):
+    from sklearn.manifold import TSNE
+
+    monkeypatch.setattr(TSNE, "fit_transform", None)
+    with pytest.raises(UserError, match="there is no folder"):
+        visualize.tsne(table, tmp_path / "absent" / "x.png")
+    for kind in ("tsne", "activations"):
+        arguments = ["visualize", kind, "absent.npz", "-o", str(tmp_path / "absent" / "x.png")]
+        assert main(arguments) == 2 and "there is no folder" in capsys.readouterr().err
 
 
 def test_mistakes(table, tmp_path):

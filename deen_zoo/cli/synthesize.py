@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from . import seed
 
@@ -33,8 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..io import check_target
     from ..synthetic import contact_sheet, synthesize
 
+    if args.sheet and Path(args.sheet).absolute().parent != Path(args.root).absolute():
+        check_target(args.sheet)
     tree = synthesize(
         args.layout,
         args.root,

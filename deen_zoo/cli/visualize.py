@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from ..errors import UserError
     from ..features.files import read_feature_table
 
+    visualize.check_picture(args.output)
     if args.kind == "activations":
         if args.model is None:
             raise UserError("activations need a model: name it with --model")
