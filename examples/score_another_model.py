@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from deen_zoo.data import Sample, open_dataset
+from deen_zoo.data.images import open_image
 from deen_zoo.evaluation import ProtocolResult, evaluate, terminal_table
 from deen_zoo.synthetic import synthesize
 
@@ -61,8 +62,7 @@ def extract(name: str, samples: list[Sample]) -> np.ndarray:
     """(images, D), rows of length 1, so that their dot product is the cosine similarity."""
     rows = []
     for sample in samples:
-        with Image.open(sample.path) as image:
-            rows.append(DESCRIPTORS[name](image.convert("RGB")).astype(np.float32))
+        rows.append(DESCRIPTORS[name](open_image(sample.path)).astype(np.float32))
     features = np.stack(rows)
     return np.asarray(features / np.linalg.norm(features, axis=1, keepdims=True))
 

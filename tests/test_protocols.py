@@ -301,7 +301,7 @@ BAD = {
     "trials": (dict(trials=11), "trials is 11; llcm-ir2vis has 1 to 10"),
     "no_trials": (dict(trials=0), "trials is 0"),
     "trial": (dict(trials=[10]), r"llcm-ir2vis has trials 0 to 9, not \[10\]"),
-    "infrared_cameras": (
+    "infrared_cameras": (  # B14: cameras 1 and 2, which are no infrared ones, were scored
         dict(protocol="sysu-all"),
         "infrared/cam1/0001/0.jpg: sysu-all has no infrared camera 1",
     ),
