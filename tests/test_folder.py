@@ -174,6 +174,22 @@ def test_own_data_is_trained_on(tmp_path, capsys):
     assert results["protocols"]["own-ir2vis"]["counts"]["queries"] == 2
 
 
+def test_people_who_never_meet_are_found_before_training(tmp_path, capsys):
+    """Training went on until the first test, which then had no match."""
+    for part, modality, people in (
+        ("train", "visible", "12"), ("train", "infrared", "12"),
+        ("test", "visible", "34"), ("test", "infrared", "56"),
+    ):  # fmt: skip
+        for person in people:
+            write(tmp_path / f"own/{part}/{modality}/{person}/a.jpg", modality)
+    command = ["reproduce", "own", "--data-root", str(tmp_path / "own"), "--device", "cpu"]
+    command += ["--model", "test_deen_resnet", "--output", str(tmp_path / "run")]
+    assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "own-ir2vis" in error and "gallery" in error
+    assert not (tmp_path / "run" / "states").exists()
+
+
 def test_identities_may_be_words(tmp_path):
     """C9: person_001 was refused."""
     for identity in ("person_001", "0007", "alice"):

@@ -18,7 +18,9 @@ from PIL import Image
 import deen_zoo
 from deen_zoo.cli import load_verb, main
 from deen_zoo.data import open_dataset, protocols
+from deen_zoo.errors import UserError
 from deen_zoo.evaluation import published_ablation
+from deen_zoo.evaluation.known import people_digest, refuse_known_people
 from deen_zoo.features.extractor import FeatureExtractor, weights_sha256
 from deen_zoo.io import exclusive
 from deen_zoo.synthetic import synthesize
@@ -304,6 +306,39 @@ def test_people_that_a_model_was_trained_on_are_not_scored(trees, tmp_path, caps
     assert main([*evaluation, "--trials", "1", "--output", str(tmp_path / "one")]) == 0
 
 
+@pytest.mark.parametrize(("seed", "known"), [(0, True), (1, False)])
+def test_the_shipped_weights_know_people_of_their_own_world(seed, known, tmp_path):
+    """People of seed 0 whom it was trained on were scored; another seed's are other people."""
+    synthesize("llcm", tmp_path, 12, seed, images_per_camera=1, workers=1)
+    dataset = open_dataset("synthetic", tmp_path)
+    tested = {sample.identity for sample in dataset.test("visible")}
+    trained_on = deen_zoo.create_model("test_deen_resnet", pretrained=True).trained_on
+    assert trained_on["identities"] == len(trained_on["people"]) == 64
+    assert trained_on["identities_sha256"] == people_digest(trained_on["people"])
+    check = [trained_on, "test_deen_resnet", type(dataset), 1, tested, dataset]
+    if known:
+        with pytest.raises(UserError, match=f"test_deen_resnet .* of the {len(tested)} people"):
+            refuse_known_people(*check)
+    else:
+        refuse_known_people(*check)
+
+
+def test_people_of_another_tree_of_the_same_dataset_are_warned_of(trees, llcm_tree):
+    """Of a dataset with one split, only the very same test set was refused."""
+    dataset = open_dataset("llcm", llcm_tree)
+    tested = {sample.identity for sample in dataset.test("visible")}
+    here = {"dataset": "llcm", "drawn": True, "split": 1}
+    mine = people_digest(sample.identity for sample in dataset.train())
+    check = ["x", type(dataset), 1, tested, dataset]
+    refuse_known_people({**here, "identities_sha256": mine}, *check)
+    refuse_known_people(here, *check)
+    with pytest.warns(UserWarning, match="cannot be told"):
+        refuse_known_people({**here, "identities_sha256": people_digest([1, 2])}, *check)
+    regdb = open_dataset("regdb", trees["regdb"])
+    with pytest.raises(UserError, match="unknown split .*convert FILE --split"):
+        refuse_known_people({"dataset": "regdb"}, "x", type(regdb), 2, {1}, regdb)
+
+
 @pytest.mark.filterwarnings("ignore:.*16-bit counts:UserWarning")
 def test_a_checkpoint_is_evaluated_at_the_intensity_it_was_trained_at(tmp_path, monkeypatch):
     """16-bit thermal images were scaled by the recipe's rule, whatever the model was trained at."""
@@ -368,7 +403,7 @@ def test_an_unfinished_mark_is_no_leave_to_remove_a_folder(place, tmp_path, caps
 def test_another_number_of_people_than_a_tree_holds_is_refused(tmp_path, capsys):
     """The option was ignored once the tree was there, and two people of six were evaluated."""
     command = ["reproduce", "synthetic", "--data-root", str(tmp_path / "tree")]
-    command += ["--output", str(tmp_path / "run"), "--eval-only", "test_deen_resnet"]
+    command += ["--output", str(tmp_path / "run")]
     synthesize("llcm", tmp_path / "tree", 6, images_per_camera=1, workers=1)
     assert main([*command, "--people", "40"]) == 2
     error = capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import warnings
@@ -172,6 +173,15 @@ class ReidDataset:
     def drawn(self) -> bool:
         """Whether these are drawn people, to whom no published number applies."""
         return Path(self.root, "synthetic.json").exists()
+
+    @property
+    def world(self) -> int | None:
+        """Seed of the drawn people's world; None if they are real, or it is not known."""
+        try:
+            note = json.loads(Path(self.root, "synthetic.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+        return note.get("seed") if isinstance(note, dict) else None
 
     def train(self, split: int = 1) -> list[Sample]:
         """Training images, visible ones first."""

@@ -161,7 +161,15 @@ def _load_plan(variant: str, pretrained: bool, kwargs: Config) -> tuple[str, Con
     if config and "num_classes" not in kwargs and not _classes(place, cfg["num_classes"], classes):
         kwargs["num_classes"] = overlay["num_classes"] = 0
     kwargs["pretrained_cfg_overlay"] = {**overlay, "file": str(file), "source": ""}
-    return place, config.get("deen_zoo") or {}, kwargs
+    return place, config.get("deen_zoo") or _shipped(file), kwargs
+
+
+def _shipped(file: Path) -> Config:
+    """What is known of the weights that come with the package."""
+    if str(file) != TINY_WEIGHTS:
+        return {}
+    about = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+    return {"trained_on": about["trained_on"]}
 
 
 def _with_tuples(kwargs: Config) -> Config:

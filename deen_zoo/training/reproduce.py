@@ -83,6 +83,7 @@ def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str,
         world.once(lambda: stack.enter_context(lock))
         check_early(settings)
         dataset = _check_data(settings, world)
+        _check_matches(settings, dataset)
         fingerprint = world.once(dataset.fingerprint)
         record = _record(settings, fingerprint, world)
         run = {
@@ -178,6 +179,21 @@ def _check_data(settings: Settings, world: Distributed) -> ReidDataset:
     images = (report.fingerprint or {}).get("images", 0)
     _say(world, f"{root}: {plural(images, 'image')}, usable{complete}")
     return dataset
+
+
+def _check_matches(settings: Settings, dataset: ReidDataset) -> None:
+    """Refuse a test set in which nobody is on both sides, before hours of training."""
+    for trial in settings.trials:
+        for name in settings.protocols:
+            row = get_protocol(name)
+            number = row.trials[0] if row.sampled else trial
+            sides = dataset.query(name, number), dataset.gallery(name, number)
+            people = [{sample.identity for sample in side} for side in sides]
+            if people[0].isdisjoint(people[1]):
+                raise UserError(
+                    f"{settings.data_root}: none of the {len(people[0])} people among the queries "
+                    f"of {name} is in the gallery: test on people with visible and infrared images"
+                )
 
 
 def _draw(settings: Settings) -> None:
