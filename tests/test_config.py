@@ -129,7 +129,7 @@ def test_a_larger_classifier_than_the_files_is_refused_before_it_is_built(saved,
     many = changed(config, ("num_classes",), 10**7)
     (folder / "config.json").write_text(json.dumps(many))
     monkeypatch.setattr(pretrained, "build_model_with_cfg", lambda *_, **__: 1 / 0)
-    with pytest.raises(UserError, match=r"num_classes 10000000 .* 3 identities"):
+    with pytest.raises(UserError, match="trained on 3 identities .* 10000000"):
         deen_zoo.create_model(f"local-dir:{folder}", pretrained=True)
 
 

@@ -158,7 +158,7 @@ def _load_plan(variant: str, pretrained: bool, kwargs: Config) -> tuple[str, Con
             overlay["hf_hub_id"] = place
         file = fetch(place, cfg.get("hf_hub_filename") or WEIGHTS, cache_dir)
     classes = _check_file(file, config, digest)
-    if config and "num_classes" not in kwargs and not _classes(place, cfg["num_classes"], classes):
+    if config and "num_classes" not in kwargs and not _classes(cfg["num_classes"], classes):
         kwargs["num_classes"] = overlay["num_classes"] = 0
     kwargs["pretrained_cfg_overlay"] = {**overlay, "file": str(file), "source": ""}
     return place, config.get("deen_zoo") or _shipped(file), kwargs
@@ -181,14 +181,18 @@ def _with_tuples(kwargs: Config) -> Config:
     return {**kwargs, "pretrained_cfg": cfg}
 
 
-def _classes(place: str, stated: int, found: int) -> int:
+def _classes(stated: int, found: int) -> int:
     """How many were found; refuse a larger classifier than the file has, before it is built."""
     if stated > found > 0:
-        raise UserError(
-            f"{place}: its {CONFIG} has num_classes {stated} and its weights are of {found} "
-            "identities: get both again, or give num_classes"
-        )
+        raise _other_classes(found, stated)
     return found
+
+
+def _other_classes(found: int, stated: int) -> UserError:
+    return UserError(
+        f"the checkpoint was trained on {found} identities and the model is for {stated}: give "
+        f"num_classes={found} to load it whole, or num_classes=0 to leave the classifier out"
+    )
 
 
 def _installed(variant: str, tag: str) -> Path | None:
@@ -267,11 +271,7 @@ def checkpoint_filter_fn(state_dict: Config, model: Any) -> dict[str, torch.Tens
     if classifier is not None:
         count = classifier.shape[0]
         if asked == configured and count != asked:
-            raise UserError(
-                f"the checkpoint was trained on {count} identities and the model is for {asked}: "
-                f"give num_classes={count} to load it whole, or num_classes=0 to leave the "
-                f"classifier out"
-            )
+            raise _other_classes(count, asked)
         model.pretrained_cfg["num_classes"] = count  # what timm compares with
         if asked != count:
             expected["classifier.weight"] = classifier
