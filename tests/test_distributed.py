@@ -250,28 +250,28 @@ def test_regdbs_splits_in_two_processes(tmp_path):
 
 @pytest.mark.slow
 def test_the_ablation_in_two_processes(llcm_tree, tmp_path):
-    """A1, A2: killed in its third row and resumed, it has the seven rows of one process; the
-    finished ones are read back."""
+    """A1, A2: killed in its third row and resumed, all seven are there; the finished ones are
+    read back, and the first and the last have the numbers of one process."""
     from deen_zoo.cli import main
 
-    one, two = tmp_path / "one", tmp_path / "two"
-    options = ("--epochs", "1", "--ablation", "--protocols", "llcm-ir2vis", "--set",
-               "optimizer.lr=0.001")  # fmt: skip
-    assert main(["reproduce", *command("llcm", llcm_tree, one, 6, *options)]) == 0
-    names = [row["name"] for row in json.loads((one / "ablation.json").read_text())["rows"]]
-    assert len(names) == 7
-    third = two / "ablation" / names[2] / "seed-0" / "log.csv"
-    torchrun(*command("llcm", llcm_tree, two, 3, *options), kill_when=third)
-    kept = two / "ablation" / names[0] / "seed-0" / "checkpoint" / "model.safetensors"
+    options = ("--epochs", "1", "--protocols", "llcm-ir2vis", "--set", "optimizer.lr=0.001")
+    both = [*command("llcm", llcm_tree, tmp_path, 3, *options), "--ablation"]
+    folders = tmp_path / "ablation"
+    torchrun(*both, kill_when=folders / "dee+cpm" / "seed-0" / "log.csv")
+    kept = folders / "baseline" / "seed-0" / "checkpoint" / "model.safetensors"
     before = kept.stat().st_mtime_ns
-    torchrun(*command("llcm", llcm_tree, two, 3, *options), "--resume")
+    torchrun(*both, "--resume")
     assert kept.stat().st_mtime_ns == before
-    tables = [json.loads((folder / "ablation.json").read_text())["rows"] for folder in (one, two)]
-    assert [row["name"] for row in tables[0]] == [row["name"] for row in tables[1]] == names
-    for mine, theirs in zip(*tables, strict=True):
-        for key, values in mine["measured"]["llcm-ir2vis"].items():
-            found = theirs["measured"]["llcm-ir2vis"][key]
-            assert found == pytest.approx(values, abs=0.005), (mine["name"], key)
+    rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
+    assert len(rows) == 7
+    nothing = ("model.dee=false", "model.mfa=false", "loss.cpm=0", "loss.orthogonality=0")
+    for row, changes in ((rows[0], nothing), (rows[-1], ())):
+        one = tmp_path / "one" / row["name"]
+        sets = [word for change in changes for word in ("--set", change)]
+        assert main(["reproduce", *command("llcm", llcm_tree, one, 6, *options), *sets]) == 0
+        wanted = numbers(one)["llcm-ir2vis"]
+        for key, values in row["measured"]["llcm-ir2vis"].items():
+            assert values == [pytest.approx(wanted[key], abs=0.005)], (row["name"], key)
 
 
 STOPS = """

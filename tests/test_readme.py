@@ -81,7 +81,7 @@ def test_commands_run(tmp_path, monkeypatch, capsys, llcm_tree, sysu_tree):
     assert main([*labelled, "--model", "test_deen_resnet"]) == 0
     trained = ["--model", "test_deen_resnet", "--epochs", "1", "--output", "runs/llcm"]
     assert main(["reproduce", "llcm", "--data-root", str(llcm_tree), *trained]) == 0
-    done = set()
+    done, exported = set(), set()
     names = ("README.md", "docs/data.md", "docs/protocols.md", "docs/training.md", "docs/deploy.md")
     for page in names:
         for block in re.findall(r"^```(?:sh|python)\n.*?^```", PAGES[page], flags=re.M | re.S):
@@ -95,6 +95,10 @@ def test_commands_run(tmp_path, monkeypatch, capsys, llcm_tree, sysu_tree):
                     or (words[1] == "publish" and "--dry-run" not in words)
                 ):
                     continue
+                kind = Path(words[3]).suffix if words[1] == "export" else ""
+                if kind and kind in exported:
+                    continue  # of the other modality: a minute of the suite for the same code
+                exported.add(kind)
                 small = {"/data/SYSU-MM01": str(sysu_tree), "100": "4", "ORG/NAME": "me/deen"}
                 words = [small.get(word, word) for word in words[1:]]
                 capsys.readouterr()
@@ -102,7 +106,7 @@ def test_commands_run(tmp_path, monkeypatch, capsys, llcm_tree, sysu_tree):
                 assert code == 0, (words, said.err)
                 done.add(words[0])
     assert done == {"extract", "search", "check", "synthesize", "evaluate", "publish", "export"}
-    for name in ("ranking.png", "data/synthetic", "preview", "day.onnx", "night.xml"):
+    for name in ("ranking.png", "data/synthetic", "preview", "day.onnx", "day.xml"):
         assert Path(name).exists(), name
 
 

@@ -192,6 +192,7 @@ def drawing(root: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", DRAW, root],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "begun\n"
     return process
