@@ -406,4 +406,5 @@ def test_signals_at_random_moments(verb, works, tmp_path):
         if output and (work / output).exists():
             assert whole(work / output), context
         assert not list(work.rglob("*.partial")), context
-        assert not list(temporary.iterdir()), context
+        left = [path.name for path in temporary.iterdir()]
+        assert left in ([], [".ses"]), (left, context)  # .ses: onnxruntime's, of a few bytes
