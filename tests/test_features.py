@@ -638,8 +638,8 @@ def same(*files: Path) -> bool:
     )
 
 
-def killed_at(part: int, monkeypatch):
-    """Make the extraction stop as it writes that part; the function that ends this."""
+def killed_at(part: int, extractor, source, file: Path) -> None:
+    """An extraction in parts of four that is killed while it writes that part."""
     write = module.write_feature_table
 
     def killed(path, *arguments, **options):
@@ -648,8 +648,19 @@ def killed_at(part: int, monkeypatch):
             raise KeyboardInterrupt
         write(path, *arguments, **options)
 
-    monkeypatch.setattr(module, "write_feature_table", killed)
-    return lambda: monkeypatch.setattr(module, "write_feature_table", write)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "write_feature_table", killed)
+        with pytest.raises(KeyboardInterrupt):
+            extractor.write(source, file, "visible", shard=4)
+
+
+@pytest.fixture
+def mine(files, tmp_path) -> list[Path]:
+    """Twelve images that a test may change."""
+    paths = [tmp_path / f"{i}.png" for i in range(12)]
+    for i, path in enumerate(paths):
+        Image.open(files[i % 3]).convert("RGB").save(path)
+    return paths
 
 
 @pytest.fixture
@@ -665,13 +676,10 @@ def decoded(monkeypatch) -> list[int]:
     return found
 
 
-def test_a_killed_extraction_goes_on(files, extractor, tmp_path, monkeypatch, decoded, capsys):
+def test_a_killed_extraction_goes_on(files, extractor, tmp_path, decoded, capsys):
     whole = extractor.write(files, tmp_path / "whole.safetensors", "visible", shard=4)
     file = tmp_path / "f.safetensors"
-    restore = killed_at(2, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        extractor.write(files, file, "visible", shard=4)
-    restore()
+    killed_at(2, extractor, files, file)
     assert not file.exists()
     decoded.clear()
     table = extractor.write(files, file, "visible", shard=4)
@@ -682,26 +690,18 @@ def test_a_killed_extraction_goes_on(files, extractor, tmp_path, monkeypatch, de
     assert same(file, tmp_path / "whole.safetensors")
 
 
-def test_parts_of_other_options_or_images_are_not_used(files, extractor, tmp_path, monkeypatch):
+def test_parts_of_other_options_or_images_are_not_used(files, extractor, tmp_path):
     file = tmp_path / "f.safetensors"
-    restore = killed_at(2, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        extractor.write(files, file, "visible", shard=4)
-    restore()
+    killed_at(2, extractor, files, file)
     bn = tiny(descriptor="bn")
     assert torch.equal(bn.write(files, file, "visible", shard=4).features, bn(files, "visible"))
 
 
 @pytest.mark.parametrize("damage", [b"", b"half", None])
-def test_a_damaged_part_alone_is_made_again(
-    damage, files, extractor, tmp_path, monkeypatch, decoded
-):
+def test_a_damaged_part_alone_is_made_again(damage, files, extractor, tmp_path, decoded):
     """A4: all finished parts were deleted."""
     file = tmp_path / "f.safetensors"
-    restore = killed_at(3, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        extractor.write(files, file, "visible", shard=4)
-    restore()
+    killed_at(3, extractor, files, file)
     (part,) = (tmp_path / "f.safetensors.parts").glob("0000001-*.safetensors")
     part.write_bytes(part.read_bytes()[:300] if damage is None else damage)
     decoded.clear()
@@ -710,42 +710,26 @@ def test_a_damaged_part_alone_is_made_again(
     assert torch.equal(table.features, extractor(files, "visible"))
 
 
-def test_a_file_replaced_between_kill_and_resume_is_read_again(
-    files, extractor, tmp_path, monkeypatch
-):
+def test_a_file_replaced_between_kill_and_resume_is_read_again(files, mine, extractor, tmp_path):
     """B6: its old row stayed, or the old complaint that it is broken."""
-    mine = [tmp_path / f"{i}.png" for i in range(12)]
-    for i, path in enumerate(mine):
-        Image.open(files[i % 3]).convert("RGB").save(path)
     good = mine[1].read_bytes()
     mine[1].write_bytes(b"broken")
     file = tmp_path / "f.safetensors"
-    restore = killed_at(2, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        extractor.write(mine, file, "visible", shard=4)
-    restore()
+    killed_at(2, extractor, mine, file)
     mine[1].write_bytes(good)
     Image.open(files[5]).convert("RGB").save(mine[6])
     table = extractor.write(mine, file, "visible", shard=4)
     assert not table.unreadable and torch.equal(table.features, extractor(mine, "visible"))
 
 
-def test_an_image_that_can_be_read_after_all_is_read(
-    files, extractor, tmp_path, monkeypatch, decoded
-):
+def test_an_image_that_can_be_read_after_all_is_read(files, mine, extractor, tmp_path, decoded):
     """B6: after ``chmod`` size and time were the old ones, and the complaint stayed."""
-    mine = [tmp_path / f"{i}.png" for i in range(12)]
-    for i, path in enumerate(mine):
-        Image.open(files[i % 3]).convert("RGB").save(path)
     good, times = mine[1].read_bytes(), os.stat(mine[1])
     for path in (mine[1], mine[5]):
         path.write_bytes(bytes(len(path.read_bytes())))
     os.utime(mine[1], ns=(times.st_atime_ns, times.st_mtime_ns))
     file = tmp_path / "f.safetensors"
-    restore = killed_at(2, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        extractor.write(mine, file, "visible", shard=4)
-    restore()
+    killed_at(2, extractor, mine, file)
     mine[1].write_bytes(good)
     os.utime(mine[1], ns=(times.st_atime_ns, times.st_mtime_ns))
     decoded.clear()

@@ -75,6 +75,7 @@ def test_installed_weights_are_found_by_name_and_tag(home, name, create, capsys)
         found = create(name, pretrained=True)
     assert capsys.readouterr().err.count("using the installed") == 1
     assert found.num_classes == 4 and found.trained_on == model.trained_on
+    assert found.pretrained_cfg["input_size"] == (3, 384, 144)  # timm's tools add a tuple
     for key, value in model.state_dict().items():
         assert torch.equal(found.state_dict()[key], value)
     assert create(name, pretrained=True, num_classes=0).num_classes == 0

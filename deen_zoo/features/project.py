@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import UserError, check_least
-from ..io import sha256, write_atomically
+from ..io import check_target, sha256, write_atomically
 from .files import FeatureTable
 
 __all__ = ["Head", "fit_head", "read_head", "size_table", "write_head"]
@@ -108,9 +108,7 @@ def check_head_name(file: str | os.PathLike[str]) -> Path:
     file = Path(file)
     if file.suffix != ".safetensors" or file.name == "model.safetensors" or file.is_dir():
         raise UserError(f"{file}: name the head NAME.safetensors, such as project-256.safetensors")
-    if not file.absolute().parent.is_dir():
-        raise UserError(f"{file}: there is no folder {file.parent}; make it first")
-    return file
+    return check_target(file)
 
 
 def read_head(file: str | os.PathLike[str]) -> Head:

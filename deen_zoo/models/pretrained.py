@@ -109,7 +109,7 @@ def _load_plan(variant: str, pretrained: bool, kwargs: Config) -> tuple[str, Con
     Raises:
         UserError: The weights cannot be had or must not be loaded; the message says what to do.
     """
-    kwargs = _with_tuples(kwargs)
+    kwargs = dict(kwargs)
     overlay, cache_dir = dict(kwargs.get("pretrained_cfg_overlay") or {}), kwargs.get("cache_dir")
     given: Any = kwargs.get("pretrained_cfg")
     tag = ""
@@ -123,6 +123,7 @@ def _load_plan(variant: str, pretrained: bool, kwargs: Config) -> tuple[str, Con
             kwargs = {**args, **kwargs, "pretrained_cfg": given}
         elif tag or not hub_repository(variant):
             raise UserError(_no_weights(variant, tag))
+    kwargs = _with_tuples(kwargs)
 
     config: Config = {}
     place = digest = ""
@@ -176,7 +177,7 @@ def _with_tuples(kwargs: Config) -> Config:
     """The arguments with tuples for the lists of a JSON file: timm's tools add tuples to them."""
     given = kwargs.get("pretrained_cfg")
     if not isinstance(given, dict):
-        return dict(kwargs)
+        return kwargs
     cfg = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
     return {**kwargs, "pretrained_cfg": cfg}
 

@@ -185,8 +185,7 @@ def _check_matches(settings: Settings, dataset: ReidDataset) -> None:
     """Refuse a test set in which nobody is on both sides, before hours of training."""
     for trial in settings.trials:
         for name in settings.protocols:
-            row = get_protocol(name)
-            number = row.trials[0] if row.sampled else trial
+            number = _first_number(name, trial)
             sides = dataset.query(name, number), dataset.gallery(name, number)
             people = [{sample.identity for sample in side} for side in sides]
             if people[0].isdisjoint(people[1]):
@@ -194,6 +193,12 @@ def _check_matches(settings: Settings, dataset: ReidDataset) -> None:
                     f"{settings.data_root}: none of the {len(people[0])} people among the queries "
                     f"of {name} is in the gallery: test on people with visible and infrared images"
                 )
+
+
+def _first_number(protocol: str, split: int) -> int:
+    """What a protocol counts its trials by: its first draw of a gallery, or the split."""
+    row = get_protocol(protocol)
+    return row.trials[0] if row.sampled else split
 
 
 def _draw(settings: Settings) -> None:
@@ -282,8 +287,7 @@ class _Work:
             **options,
         )
         protocol = settings.protocols[0]
-        row = get_protocol(protocol)
-        number = row.trials[0] if row.sampled else trial  # a gallery's draw, or the split
+        number = _first_number(protocol, trial)
         sides = self.dataset.query(protocol, number) + self.dataset.gallery(protocol, number)
 
         def test() -> dict[str, float]:
