@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .errors import UserError, require
 from .features.extractor import data_config
+from .io import reserved
 from .models import ReidModel
 
 __all__ = ["FORMATS", "MODALITIES", "OUTPUTS", "ExportReport", "export_model"]
@@ -154,22 +155,23 @@ def export_model(
     except ValueError as error:  # MFA does not take every size
         raise UserError(f"size {height} {width}: {error}") from error
     partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the exporters' own internals
-            example = list(checks.values())[-1]
-            run = WRITERS[path.suffix](function, example, partial / path.name, output, note)
-        with torch.inference_mode():
-            differences = {k: _difference(run(x), wanted[k]) for k, x in checks.items()}
-        _judge(path, differences, tolerance)
-        written = sorted(partial.iterdir())  # OpenVINO's .bin before the .xml that asks for it
-        size_bytes = sum(file.stat().st_size for file in written)
-        for file in written:
-            os.replace(file, path.with_name(file.name))
-    finally:
+    with reserved(path):
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about the exporters' own internals
+                example = list(checks.values())[-1]
+                run = WRITERS[path.suffix](function, example, partial / path.name, output, note)
+            with torch.inference_mode():
+                differences = {k: _difference(run(x), wanted[k]) for k, x in checks.items()}
+            _judge(path, differences, tolerance)
+            written = sorted(partial.iterdir())  # OpenVINO's .bin before the .xml that asks for it
+            size_bytes = sum(file.stat().st_size for file in written)
+            for file in written:
+                os.replace(file, path.with_name(file.name))
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return ExportReport(str(path), note, size_bytes, differences)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from .errors import UserError
 
-__all__ = ["check_target", "cores", "exclusive", "sha256", "whole_folder", "write_atomically"]
+__all__ = ["check_target", "cores", "exclusive", "reserved", "sha256", "whole_folder"]
+__all__ += ["write_atomically"]
 
 
 def cores() -> int:
@@ -30,7 +31,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
-    data = content.encode() if isinstance(content, str) else content
+    # Names of files need not be UTF-8: their bytes are written as they are.
+    data = content.encode(errors="surrogateescape") if isinstance(content, str) else content
     try:
         with open(partial, "wb") as file:
             file.write(data)
@@ -72,23 +74,43 @@ def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     Whatever happens to the process, ``target`` is absent or whole; leftovers of a killed process
     are removed by the next one. An existing ``target`` is replaced: it is moved aside first, and
     moved back by the next process should this one be killed just then.
+
+    Raises:
+        UserError: Another process is writing it.
     """
     target = Path(target)
     partial = target.with_name(f"{target.name}.partial")
     previous = target.with_name(f"{target.name}.previous.partial")
-    if previous.exists() and not target.exists():
-        os.replace(previous, target)
-    for leftover in (partial, previous):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if target.exists():
-            os.replace(target, previous)
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(previous, ignore_errors=True)
+    with reserved(target):
+        if previous.exists() and not target.exists():
+            os.replace(previous, target)
+        for leftover in (partial, previous):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            if target.exists():
+                os.replace(target, previous)
+            os.replace(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(previous, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def reserved(target: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other processes from writing ``target`` while the block runs, by a lock file next to it.
+
+    Raises:
+        UserError: Another process is writing it.
+    """
+    target = Path(target)
+    lock = target.with_name(f".{target.name}.lock")
+    with exclusive(lock, str(target)):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

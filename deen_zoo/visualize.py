@@ -343,7 +343,8 @@ def activation_maps(
             for axes, name in zip(grid[:, 0], names, strict=True):
                 axes.set_ylabel(name, fontsize=8.5)
         for i, path in enumerate(paths):
-            photo, column = resize(open_image(path), size), grids[i // columns][:, i % columns]
+            photo = resize(open_image(path, extractor.intensity), size)
+            column = grids[i // columns][:, i % columns]
             column[0].imshow(photo, aspect="auto")
             column[0].set_title("infrared" if infrared[i] else "visible", loc="center")
             for axes, heat in zip(column[1:], maps[i], strict=True):
@@ -415,7 +416,8 @@ def _show(
     width: float, faded: bool = False,
 ) -> None:  # fmt: skip
     """An image in its frame; below it the label, and who or what is shown."""
-    axes.imshow(resize(open_image(table.paths[row]), size), alpha=0.35 if faded else 1.0)
+    image = open_image(table.paths[row], table.intensity)
+    axes.imshow(resize(image, size), alpha=0.35 if faded else 1.0)
     axes.set_frame_on(True)
     axes.spines[:].set(visible=True, color=color, linewidth=width)
     name, identities = Path(table.paths[row]).stem, table.labels.get("identity")

@@ -97,7 +97,7 @@ class Searcher:
         if query is None:
             return []
         try:
-            image = open_image(query)
+            image = open_image(query, self.extractor.intensity)
         except (OSError, ValueError):
             raise gr.Error("This image cannot be read.", print_exception=False) from None
         scores = self.gallery.features.float() @ self.extractor([image], modality=modality)[0]
@@ -106,7 +106,7 @@ class Searcher:
 
     def picture(self, row: int) -> Any:
         """The picture itself: no path of the gallery is ever served."""
-        return open_image(self.gallery.paths[row])
+        return open_image(self.gallery.paths[row], self.gallery.intensity)
 
     def place(self, row: int) -> str:
         """A short name: the folders that an image lies in, or its own name without any."""

@@ -287,6 +287,8 @@ class Client:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "DEEN_ZOO_"))}
         env |= {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
+        # Not the client's 10 seconds: the machine may be busy.
+        env |= {"HF_HUB_ETAG_TIMEOUT": "600", "HF_HUB_DOWNLOAD_TIMEOUT": "600"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", WORKER],
             env=env | {"OMP_NUM_THREADS": "1"} | environment,

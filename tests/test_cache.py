@@ -95,6 +95,13 @@ def test_another_scaling_of_16_bits_gets_a_cache_of_its_own(tmp_path):
     assert np.ptp(plain.read(path)) < 9 and np.ptp(scaled.read(path)) > 200
 
 
+def test_another_pillow_gets_a_cache_of_its_own(paths, tmp_path, monkeypatch):
+    """B4: it may decode otherwise, and the record of a run names the one that is installed."""
+    one = open_cache(tmp_path, paths, SIZE).folder
+    monkeypatch.setattr("PIL.__version__", "99")
+    assert open_cache(tmp_path, paths, SIZE).folder != one
+
+
 def test_a_moved_tree_keeps_its_cache(paths, tmp_path):
     folder = open_cache(tmp_path / "cache", paths, SIZE).folder
     os.rename(tmp_path / "images", tmp_path / "moved")

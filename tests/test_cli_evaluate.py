@@ -163,6 +163,9 @@ def test_a_test_image_without_a_row_is_named(sysu):
     np.savez(file, features=features_of(samples[1:]), paths=[s.path for s in samples[1:]])
     with pytest.raises(UserError, match=rf"1 of {len(samples)} test images.*{samples[0].path}"):
         read_feature_table(file).of_dataset(sysu)
+    paths = [s.path for s in samples]
+    np.savez(file, features=features_of([*samples, samples[0]]), paths=[*paths, "no\0file"])
+    assert len(read_feature_table(file).of_dataset(sysu)[1]) == len(samples)
 
 
 N = len(WORLD)

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import deen_zoo
 from deen_zoo.cli import main
-from deen_zoo.data import open_dataset
+from deen_zoo.data import Sample, open_dataset
 from deen_zoo.errors import UserError
 from deen_zoo.features import engines
 from deen_zoo.features.extractor import FeatureExtractor
@@ -187,6 +188,29 @@ def test_int8_from_quantize_to_extract(llcm_tree, tmp_path, capsys):
     assert "unlike" in capsys.readouterr().err or make.engine._warned
     with pytest.raises(UserError, match="quantized with flip True"):
         FeatureExtractor(folder, engine="openvino", precision="int8", flip=False)
+
+
+def test_calibration_images_are_scaled_as_in_training(tmp_path, monkeypatch):
+    """B3: images of 16 bits were calibrated on as by the full range: nearly black."""
+    pytest.importorskip("nncf")
+    model = deen_zoo.create_model("test_deen_resnet", pretrained=True)
+    model.trained_on = {"dataset": "own", "intensity": "(7000.0, 9000.0)"}
+    checkpoint = deen_zoo.save_pretrained(model, tmp_path / "checkpoint")
+    samples, seen = [], []
+    for i in range(8):
+        kind, file = KINDS[i % 2], tmp_path / f"{i}.png"
+        counts = np.random.default_rng(i).integers(7000, 9000, (64, 32), dtype=np.uint16)
+        Image.fromarray(counts).save(file)
+        samples.append(Sample(str(file), i // 2 if i % 2 else f"0{i // 2}", 1, kind))
+
+    def stop(pixels):
+        seen.append(pixels)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deen_zoo.features.quantize.pixel_statistics", stop)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(checkpoint, samples, tmp_path / "int8")
+    assert int(seen[0].max()) - int(seen[0].min()) > 200
 
 
 @pytest.mark.slow

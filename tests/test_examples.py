@@ -227,7 +227,7 @@ def served(*arguments: str, notes: Path, end: signal.Signals = signal.SIGINT) ->
     def answers() -> bool:
         assert process.poll() is None, "the demo ended"
         try:
-            return bool(opener.open(address, timeout=30).status == 200)
+            return bool(opener.open(address, timeout=180).status == 200)
         except (urllib.error.URLError, ConnectionError):
             return False
 
@@ -376,6 +376,21 @@ def test_the_demo_reads_an_upload_as_an_image(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("path\n0.png\n")
     with pytest.raises(example.gr.Error, match="cannot be read"):
         searcher(str(tmp_path / "list.csv"), "infrared", 2)
+
+
+def test_the_demo_scales_images_as_its_gallery(tmp_path: Path) -> None:
+    """B3: a query of 16 bits was squeezed to one grey before the extractor saw it."""
+    pytest.importorskip("gradio")
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        counts = rng.integers(7000, 9000, (64, 32), dtype=np.uint16)
+        Image.fromarray(counts).save(tmp_path / f"{i}.png")
+    extractor = deen_zoo.FeatureExtractor("test_deen_resnet", intensity="minmax")
+    searcher = load("demo").Searcher(extractor, [str(tmp_path)])
+    (image, caption), *_ = searcher(str(tmp_path / "2.png"), "visible", 4)
+    assert caption.startswith("1.000") and np.ptp(np.asarray(image)) > 250
 
 
 def picture_of_the_demo(file: Path, person: int = 15) -> None:

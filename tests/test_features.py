@@ -690,6 +690,14 @@ def test_a_killed_extraction_goes_on(files, extractor, tmp_path, decoded, capsys
     assert same(file, tmp_path / "whole.safetensors")
 
 
+def test_names_that_no_file_can_have(files, extractor, tmp_path):
+    """A CSV file may hold any characters: the image is named, the others have their rows."""
+    table = tmp_path / "images.csv"
+    table.write_text(f"path,modality\n{files[0]},visible\na\0b.png,visible\n")
+    made = extractor.write(table, tmp_path / "f.safetensors")
+    assert len(made) == 1 and list(made.unreadable) == [str(tmp_path / "a\0b.png")]
+
+
 def test_parts_of_other_options_or_images_are_not_used(files, extractor, tmp_path):
     file = tmp_path / "f.safetensors"
     killed_at(2, extractor, files, file)

@@ -98,6 +98,7 @@ def test_two_folders(tmp_path):
         (["visible/a.jpg", "infrared/1/a.jpg"], "visible/a.jpg: not visible/IDENTITY"),
         (["visible/1/a/b/c.jpg", "infrared/1/a.jpg"], "not visible/IDENTITY"),
         (["visible/1/a.jpg", "infrared/1/a.txt"], "no infrared image"),
+        (["visible/-1/a.jpg", "infrared/1/a.jpg"], "visible/-1/a.jpg: identity '-1'; write"),
     ],
 )
 def test_other_layouts_are_refused(names, message, tmp_path):

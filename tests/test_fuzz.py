@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,13 @@ from deen_zoo.cli import VERBS, load_verb, main
 from deen_zoo.data import check_dataset, open_image, read_permutations
 from deen_zoo.data.folder import open_folder, read_csv
 from deen_zoo.errors import UserError
-from deen_zoo.features.files import read_feature_table
+from deen_zoo.evaluation.known import refuse_known_people
+from deen_zoo.features.files import FeatureTable, read_feature_table, write_feature_table
+from deen_zoo.features.project import Head, read_head, write_head
 from deen_zoo.hub import publish
 from deen_zoo.models.convert import read_checkpoint
 from deen_zoo.models.pretrained import local_config, sha256
+from deen_zoo.training.recipes import get_recipe
 from deen_zoo.training.state import load_state, save_state
 
 pytestmark = pytest.mark.slow
@@ -259,6 +263,9 @@ def test_any_feature_file(tmp_path: Path, data: st.DataObject) -> None:
     [
         ("state.safetensors", load_state),
         ("rows.safetensors", read_feature_table),
+        ("rows.parquet", read_feature_table),
+        ("head.safetensors", read_head),
+        ("mine.toml", get_recipe),
         ("best.t", read_checkpoint),
         ("exp/rand_perm_cam.mat", lambda path: read_permutations(path.parents[1])),
         ("image.png", open_image),
@@ -274,7 +281,25 @@ def test_any_bytes(name: str, read: Callable[[Path], Any], tmp_path: Path) -> No
         torch.save({"net": {"base_resnet.base.layer1.0.conv1.weight": torch.ones(2)}}, file)
     elif name.startswith("image"):
         Image.effect_noise((9, 20), 50).convert("RGB").save(file)
-    whole = file.read_bytes() if file.exists() else b"MATLAB 5.0 MAT-file" + bytes(200)
+    elif name.startswith("rows"):
+        if file.suffix == ".parquet":
+            pytest.importorskip("pyarrow")
+        labels = {"identity": np.arange(3), "infrared": np.arange(3) > 0}
+        table = FeatureTable("made", torch.eye(3), ["a", "b", "c"], labels, {"model": "m"})
+        write_feature_table(file, [table])
+    elif name == "head.safetensors":
+        write_head(Head(torch.ones(3), torch.ones(3, 2), {"flip": "true"}), file)
+    elif name == "mine.toml":
+        file.write_text('base = "agw"\ntask = "a:B"\n[optimizer]\nlr = 0.1\n[model.args]\nx = 1\n')
+    else:
+        scipy_io = pytest.importorskip("scipy.io")
+        cameras, identities = np.empty((6, 1), object), np.empty((1, 1), object)
+        identities[0, 0] = np.array([[1, 2, 3]] * 10)
+        for camera in range(6):
+            cameras[camera, 0] = identities
+        scipy_io.savemat(file, {"rand_perm_cam": cameras})
+    whole = file.read_bytes()
+    read(file)  # it is a whole one
 
     @TRY
     @given(st.data())
@@ -296,6 +321,36 @@ def test_any_config(tmp_path: Path) -> None:
     def survives(data: st.DataObject) -> None:
         (folder / "config.json").write_text(json.dumps(changed(data, whole)))
         one_line(lambda: local_config(folder))
+
+    survives()
+
+
+def test_any_words_about_the_training_set(llcm_tree: Path, tmp_path: Path) -> None:
+    """Whatever a ``config.json`` says that its weights were trained on: rows, or one line."""
+    model = deen_zoo.create_model("test_deen_resnet", num_classes=3)
+    folder = deen_zoo.save_pretrained(model, tmp_path / "model")
+    whole = json.loads((folder / "config.json").read_text())
+    dataset = deen_zoo.data.open_dataset("llcm", llcm_tree)
+    tested = {sample.identity for sample in dataset.test("visible")}
+    said = {"dataset": "llcm", "split": 1, "drawn": True, "world": 0, "people": [1, 2]}
+    said |= {"identities_sha256": "x", "intensity": "minmax", "source": "yyds"}
+    blank = np.zeros((64, 32, 3), np.uint8)
+
+    @TRY
+    @given(st.dictionaries(st.sampled_from([*said]), JSON))
+    def survives(changes: dict[str, Any]) -> None:
+        whole["deen_zoo"]["trained_on"] = {**said, **changes}
+        (folder / "config.json").write_text(json.dumps(whole))
+
+        def judge() -> None:
+            make = deen_zoo.FeatureExtractor(folder, "cpu", threads=1)
+            assert make([blank], "visible").isfinite().all()
+
+        one_line(judge)
+        check = ["the weights", type(dataset), 1, tested, dataset]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            one_line(lambda: refuse_known_people({**said, **changes}, *check))
 
     survives()
 

@@ -168,6 +168,14 @@ def test_a_missing_file_and_one_modality_are_clear(samples, tmp_path):
         loader(without)
 
 
+def test_digits_of_any_spelling_are_one_identity(samples):
+    """B2: "0011" and 11 were two people, each without the other modality."""
+    spelt = [s._replace(identity=f"{s.identity:04d}") if s.modality == "visible" else s
+             for s in samples]  # fmt: skip
+    assert loader(spelt).identities == loader(samples).identities
+    assert_same(loader(spelt), loader(samples))
+
+
 def test_sizes_must_agree():
     class Cache:
         size, intensity = (64, 64), "full"

@@ -305,6 +305,7 @@ BAD = {
     "gallery_ids": (dict(gallery_ids=np.arange(61)), r"gallery_ids has shape \(61,\)"),
     "float_ids": (dict(query_ids=np.arange(40.0)), "query_ids has type float64"),
     "mixed_ids": (dict(query_ids=np.array(["a"] * 40)), "both be"),
+    "mixed_cameras": (dict(query_cameras=np.array(["a"] * 40)), "cameras must both be"),  # B2
     "no_cameras": (dict(query_cameras=None), "query_cameras is missing"),
     "cameras": (dict(gallery_cameras=np.arange(3)), "gallery_cameras has shape"),
     "rule": (dict(rule="market"), "'market'; choose from sysu, llcm, regdb"),

@@ -13,7 +13,7 @@ from deen_zoo.cli import main
 from deen_zoo.errors import UserError
 from deen_zoo.features.extractor import FeatureExtractor
 from deen_zoo.features.files import FeatureTable
-from deen_zoo.features.project import fit_head, read_head, size_table, write_head
+from deen_zoo.features.project import Head, fit_head, read_head, size_table, write_head
 
 
 def table(count: int, width: int = 40, people: int = 12, seed: int = 0) -> FeatureTable:
@@ -54,6 +54,14 @@ def test_mistakes(tmp_path):
     for name in ("model.safetensors", "head.npz", "absent/head.safetensors"):
         with pytest.raises(UserError, match="head"):
             write_head(head, tmp_path / name)
+    for mean, components in (
+        (torch.ones(3), torch.ones(4, 2)),
+        (torch.ones(3).double(), torch.ones(3, 2)),
+        (torch.ones(3), torch.ones(3, 2).to(torch.float8_e4m3fn)),
+    ):
+        write_head(Head(mean, components, {}), tmp_path / "bad.safetensors")
+        with pytest.raises(UserError, match=r"bad\.safetensors: not a head"):
+            read_head(tmp_path / "bad.safetensors")
     with pytest.raises(UserError, match="no such file"):
         read_head(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"no")

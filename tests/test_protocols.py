@@ -309,6 +309,8 @@ BAD = {
     "integers": (dict(features=np.ones((len(WORLD), 4), int)), "floats"),
     "vector": (dict(features=FEATURES[:, 0]), "floats"),
     "nan": (dict(features=NAN), f"features of 1 images have NaN.*{WORLD[3].path}"),
+    "no_identity": (dict(samples=changed(identity=-1)), f"{WORLD[0].path}: its identity is not"),
+    "no_camera": (dict(samples=changed(camera=-1)), f"{WORLD[0].path}: its camera is not known"),
     "modality": (dict(samples=changed(modality="thermal")), "modality 'thermal'"),
     "twice": (dict(samples=changed(path=WORLD[1].path)), "comes twice"),
     "indoor": (
@@ -364,3 +366,30 @@ def test_labels_may_be_strings_or_words(protocol):
     assert evaluate(FEATURES, unsigned, protocol, trials=trials).mean == expected
     words = [s._replace(identity=f"person_{s.identity:03d}") for s in samples]  # in the same order
     assert evaluate(FEATURES, words, protocol, trials=trials).mean == expected
+
+
+def test_people_that_nobody_knows_are_not_one_person():
+    """B2: images of a CSV file without identities were all of -1, and scored as one person."""
+    unknown = [s._replace(identity=-1) for s in WORLD]
+    with pytest.raises(UserError, match="identity is not known: label it"):
+        evaluate(FEATURES, unknown, "own-ir2vis")
+    nowhere = [s._replace(camera=-1) for s in WORLD]  # RegDB's rule asks for no camera
+    expected = evaluate(FEATURES, WORLD, "own-ir2vis").mean
+    assert evaluate(FEATURES, nowhere, "own-ir2vis").mean == expected
+    with pytest.raises(UserError, match="camera is not known"):
+        evaluate(FEATURES, nowhere, "llcm-ir2vis")
+
+
+def test_pairs_of_cameras_of_which_some_are_words():
+    """B2: a camera with a number and one with a name were told to share no person."""
+    cameras = sorted({s.camera for s in WORLD})
+    names = {camera: f"door {camera}" if camera % 2 else camera for camera in cameras}
+    named = [s._replace(camera=names[s.camera]) for s in WORLD]
+    pairs = [
+        {(names.get(a, a), names.get(b, b)): rest for a, b, *rest in found.camera_pairs}
+        for found in (
+            evaluate(FEATURES, samples, "regdb-ir2vis", camera_pairs=True)
+            for samples in (WORLD, named)
+        )
+    ]
+    assert pairs[0] == pairs[1] and any(r1 is not None for _, r1, _ in pairs[0].values())

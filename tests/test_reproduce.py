@@ -18,15 +18,17 @@ from PIL import Image
 import deen_zoo
 from deen_zoo.cli import load_verb, main
 from deen_zoo.data import open_dataset, protocols
+from deen_zoo.distributed import Distributed
 from deen_zoo.errors import UserError
 from deen_zoo.evaluation import published_ablation
 from deen_zoo.evaluation.known import people_digest, refuse_known_people
 from deen_zoo.features.extractor import FeatureExtractor, weights_sha256
-from deen_zoo.io import exclusive
+from deen_zoo.io import exclusive, sha256
 from deen_zoo.synthetic import synthesize
 from deen_zoo.training import ablation, reproduce
-from deen_zoo.training.recipes import get_recipe
+from deen_zoo.training.recipes import flat, get_recipe
 from deen_zoo.training.report import command, summary, write_results
+from deen_zoo.training.sections import flatten
 from deen_zoo.training.settings import Settings
 from deen_zoo.training.state import Run
 
@@ -224,6 +226,106 @@ def test_a_resume_with_anything_else_is_refused_by_name(change, says, started, c
         torch.set_num_threads(1)
         picture.write_bytes(before)
         os.utime(picture, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+# Settings in which two halves of a run may differ: their numbers are the same.
+MAY_DIFFER = {
+    "output", "data_root", "cache", "epochs", "trials", "protocols", "people",
+    "grad_checkpointing",  # to the bit: test_synthetic_twice_and_resumed_gives_the_same
+    "save_every", "skip_broken", "resume", "eval_only",
+}  # fmt: skip
+
+
+def test_a_record_has_every_setting_that_changes_numbers(llcm_tree, tmp_path, monkeypatch):
+    """B4: a new setting must be in the record, or among those that may differ."""
+    (tmp_path / "mine.py").write_text(
+        "from deen_zoo.training.tasks import DEENTask\nclass Own(DEENTask):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    given = {"data_root": llcm_tree, "task": "mine:Own"}
+    settings = Settings.create("llcm", tmp_path / "run", **given)
+    fingerprint = open_dataset("llcm", llcm_tree).fingerprint()
+    world = Distributed(torch.device("cpu"))
+    record = reproduce._record(settings, fingerprint, world)
+    names = {field.name for field in dataclasses.fields(Settings)}
+    assert names - set(record) == MAY_DIFFER and not MAY_DIFFER & set(record)
+    assert {"processes", "threads", "versions", "data", "protocol"} < set(record)
+    assert record["data"]["content"] == fingerprint["content"]
+    assert {f"recipe.{k}" for k in flat(settings.recipe)} - set(flatten(record)) == {
+        "recipe.schedule.epochs",
+        "recipe.model.args",  # a table, empty here
+    }
+    with open(tmp_path / "mine.py", "a") as file:
+        file.write("    weight = 2\n")
+    again = reproduce._record(settings, fingerprint, world)
+    assert {**again, "code": None} == {**record, "code": None} and again != record
+
+
+def test_a_resume_looks_at_all_splits_before_it_trains(tmp_path, monkeypatch, capsys):
+    """A7, B4: that split 1 was made otherwise was found after split 2 had been trained."""
+    monkeypatch.setattr("deen_zoo.training.report._draw", lambda *_: None)
+    tiny_trees.regdb(tmp_path / "regdb", 4, 2)
+    command = ["reproduce", "regdb", "--data-root", str(tmp_path / "regdb"), *FAST]
+    command += ["--protocols", "regdb-ir2vis", "--output", str(tmp_path)]
+    command += ["--set", "data.identities_per_batch=2", "--set", "data.images_per_modality=2"]
+    assert main([*command, "--trials", "1"]) == 0
+    for other, says in (
+        (["--seed", "1"], "seed 0, now 1"),
+        (["--batch-size", "7"], "batch_size 64, now 7"),
+        (["--epochs", "1"], "--epochs 2 or more"),
+    ):
+        assert main([*command, "--trials", "2", "1", "--resume", *other]) == 2
+        assert says in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / "trial-2").exists()
+
+
+def test_an_ablation_with_rows_of_other_settings_is_refused(llcm_tree, tmp_path, capsys):
+    """B4: rows that were made with other settings were read back as if they were of these."""
+    row = published_ablation()[0]
+    sets = [f"{key}={json.dumps(v)}" for key, v in ablation.ablation_changes(row).items()]
+    options = ["--data-root", str(llcm_tree), *FAST, "--epochs", "1"]
+    options += ["--set", "data.images_per_modality=2", "--protocols", "llcm-ir2vis"]
+    baseline = tmp_path / "ablation" / "baseline" / "seed-0"
+    one = ["reproduce", "llcm", *options, "--output", str(baseline)]
+    assert main([*one, *(word for change in sets for word in ("--set", change))]) == 0
+    sweep = ["reproduce", "llcm", *options, "--output", str(tmp_path), "--ablation", "--resume"]
+    assert main([*sweep, "--set", "loss.triplet=2"]) == 2
+    assert "recipe.loss.triplet 1.0, now 2.0" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in (tmp_path / "ablation").iterdir()] == ["baseline"]
+
+
+def test_results_never_lie_next_to_weights_of_which_they_say_nothing(
+    started, tmp_path, monkeypatch
+):
+    """B5: killed while it was evaluated, a run that went on had the results of its first epoch
+    next to the weights of its second."""
+    command, output = list(started[0]), tmp_path / "run"
+    place = command.index("--output") + 1
+    shutil.copytree(command[place], output)
+    command[place] = str(output)
+
+    def mixture():
+        weights = {which: sha256(output / folder / "model.safetensors")
+                   for which, folder in (("last", "checkpoint"), ("best", "best"))}  # fmt: skip
+        said = read(output)["models"][0] if (output / "results.json").exists() else {}
+        return [w for w, digest in weights.items() if w in said and said[w]["sha256"] != digest]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    epochs = len(read(output)["models"][0]["history"])
+    assert not mixture()
+    more = ["--epochs", str(epochs + 1), "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduce._Work, "evaluate", killed)
+        assert main([*command, *more]) == 130
+    assert not mixture() and not (output / "checkpoint" / "results.json").exists()
+    assert main([*command, *more]) == 0
+    assert not mixture() and read(output)["epochs"] == epochs + 1
+    with monkeypatch.context() as patch:  # nothing is trained: the results are still of them
+        patch.setattr(reproduce._Work, "evaluate", killed)
+        assert main([*command, *more, "--protocols", "llcm-ir2vis", "llcm-vis2ir"]) == 130
+    assert read(output)["epochs"] == epochs + 1 and not mixture()
 
 
 def test_another_split_is_trained_when_a_run_is_resumed(tmp_path, monkeypatch):
@@ -508,6 +610,15 @@ def test_the_report_and_the_last_lines_say_what_the_numbers_mean(tmp_path):
     last = summary(tmp_path, results)
     for part in ("50.0 %", "12.5 %", "report.md", "deen-zoo extract"):
         assert part in last, part
+
+
+def test_a_report_of_a_folder_whose_name_is_not_utf8(tmp_path):
+    """A7: after hours of work, in a closed locale too, the report could not be written."""
+    results = example_results(tmp_path)
+    results["command"] = "deen-zoo reproduce llcm --data-root caf\udce9"
+    write_results(tmp_path, results)
+    assert read(tmp_path) == results
+    assert b"--data-root caf\xe9" in (tmp_path / "report.md").read_bytes()
 
 
 def test_the_command_of_the_report_makes_the_same_settings(tmp_path):

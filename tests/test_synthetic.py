@@ -20,6 +20,7 @@ from PIL import Image
 from deen_zoo.cli import main
 from deen_zoo.data import check_dataset, open_dataset
 from deen_zoo.errors import UserError
+from deen_zoo.io import reserved
 from deen_zoo.synthetic import LAYOUTS, Person, contact_sheet, picture, synthesize, tree
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -238,7 +239,7 @@ def test_an_interrupt_while_the_pool_starts_ends_everything(tmp_path: Path) -> N
 
 
 def test_two_processes_do_not_draw_the_same_tree(tmp_path: Path) -> None:
-    with tree._reserved(tmp_path / "tree"), pytest.raises(UserError, match="another process"):
+    with reserved(tmp_path / "tree"), pytest.raises(UserError, match="another process"):
         synthesize("llcm", tmp_path / "tree", 4)
 
 

@@ -26,7 +26,7 @@ from deen_zoo.data.check import CheckReport
 from deen_zoo.data.reader import Fault
 from deen_zoo.features.files import FeatureTable, write_feature_table
 from deen_zoo.features.project import read_head
-from deen_zoo.io import sha256, whole_folder
+from deen_zoo.io import reserved, sha256, whole_folder
 
 from . import test_hub, test_sources
 
@@ -146,6 +146,22 @@ def test_closed_locale(tmp_path):
     done = shell(f'{" ".join(DEEN_ZOO)} evaluate "$@"', file, "--protocol", "llcm-ir2vis", **ASCII)
     assert done.returncode == 0, done.stderr
     assert b"\\xb1" in done.stdout and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("verb", "more"), [
+    ("check", ["llcm", "{}"]),
+    ("evaluate", ["{}.npz", "--protocol", "own-ir2vis"]),
+])  # fmt: skip
+def test_mistakes_in_a_closed_locale(verb, more, tmp_path):
+    """E: one line of ASCII, whatever the names in it; the same without a stderr, to a reader that
+    has left."""
+    words = [word.format(tmp_path / "caf\u00e9") for word in more]
+    line = f'{" ".join(DEEN_ZOO)} "$@"'
+    done = shell(line, verb, *words, **ASCII)
+    assert done.returncode == 2 and not done.stdout, done
+    last = done.stderr.decode("ascii").splitlines()[-1]
+    assert last.startswith(f"deen-zoo {verb}: error: ") and "caf\\" in last
+    assert shell(f"{line} 2>&- | head -1", verb, *words, **ASCII).returncode == 2
 
 
 def test_names_with_escape_codes(tmp_path, capsys):
@@ -327,7 +343,7 @@ def works(tmp_path_factory, llcm_tree) -> dict[str, tuple[list[str], str]]:
         "search": (["--query", file, "--gallery", file, "-o", "o.png"], "o.png"),
         "visualize": (["ranking", file, "-o", "o.png"], "o.png"),
         "check": (["llcm", str(llcm_tree)], ""),
-        "synthesize": (["llcm", "o", "--identities", "6"], ""),
+        "synthesize": (["llcm", "o", "--identities", "6"], "o"),
         "weights": ([], ""),
         "convert": ([str(public), "o"], "o"),
         "quantize": (["test_deen_resnet", str(llcm_tree), "o", "--layout", "llcm",
@@ -341,6 +357,19 @@ def works(tmp_path_factory, llcm_tree) -> dict[str, tuple[list[str], str]]:
 
 def test_every_verb_is_tried_so(works):
     assert set(works) == set(VERBS)
+
+
+@pytest.mark.parametrize("verb", ["synthesize", "convert", "publish", "export"])
+def test_two_of_a_verb_do_not_write_the_same_output(verb, works, tmp_path, monkeypatch, capsys):
+    """A9: the second removed what the first was writing, and either failed obscurely."""
+    words, output = works[verb]
+    monkeypatch.chdir(tmp_path)
+    with reserved(output):
+        assert main([verb, *words]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "another process" in error and output in error
+    assert main([verb, *words]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [output]
 
 
 MOMENTS = int(os.environ.get("DEEN_ZOO_MOMENTS", "1"))

@@ -212,6 +212,27 @@ def test_activation_maps(extractor, table, tmp_path):
         torch.testing.assert_close(maps[:, branch], part.square().sum(1).sqrt())
 
 
+def test_pictures_are_scaled_as_the_features_were(extractor, tmp_path, monkeypatch):
+    """B3: images of 16 bits were drawn nearly black, whatever rule their features were made by."""
+    for i in range(2):
+        counts = np.random.default_rng(i).integers(7000, 9000, (64, 32), dtype=np.uint16)
+        Image.fromarray(counts).save(tmp_path / f"{i}.png")
+    make = FeatureExtractor(extractor.model, "cpu", intensity=(7000, 9000))
+    drawn, whole = [], visualize.resize
+
+    def watch(image, size):
+        drawn.append(np.ptp(np.asarray(image)))
+        return whole(image, size)
+
+    monkeypatch.setattr(visualize, "resize", watch)
+    table = make.table(sorted(tmp_path.glob("*.png")), "infrared")
+    visualize.ranking_sheet(search(table, table, 1), tmp_path / "sheet.png", [0])
+    visualize.activation_maps(make, table.paths[:1], tmp_path / "maps.png", "infrared")
+    assert len(drawn) == 3 and min(drawn) > 250
+    other = replace(table, provenance={"intensity": "of another program"})
+    assert other.intensity == "full"
+
+
 def test_activations_command(extractor, table, tmp_path, capsys):
     folder = deen_zoo.save_pretrained(extractor.model, tmp_path / "model")
     file = tmp_path / "maps.svg"

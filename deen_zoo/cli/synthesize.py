@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..io import check_target
+    from ..io import check_target, write_atomically
     from ..synthetic import contact_sheet, synthesize
 
     if args.sheet and Path(args.sheet).absolute().parent != Path(args.root).absolute():
@@ -50,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.sheet:
         sheet = contact_sheet(args.layout, args.seed, min(args.identities, 6))
-        sheet.save(args.sheet, "PNG", optimize=True)
+        picture = io.BytesIO()
+        sheet.save(picture, "PNG", optimize=True)
+        write_atomically(args.sheet, picture.getvalue())
     if args.json:
         print(json.dumps(tree._asdict(), indent=2))
     else:

@@ -17,6 +17,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
+import PIL
 
 from ..errors import UserError
 from ..io import whole_folder
@@ -78,10 +79,10 @@ def open_cache(
 ) -> DecodedCache:
     """Open the decoded cache of these images, building it first if there is none.
 
-    A cache is a folder named by a fingerprint of its settings and the files' names, sizes and
-    times, so that changed files get a new one. It gets its name when it is whole: a build that was
-    killed leaves nothing that could be taken for a cache, and is removed by the next. Processes
-    that want to build at the same time wait for one another.
+    A cache is a folder named by a fingerprint of its settings, Pillow's version, and the files'
+    names, sizes and times, so that changed files get a new one. It gets its name when it is whole:
+    a build that was killed leaves nothing that could be taken for a cache, and is removed by the
+    next. Processes that want to build at the same time wait for one another.
 
     Args:
         folder: Where caches are kept; made if missing.
@@ -128,11 +129,12 @@ def _broken_rows(folder: Path) -> set[int]:
 
 
 def _fingerprint(paths: Sequence[str], intensity: Intensity) -> str:
-    """Of the scaling, and of the files' names below their common folder, sizes and times."""
+    """Of the scaling, the decoder's version, and the files' names below their common folder, sizes
+    and times."""
     places = [os.path.abspath(path) for path in paths]
     root = os.path.commonpath(places) if places else ""
     states = file_states({place[len(root) :]: place for place in places})
-    return hashlib.sha256(f"{intensity} {states}".encode()).hexdigest()
+    return hashlib.sha256(f"{intensity} {PIL.__version__} {states}".encode()).hexdigest()
 
 
 def _build(

@@ -285,5 +285,5 @@ def _look(job: tuple[str, bool]) -> tuple[str, bool]:
         return ("" if os.path.getsize(path) else "an empty file"), False
     except UserError as error:
         return str(error).removeprefix(f"{path}: "), False
-    except OSError as error:
-        return error.strerror or str(error), False
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error), False

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from ..errors import UserError
 from .images import is_image_name
-from .protocols import INFRARED, VISIBLE, Label, Sample, as_label
+from .protocols import INFRARED, UNKNOWN, VISIBLE, Label, Sample, as_label
 from .reader import Fault, ReidDataset
 
 __all__ = ["UNKNOWN", "OwnData", "list_images", "open_folder", "read_csv"]
 
-UNKNOWN = -1  # an identity or a camera that is not known
 COLUMNS = ("path", "identity", "camera", "modality")
 
 
@@ -176,7 +175,7 @@ def _sample(path: str, folder: Path) -> Sample:
             "it, or list the images in images.csv"
         )
     camera = int(match[2] or _NUMBER[folder.name])
-    return Sample(path, as_label(match[1], "identity"), camera, folder.name)
+    return Sample(path, _label(match[1], "identity", path), camera, folder.name)
 
 
 class OwnData(ReidDataset):

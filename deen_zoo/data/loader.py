@@ -19,7 +19,7 @@ from ..errors import UserError, check_least
 from ..io import cores
 from .cache import DecodedCache
 from .images import Intensity, check_intensity, read_image
-from .protocols import Sample, label_order
+from .protocols import Sample, as_label, label_order
 from .sampler import BatchSlot, IdentitySampler, generator
 from .transforms import TrainTransform
 
@@ -119,7 +119,7 @@ class TrainLoader:
                 raise UserError(f"the decoded cache has {what} {held}, not {wanted}: open another")
         visible = [s for s in samples if s.modality == "visible"]
         self.samples = visible + [s for s in samples if s.modality == "infrared"]
-        ids = [s.identity for s in self.samples]
+        ids = [as_label(s.identity, "identity") for s in self.samples]
         self.identities = sorted(set(ids), key=label_order)
         self.size, self.transform, self.seed = size, transform, seed
         self.threads, self.cache, self.intensity = threads, cache, intensity
@@ -151,5 +151,5 @@ class TrainLoader:
             views: list[Any] = transform.views(pixels, rng, infrared)
         else:
             views = [transform(pixels, rng)]
-        told = torch.tensor(self._label[sample.identity]), torch.tensor(infrared)
+        told = torch.tensor(self._label[as_label(sample.identity)]), torch.tensor(infrared)
         return [(view, *told) for view in views]

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError, require
 
-__all__ = ["INFRARED", "PROTOCOLS", "RULES", "VISIBLE", "Label", "Permutations", "Protocol"]
-__all__ += ["Sample", "as_label", "draw_gallery", "get_protocol", "label_order"]
+__all__ = ["INFRARED", "PROTOCOLS", "RULES", "UNKNOWN", "VISIBLE", "Label", "Permutations"]
+__all__ += ["Protocol", "Sample", "as_label", "draw_gallery", "get_protocol", "label_order"]
 __all__ += ["read_permutations"]
 __all__ += ["trial_numbers", "trial_sides"]
 
 VISIBLE, INFRARED = "visible", "infrared"
+UNKNOWN = -1  # an identity or a camera that is not known
 RULES = ("sysu", "llcm", "regdb")  # of evaluate_ranking
 Label = int | str
 

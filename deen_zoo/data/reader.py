@@ -70,7 +70,7 @@ def file_states(files: Mapping[str, str]) -> str:
         try:
             status = os.stat(path)
             state = f"{status.st_size} {status.st_mtime_ns}"
-        except OSError:
+        except (OSError, ValueError):  # ValueError: no name that a file can have
             state = "missing"
         digest.update(f"{name}\0{state}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()

@@ -7,14 +7,14 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..data.protocols import Label
+from ..data.protocols import Label, as_label
 from ..data.reader import ReidDataset
 from ..errors import UserError
 
 
 def people_digest(identities: Iterable[Label]) -> str:
     """SHA-256 of the sorted names of some people, as checkpoints and feature files hold it."""
-    names = "\n".join(sorted({str(identity) for identity in identities}))
+    names = "\n".join(sorted({str(as_label(identity)) for identity in identities}))
     return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
 
@@ -53,7 +53,9 @@ def refuse_known_people(
     if digest == people_digest(tested):
         raise UserError(f"{source} was trained on the people that it is to be scored on")
     if dataset is not None and "people" in trained_on:
-        known = tested.intersection(trained_on["people"])
+        people: Any = trained_on["people"]
+        names = set(map(str, people if isinstance(people, list) else ()))
+        known = {identity for identity in tested if str(as_label(identity)) in names}
         if known and dataset.world == trained_on.get("world"):
             raise UserError(
                 f"{source} was trained on {len(known)} of the {len(tested)} people that it is to "

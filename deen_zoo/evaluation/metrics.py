@@ -120,11 +120,13 @@ def evaluate_ranking(
         g_cams = _checked(gallery_cameras, num_gallery, "gallery_cameras")
     if rule == "sysu" and not q_cams.dtype == g_cams.dtype == np.int64:
         raise UserError("the 'sysu' rule is about cameras 2 and 3: give their numbers, not words")
-    kinds = [{type(label) for label in side.tolist()} for side in (q_ids, g_ids)]
-    if kinds[0].isdisjoint(kinds[1]):
-        raise UserError("query_ids and gallery_ids must both be numbers or both be words")
-    q_ids, g_ids = _as_codes(q_ids, g_ids)
-    q_cams, g_cams = _as_codes(q_cams, g_cams)
+    for name, *sides in (("ids", q_ids, g_ids), ("cameras", q_cams, g_cams)):
+        kinds = [{type(label) for label in side.tolist()} for side in sides]
+        if kinds[0].isdisjoint(kinds[1]):
+            both = f"query_{name} and gallery_{name}"
+            raise UserError(f"{both} must both be numbers or both be words")
+    q_ids, g_ids = as_codes(q_ids, g_ids)
+    q_cams, g_cams = as_codes(q_cams, g_cams)
 
     identities, start, count = np.unique(np.sort(g_ids), return_index=True, return_counts=True)
     gallery = _Gallery(np.argsort(g_ids, kind="stable"), start, count, g_cams)
@@ -189,7 +191,7 @@ def _checked(values: Any, length: int, name: str) -> NDArray[Any]:
     return labels
 
 
-def _as_codes(*sides: NDArray[Any]) -> list[NDArray[Any]]:
+def as_codes(*sides: NDArray[Any]) -> list[NDArray[Any]]:
     """The same integers for the same labels on all sides."""
     if all(side.dtype != object for side in sides):
         return list(sides)

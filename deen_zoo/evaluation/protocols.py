@@ -11,15 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.protocols import (
+    UNKNOWN,
     Permutations,
     Sample,
+    as_label,
     get_protocol,
     label_order,
     trial_numbers,
     trial_sides,
 )
 from ..errors import UserError
-from .metrics import evaluate_ranking, label_array
+from .metrics import as_codes, evaluate_ranking, label_array
 from .rerank import KReciprocal, k_reciprocal_distance
 from .results import CameraPair, ProtocolResult, Trial
 
@@ -61,7 +63,7 @@ def evaluate(
 
     Raises:
         UserError: Unknown protocol or draw, features and samples that do not fit, a side without
-            images, or features that are not finite.
+            images, an identity or a camera that is not known, or features that are not finite.
     """
     row = get_protocol(protocol)
     numbers = trial_numbers(protocol, trials)
@@ -71,7 +73,7 @@ def evaluate(
     similarities = _similarities(rows, sides, rerank)
     for number, (queries, gallery), similarity in zip(numbers, sides, similarities, strict=True):
         sampled = [samples[i] for i in queries], [samples[i] for i in gallery]
-        labels = _labels(*sampled)
+        labels = _labels(*sampled, row.rule)
         done.append(Trial(number, *sampled, evaluate_ranking(similarity, *labels, row.rule)))
         if camera_pairs:
             pairs.append(_score_pairs(similarity, labels, row.rule))
@@ -117,8 +119,12 @@ def _as_tensor(features: Any, samples: Sequence[Sample]) -> Tensor:
     return rows
 
 
-def _labels(queries: Sequence[Sample], gallery: Sequence[Sample]) -> Labels:
-    """Identities of both sides, then cameras of both."""
+def _labels(queries: Sequence[Sample], gallery: Sequence[Sample], rule: str) -> Labels:
+    """Identities of both sides, then cameras of both; those that the rule needs must be known."""
+    for sample in (*queries, *gallery):  # all unknown people would be one person
+        for name in ("identity", "camera") if rule != "regdb" else ("identity",):
+            if as_label(getattr(sample, name), name) == UNKNOWN:
+                raise UserError(f"{sample.path}: its {name} is not known: label it or leave it out")
     q_ids, g_ids = (label_array([s.identity for s in side]) for side in (queries, gallery))
     q_cameras, g_cameras = (label_array([s.camera for s in side]) for side in (queries, gallery))
     return q_ids, g_ids, q_cameras, g_cameras
@@ -147,13 +153,14 @@ def _similarities(
 
 def _score_pairs(similarity: Any, labels: Labels, rule: str) -> list[CameraPair]:
     q_ids, g_ids, q_cams, g_cams = labels
+    q_codes, g_codes = as_codes(q_cams, g_cams)  # one camera may be a number, the other a word
     pairs = []
     for a in sorted(set(q_cams.tolist()), key=label_order):
         for b in sorted(set(g_cams.tolist()), key=label_order):
             q, g = np.flatnonzero(q_cams == a), np.flatnonzero(g_cams == b)
             part = similarity[q][:, g]
             try:
-                scores = evaluate_ranking(part, q_ids[q], g_ids[g], q_cams[q], g_cams[g], rule)
+                scores = evaluate_ranking(part, q_ids[q], g_ids[g], q_codes[q], g_codes[g], rule)
             except UserError:  # no match between the two
                 pairs.append(CameraPair(a, b, 0, None, None))
                 continue

@@ -277,6 +277,11 @@ class FeatureExtractor:
         self.head = read_head(project) if project is not None else None
         if self.head is not None:
             self.head.check(self.provenance, os.fspath(project or ""))
+            if len(self.head.mean) != model.descriptors[descriptor]:
+                raise UserError(
+                    f"{project} takes rows of {len(self.head.mean)} numbers, and {descriptor!r} "
+                    f"has {model.descriptors[descriptor]}: fit it on features of this model"
+                )
             self.provenance["project"] = self.head.provenance["project"]
         self.dim = self.head.dim if self.head else int(model.descriptors[descriptor])
         self.normalize, self.dtype, self.batch_size = normalize, DTYPES[dtype], batch_size
@@ -511,7 +516,7 @@ class _Parts(Sequence[FeatureTable]):
         digest = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode())
         for i in rows:
             item, state = str(source.items[i]), "missing"
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # no name that a file can have
                 status = os.stat(item)
                 state = f"{status.st_size} {status.st_mtime_ns}"
             row = (item, source.infrared[i], source.labels[i], state)

@@ -46,6 +46,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..data.images import Intensity, check_intensity
 from ..data.protocols import Sample, as_label
 from ..data.reader import ReidDataset
 from ..errors import UserError, require
@@ -165,7 +166,10 @@ class FeatureTable:
         """
         samples = dataset.test("visible", split) + dataset.test("infrared", split)
         root = Path(dataset.root).resolve()
-        rows = {str((root / path).resolve()): i for i, path in enumerate(self.paths)}
+        rows: dict[str, int] = {}
+        for i, path in enumerate(self.paths):
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # no name of a file
+                rows[str((root / path).resolve())] = i
         found = [rows.get(str(Path(sample.path).resolve()), -1) for sample in samples]
         if -1 in found:
             first = samples[found.index(-1)].path
@@ -183,6 +187,14 @@ class FeatureTable:
         except ValueError:
             found = {}
         return found if isinstance(found, dict) else {}
+
+    @property
+    def intensity(self) -> Intensity:
+        """How 16-bit images were scaled, as far as the provenance says."""
+        try:
+            return check_intensity(self.provenance.get("intensity", "full"))
+        except UserError:  # of another program
+            return "full"
 
     def check_finite(self) -> None:
         """Raise UserError if a row holds NaN or infinity; the message names its image."""

@@ -126,7 +126,8 @@ def read_head(file: str | os.PathLike[str]) -> Head:
             provenance = dict(stored.metadata() or {})
     except SafetensorError as error:
         raise UserError(f"{file}: not a head of 'deen-zoo project' ({error})") from error
-    if mean.ndim != 1 or components.ndim != 2 or len(mean) != len(components):
+    fits = mean.ndim == 1 and components.ndim == 2 and len(mean) == len(components)
+    if not fits or mean.dtype != torch.float32 or components.dtype != torch.float32:
         raise UserError(f"{file}: not a head of 'deen-zoo project'")
     return Head(mean, components, {**provenance, "project": sha256(file)})
 

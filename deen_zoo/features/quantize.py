@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.protocols import Sample
+from ..data.images import Intensity
+from ..data.protocols import Sample, as_label
 from ..errors import UserError, check_least, require
 from ..evaluation.metrics import evaluate_ranking
 from ..io import whole_folder
@@ -62,6 +63,7 @@ def quantize(
     target = Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already: choose another folder, or remove it")
+    samples = [s._replace(identity=str(as_label(s.identity, "identity"))) for s in samples]
     people = [{str(s.identity) for s in samples if s.modality == kind} for kind in KINDS]
     both = sorted(people[0] & people[1])
     if len(both) < 4:
@@ -80,7 +82,9 @@ def quantize(
             mine = [s for s in samples if s.modality == kind and str(s.identity) in calibrating]
             step = max(1, len(mine) // images)
             source = resolve_sources(mine[::step][:images], None)
-            pixels = np.stack([_pixels(source, i, size) for i in range(len(source))])
+            pixels = np.stack(
+                [_pixels(source, i, size, exact.intensity) for i in range(len(source))]
+            )
             statistics = pixel_statistics(torch.from_numpy(pixels))
             facts["pixels"][kind] = [statistics.amin(0).tolist(), statistics.amax(0).tolist()]
             facts["calibration_images"] += len(pixels)
@@ -116,8 +120,8 @@ def quantize(
     return report
 
 
-def _pixels(source: Any, index: int, size: tuple[int, int]) -> Any:
-    image = source.decode(index, size)
+def _pixels(source: Any, index: int, size: tuple[int, int], intensity: Intensity) -> Any:
+    image = source.decode(index, size, intensity=intensity)
     if image.pixels is None:
         raise UserError(image.reason)
     return image.pixels

@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..io import cores, exclusive, whole_folder
+from ..io import cores, whole_folder
 from .layouts import LAYOUTS, Shot, path_of, split, write_index
 from .picture import draw
 from .world import Camera, Person, Pose, stream
@@ -100,7 +100,7 @@ def synthesize(
     shots = [_sightings(layout, seed, identity, each, identity in test) for identity in everyone]
     paths = {s: path_of(layout, seed, s, s.identity in test) for person in shots for s in person}
 
-    with _reserved(target), whole_folder(target) as workshop:
+    with whole_folder(target) as workshop:
         jobs = [[(shot, f"{workshop}/{paths[shot]}") for shot in person] for person in shots]
         if multiprocessing.current_process().daemon:  # it may have no children
             workers = 1
@@ -137,17 +137,6 @@ def _check(layout: str, root: Path, ranges: dict[str, tuple[float | None, float,
         raise UserError(f"{root} {what}; give a folder that does not exist yet or is empty")
     if root.is_mount():  # it cannot be replaced by the finished folder
         raise UserError(f"{root} is where a disk is mounted; give a folder in it")
-
-
-@contextmanager
-def _reserved(target: Path) -> Iterator[None]:
-    """Nobody else draws the same tree meanwhile."""
-    lock = target.with_name(f".{target.name}.lock")
-    with exclusive(lock, f"{target}, which it draws"):
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def _sightings(layout: str, seed: int, identity: int, each: int, test: bool) -> list[Shot]:

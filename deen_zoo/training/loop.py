@@ -143,10 +143,7 @@ def train(
     model, recipe, totals = task.model, task.recipe, Totals()
     if resume and world.share(run.newest) is not None:
         totals.sums = run.resume(model, optimizer, world)
-    if run.epoch > epochs:
-        raise UserError(
-            f"{run.folder} holds a run of {run.epoch} epochs: give --epochs {run.epoch} or more"
-        )
+    run.check_epochs(epochs)
     limit = math.inf if recipe.optimizer.clip is None else recipe.optimizer.clip
     task.world = world
     step_of: Callable[..., dict[str, Tensor]] = world.wrap(task)

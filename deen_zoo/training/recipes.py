@@ -235,7 +235,10 @@ def get_recipe(
             raise UserError(f"recipe {str(name)!r}: choose from {', '.join(RECIPES)}, or FILE.toml")
         edits = flatten(_read_toml(Path(name)), 3)
         base = get_recipe(str(edits.pop("base", "official")))
-        recipe = replace(base, name=Path(name).stem, task=edits.pop("task", base.task))
+        task = edits.pop("task", base.task)
+        if not isinstance(task, str | None):
+            raise UserError(f"recipe {name}: task is {task!r}: give package.module:Class")
+        recipe = replace(base, name=Path(name).stem, task=task)
     if loss is not None and type(recipe.loss) is not loss:
         recipe = replace(recipe, loss=loss())
     for change in changes:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,13 @@ from ..errors import UserError, plural
 from ..evaluation import ProtocolResult, evaluate, images_of, merge_trials, published
 from ..evaluation.known import people_digest, refuse_known_people
 from ..evaluation.metrics import label_array
-from ..features.extractor import FeatureExtractor, data_config, extract
+from ..features.extractor import FeatureExtractor, data_config, extract, weights_sha256
 from ..features.files import FeatureTable
 from ..io import exclusive, sha256
 from ..models import create_model
 from ..models.base import MODALITIES, NAMES, ReidModel
 from ..models.catalog import installed_splits
-from ..models.pretrained import read_config
+from ..models.pretrained import WEIGHTS, read_config
 from ..synthetic import synthesize
 from .loop import make_optimizer, train
 from .report import command, write_results
@@ -95,6 +96,8 @@ def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str,
         finished = world.once(lambda: _finished(settings, run))
         if finished is not None:
             return finished
+        if settings.resume and not settings.eval_only:
+            world.once(lambda: _check_states(settings, record))
         models, work = [], _Work(settings, dataset, world)
         for trial in settings.trials:
             entry = work.given(trial) if settings.eval_only else work.train(trial, record)
@@ -120,6 +123,12 @@ def _finished(settings: Settings, run: dict[str, Any]) -> dict[str, Any] | None:
         return None
     results = _object(file)
     return results if results.get("run") == run else None
+
+
+def _check_states(settings: Settings, record: dict[str, Any]) -> None:
+    """Refuse to resume any of the splits with other settings, before one of them is trained."""
+    for trial in settings.trials:
+        Run(settings.folder(trial), record | {"trial": trial}).check(settings.epochs)
 
 
 def _object(file: Path) -> dict[str, Any]:
@@ -321,24 +330,35 @@ class _Work:
     def checkpoints(self, model: Any, run: Run, trial: int) -> dict[str, Any]:
         """Write the checkpoint folders of the last and the best epoch."""
         entry: dict[str, Any] = {"trial": trial, "history": run.history}
+        self.forget(run.folder / "checkpoint", weights_sha256(model))
         run.write_checkpoint(model, run.folder / "checkpoint")
         epochs = {"last": (run.epoch, run.folder / "checkpoint")}
-        if run.best:
+        if run.best and run.newest:
+            self.forget(run.folder / "best", sha256(run.newest / "best" / WEIGHTS))
             run.publish_best()
             epochs["best"] = run.best["epoch"], run.folder / "best"
         for which, (epoch, folder) in epochs.items():
             entry[which] = {
                 "checkpoint": os.path.relpath(folder, self.settings.output),
                 "epoch": epoch,
-                "sha256": sha256(folder / "model.safetensors"),
+                "sha256": sha256(folder / WEIGHTS),
             }
         return entry
+
+    def forget(self, folder: Path, digest: str) -> None:
+        """Remove the results of the weights in a folder that others are about to replace: a kill
+        must not leave them next to weights that they do not speak of."""
+        old, results = folder / WEIGHTS, self.settings.output / "results.json"
+        before = sha256(old) if old.is_file() else digest
+        if before != digest and results.is_file() and before.encode() in results.read_bytes():
+            for name in ("results.json", "report.md"):
+                (self.settings.output / name).unlink(missing_ok=True)
 
     def given(self, trial: int) -> dict[str, Any]:
         """The entry in results.json of weights that were not trained here."""
         source = _checkpoint(self.settings, trial)
         self.refuse_known(source, trial)
-        weights = Path(source) / "model.safetensors"
+        weights = Path(source) / WEIGHTS
         digest = sha256(weights) if weights.is_file() else None
         last = {"checkpoint": source, "epoch": None, "sha256": digest}
         return {"trial": trial, "history": [], "last": last}
@@ -394,7 +414,8 @@ class _Work:
             "infrared": np.array([sample.modality == "infrared" for sample in used]),
         }
         paths = [sample.path for sample in used]
-        self.table = self.table or FeatureTable(data.root, F.normalize(rows), paths, labels)
+        made = {"intensity": str(options["intensity"])}
+        self.table = self.table or FeatureTable(data.root, F.normalize(rows), paths, labels, made)
         descriptor = "image and mirrored image" if model.flip else "image alone"
         if options["intensity"] != "full":
             descriptor += f", 16-bit images scaled by {options['intensity']}"
@@ -432,7 +453,7 @@ class _Work:
             if not isinstance(classes, int):
                 raise UserError(f"{source}: its config.json has no num_classes: get it again")
             model = _build(self.settings, classes)
-            model.load_state_dict(load_file(Path(source) / "model.safetensors"))
+            model.load_state_dict(load_file(Path(source) / WEIGHTS))
         else:
             name = f"local-dir:{source}" if Path(source).is_dir() else str(source)
             model = create_model(name, pretrained=True)
@@ -575,6 +596,8 @@ def _provenance(settings: Settings, world: Distributed) -> dict[str, Any]:
         if settings.engine != "torch"
         else resolve_precision(world.device, settings.precision),
         "compile": settings.compile,
+        "batch_size": settings.batch_size,  # of evaluation, which may round differently too
+        "code": _code(settings),
         "versions": {
             "deen_zoo": __version__,
             "python": platform.python_version(),
@@ -582,8 +605,20 @@ def _provenance(settings: Settings, world: Distributed) -> dict[str, Any]:
             "timm": timm.__version__,
             "numpy": np.__version__,
             "pillow": PIL.__version__,
-        },
+        }
+        | ({"openvino": version("openvino")} if settings.engine == "openvino" else {}),
     }
+
+
+def _code(settings: Settings) -> dict[str, str]:
+    """SHA-256 of the files of one's own model and task: what they do may change between runs."""
+    found = {}
+    for option, name in (("--model", settings.model), ("--task", settings.task)):
+        if name and ":" in name:
+            load_object(name, option)
+            file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+            found |= {name: sha256(file)} if file else {}
+    return found
 
 
 def _say(world: Distributed, line: str) -> None:

@@ -15,7 +15,7 @@ import os
 import random
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,19 @@ class Run:
         sums: dict[str, float] = state["sums"]
         return sums
 
+    def check(self, epochs: int) -> None:
+        """Raise UserError unless :meth:`resume` can continue to so many epochs, or starts."""
+        if self.newest is not None:
+            replace(self, epoch=self._read(tensors=False)["epoch"]).check_epochs(epochs)
+
+    def check_epochs(self, epochs: int) -> None:
+        """Raise UserError if more epochs are finished."""
+        if self.epoch > epochs:
+            raise UserError(
+                f"{self.folder} holds a run of {self.epoch} epochs: give --epochs {self.epoch} or "
+                "more"
+            )
+
     def write_log(self) -> None:
         """Write ``log.csv``, and the last row to TensorBoard where that is installed."""
         if not self.history:
@@ -159,11 +172,13 @@ class Run:
         names = self.folder.glob("states/epoch-*")
         return sorted(path for path in names if re.fullmatch(r"epoch-\d+-step-\d+", path.name))
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self, tensors: bool = True) -> dict[str, Any]:
         folder = self.newest
         if folder is None:
             raise UserError(f"{self.folder} holds no saved state: run without --resume")
-        state = load_state(folder / "state.safetensors")
+        state = load_state(folder / "state.safetensors", tensors)
+        if not isinstance(state, dict) or not isinstance(state.get("record"), dict):
+            raise UserError(f"{folder} is not a state of a run: choose another --output")
         now = flatten(json.loads(json.dumps(self.record)))  # as it is when read back
         before = flatten(state["record"])
         differ = [k for k in {**before, **now} if before.get(k) != now.get(k)]
@@ -207,8 +222,10 @@ def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     write_atomically(path, save(tensors, metadata={"state": structure}))
 
 
-def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_state(path: str | os.PathLike[str], tensors: bool = True) -> dict[str, Any]:
     """What :func:`save_state` saved, on the CPU; tuples have become lists.
+
+    Without ``tensors`` these are not read, and None stands in their place.
 
     Raises:
         UserError: The file is missing or damaged, or is no training state.
@@ -225,12 +242,12 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
                 if not isinstance(value, dict):
                     return value
                 if _TENSOR in value:
-                    return file.get_tensor(value[_TENSOR])
+                    return file.get_tensor(value[_TENSOR]) if tensors else None
                 return dict(zip(value["keys"], map(unpack, value["values"]), strict=True))
 
             state: dict[str, Any] = unpack(structure)
             return state
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not a training state of this package, or is damaged ({error}): "
             "remove it and train again, or restore it from a copy"
