@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,17 @@ from torchvision import transforms
 import deen_zoo
 from deen_zoo.cli import main
 from deen_zoo.data import TrainLoader, open_dataset
-from deen_zoo.data.transforms import ChannelTransform, mix_channels, to_tensor
+from deen_zoo.data.transforms import (
+    CIFAR_MEAN,
+    ChannelTransform,
+    mix_channels,
+    random_erasing,
+    to_tensor,
+)
 from deen_zoo.models.convert import SOURCES
-from deen_zoo.training.losses import identity_loss, weighted_triplet_loss
+from deen_zoo.training.loop import make_optimizer
 from deen_zoo.training.recipes import RECIPES
+from deen_zoo.training.tasks import AGWTask
 
 from . import seeded
 from .reference import agw, needs, tvi_net
@@ -97,20 +105,29 @@ def reference_pass(net: nn.Module, visible: torch.Tensor, infrared: torch.Tensor
     return out if net.training else (nn.functional.normalize(pool), out)
 
 
+class Recorded(AGWTask):
+    """Keeps what the model gave."""
+
+    def features(self, batch):
+        self.out = super().features(batch)
+        return self.out
+
+
 def our_step(tag: str) -> dict[str, torch.Tensor]:
-    """Outputs, losses, gradients, batch statistics and updated weights of one step."""
-    model, x = ours(tag).train(), images()
+    """Outputs, losses, gradients, batch statistics and updated weights of a step of the recipe."""
+    model, recipe = ours(tag).train(), RECIPES["caj" if CASES[tag] else "agw"]
     state = {k: v.clone() for k, v in model.state_dict().items()}
     model.zero_grad(set_to_none=True)
-    out = model.forward_train(x, torch.arange(12) >= 6)
-    losses = [
-        identity_loss(out["logits"], LABELS),
-        weighted_triplet_loss(out["pool"], LABELS, squared=CASES[tag]),
-    ]
-    sum(losses).backward()
-    groups = {group["name"]: group["params"] for group in model.param_groups()}
-    step(groups["rest"], groups["head"])
-    found = {"pool": out["pool"], "logits": out["logits"], "losses": torch.stack(losses)}
+    optimizer = make_optimizer(model, recipe)
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.lr(3) * group["lr_factor"]
+    task = Recorded(model, recipe)
+    losses = task(images(), LABELS, torch.arange(12) >= 6)
+    assert list(losses) == ["identity", "triplet"]
+    sum(losses.values()).backward()
+    optimizer.step()
+    found = {name: task.out[name] for name in ("pool", "logits")}
+    found["losses"] = torch.stack(list(losses.values()))
     found |= {f"grad {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
     found |= dict(model.state_dict())
     found = {k: v.detach().clone() for k, v in found.items() if not k.endswith("tracked")}
@@ -345,6 +362,41 @@ def test_channels_are_mixed_after_normalisation(choice):
     wanted = grey if choice == 3 else image[choice].clone()
     mixed = mix_channels(image.clone(), choice)
     assert torch.allclose(mixed, wanted.expand(3, 5, 4), atol=1e-6)
+
+
+@needs("AGW")
+def test_channels_and_rectangles_are_cajs(monkeypatch):
+    """Its own classes, and ours with the same random numbers."""
+    theirs, data = agw("ChannelAug", "ICCV21_CAJ"), agw("data_loader", "ICCV21_CAJ")
+    image = torch.randn(3, 64, 32, generator=torch.Generator().manual_seed(0))
+    for choice in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(random, "randint", lambda low, high, choice=choice: choice)
+            for transform in (data.ChannelExchange(gray=2), theirs.ChannelAdapGray(0.5)):
+                mixed = mix_channels(image.clone(), choice)
+                assert torch.equal(transform(image.clone()), mixed)
+    monkeypatch.setattr(random, "randint", lambda low, high: high)
+    grey = theirs.ChannelAdapGray(probability=1.0)(image.clone())
+    assert torch.allclose(grey, mix_channels(image.clone(), 3), atol=1e-6)
+    monkeypatch.undo()
+
+    class SameNumbers:
+        uniform = staticmethod(random.uniform)
+
+        def integers(self, low, high, endpoint):
+            return random.randint(low, high)
+
+    erasing, area = theirs.ChannelRandomErasing(probability=0.5), ChannelTransform().erasing_area
+    changed = 0
+    for seed in range(20):
+        random.seed(seed)
+        wanted = erasing(image.clone())
+        random.seed(seed)
+        assert torch.equal(
+            random_erasing(image.clone(), SameNumbers(), area, fill=CIFAR_MEAN), wanted
+        )
+        changed += not torch.equal(wanted, image)
+    assert 0 < changed < 20
 
 
 def test_infrared_images_keep_their_channels_with_probability_an_eighth():

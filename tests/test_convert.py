@@ -177,7 +177,8 @@ def test_other_bad_files(tmp_path, checkpoint):
     (tmp_path / "text.t").write_text("hello")
     (tmp_path / "cut.t").write_bytes(checkpoint.read_bytes()[:100_000])
     torch.save([1, 2], tmp_path / "list.t")
-    for name in ("absent.t", "empty.t", "text.t", "cut.t", "list.t"):
+    (tmp_path / "folder.t").mkdir()
+    for name in ("absent.t", "empty.t", "text.t", "cut.t", "list.t", "folder.t"):
         with pytest.raises(UserError, match=name.replace(".", r"\.")):
             read_checkpoint(tmp_path / name)
 

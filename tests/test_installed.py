@@ -42,13 +42,17 @@ def test_an_empty_machine_says_where_weights_are(home, monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    for name in deen_zoo.list_models("deen_*"):
+    places: dict[str, set[str]] = {}
+    for entry in catalog.entries():
+        places.setdefault(entry["model"], set()).add(entry["repository"])
+    assert set(deen_zoo.list_models("deen_*")) <= set(places)
+    for name, repositories in places.items():
         for create in (deen_zoo.create_model, timm.create_model):
             with pytest.raises(UserError) as caught:
                 create(name, pretrained=True)
             message = str(caught.value)
             assert "\n" not in message
-            for part in ("github.com/dyhBUPT/YYDS", "deen-zoo convert FILE --install", name):
+            for part in (*repositories, "deen-zoo convert FILE --install", name):
                 assert part in message
             assert f"create_model('{name}', pretrained=True)" in message
     with pytest.raises(UserError, match="No public weights") as caught:
@@ -89,6 +93,38 @@ def test_installed_weights_with_a_broken_configuration_are_one_line(home, text):
     (folder / "config.json").write_text(text)
     with pytest.raises(UserError, match="mine.*(not JSON|configuration|config.json|architecture)"):
         deen_zoo.create_model(NAME, pretrained=True)
+
+
+def test_weights_come_from_the_caller_then_this_machine_then_the_hub(home, tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def download(repo, filename, revision, cache_dir):
+        raise Asked(repo, revision)
+
+    monkeypatch.setattr(pretrained, "hf_hub_download", download)
+    monkeypatch.setitem(pretrained.PINNED, NAME, ("deen-zoo/model@" + "a" * 40, "b" * 64))
+    other = deen_zoo.create_model(NAME, num_classes=3, **SMALL)
+    deen_zoo.save_pretrained(other, tmp_path / "named")
+    with pytest.raises(Asked, match=f"deen-zoo/model.*{'a' * 40}"):  # what is pinned, and only that
+        deen_zoo.create_model(NAME, pretrained=True)
+    with pytest.raises(UserError, match="no weights"):
+        deen_zoo.create_model("deen_resnet50_sysu", pretrained=True)
+    monkeypatch.setattr(pretrained, "HUB_ORGANISATION", "lab")
+    with pytest.raises(Asked, match=f"lab/{NAME}.*None"):
+        deen_zoo.create_model(NAME, pretrained=True)
+    install(home, "mine")
+    assert deen_zoo.create_model(NAME, pretrained=True).num_classes == 4
+    with pytest.raises(Asked, match="ORG/NAME"):
+        deen_zoo.create_model("hf-hub:ORG/NAME", pretrained=True)
+    named = deen_zoo.create_model(f"local-dir:{tmp_path / 'named'}", pretrained=True)
+    assert named.num_classes == 3
+    overlay = {"file": str(tmp_path / "named" / "model.safetensors")}
+    named = deen_zoo.create_model(
+        NAME, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3, **SMALL
+    )
+    assert torch.equal(named.bottleneck.weight, other.bottleneck.weight)
+    assert torch.equal(named.classifier.weight, other.classifier.weight)
 
 
 def test_several_installed_weights_are_named(home):

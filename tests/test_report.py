@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,7 @@ from deen_zoo.evaluation import (
 )
 from deen_zoo.evaluation.published import published_by
 
+from .reference import CHECKOUTS, OFFICIAL, needs, needs_official
 from .test_protocols import FEATURES, WORLD, world_of
 
 RESULTS = {
@@ -39,12 +42,12 @@ def test_deens_published_numbers():
     assert scores("regdb-ir2vis") == [(0.895, 0.968, 0.984, 0.834)]
     assert scores("llcm-ir2vis") == [
         (0.549, 0.849, 0.909, 0.629),
-        (0.5552, None, None, 0.6207),
+        (0.5552, 0.8388, 0.8998, 0.6207),
         (0.556, None, None, 0.621),
     ]
     assert scores("llcm-vis2ir") == [(0.625, 0.903, 0.947, 0.658)]
     assert scores("llcm-vis2ir-official") == [
-        (0.6921, None, None, 0.5552),
+        (0.6921, 0.9095, 0.9507, 0.5552),
         (0.689, None, None, 0.548),
     ]
 
@@ -70,7 +73,7 @@ def test_every_entry_has_a_protocol_a_source_and_fractions():
 
 def test_sources_of_weights_have_numbers_of_their_own():
     """They stand nowhere among the papers', and have the digits that their READMEs print."""
-    assert (0.4913, None, None, 0.558) in scores("llcm-ir2vis", "AGW")
+    assert (0.4913, 0.7906, 0.8589, 0.558) in scores("llcm-ir2vis", "AGW")
     yyds = {e["protocol"]: e for d in ("sysu", "llcm", "regdb") for e in published_by("yyds", d)}
     assert list(yyds) == ["sysu-all", "sysu-indoor", "llcm-ir2vis", "regdb-ir2vis"]
     assert yyds["sysu-all"]["mINP"] == 0.5403 and "YYDS" in yyds["sysu-all"]["source"]
@@ -79,6 +82,63 @@ def test_sources_of_weights_have_numbers_of_their_own():
     # The reference's own files: what its paper and its README report, and no other network's.
     assert published("llcm-ir2vis", weights="llcm-official") == published("llcm-ir2vis", "DEEN")
     assert all("YYDS" not in e["source"] for e in published("sysu-all"))
+
+
+# The reference's updated table of LLCM: rank-1 and mAP, IR to VIS and then its script's VIS to IR.
+UPDATED = """
+DDAG 42.36 48.97 51.42 38.77
+CMAlign 42.76 50.95 54.78 40.81
+AGW 49.13 55.80 63.72 47.21
+CAJ 49.86 56.40 63.73 47.71
+MMN 50.14 56.66 63.97 48.47
+MRCN 51.32 57.74 65.27 49.45
+DART 52.97 59.28 65.33 51.13
+DEEN 55.52 62.07 69.21 55.52
+"""
+
+
+def test_the_updated_table_of_llcm():
+    for line in UPDATED.split("\n")[1:-1]:
+        method, *wanted = line.split()
+        found = []
+        for protocol in ("llcm-ir2vis", "llcm-vis2ir-official"):
+            (entry,) = (e for e in published(protocol, method) if "README" in e["source"])
+            found += [entry["r1"], entry["mAP"]]
+        assert [f"{100 * value:.2f}" for value in found] == wanted, method
+        assert not [e for e in published("llcm-vis2ir", method) if "README" in e["source"]]
+
+
+@needs_official
+def test_the_updated_table_is_the_references():
+    text = (Path(OFFICIAL).parent / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.count("%") == 8]
+    printed = {re.match(r"\W*(\w+)", row)[1]: re.findall(r"([\d.]+) *%", row) for row in rows}
+    assert len(printed) == 8
+    for method, values in printed.items():
+        found = []
+        for protocol in ("llcm-ir2vis", "llcm-vis2ir-official"):
+            (entry,) = (e for e in published(protocol, method) if "README" in e["source"])
+            found += [f"{100 * entry[key]:.2f}" for key in ("r1", "r10", "r20", "mAP")]
+        assert found == values, method
+
+
+@needs("YYDS")
+@needs("AGW")
+def test_numbers_of_public_weights_are_those_their_readmes_print():
+    def printed(checkout, folder=""):
+        text = Path(CHECKOUTS[checkout], folder, "README.md").read_text(encoding="utf-8")
+        return re.sub(r"[ |~]+", " ", text)
+
+    for dataset in ("sysu", "regdb", "llcm"):
+        for entry in published_by("yyds", dataset):
+            keys = {"Rank-1": "r1", "Rank-5": "r5", "Rank-10": "r10", "Rank-20": "r20"}
+            keys |= {"mAP": "mAP", "mINP": "mINP"}
+            line = " ".join(f"{word}: {100 * entry[key]:.2f}%" for word, key in keys.items())
+            assert line in printed("YYDS"), entry
+        for source, folder in (("agw", ""), ("caj", "ICCV21_CAJ")):
+            for entry in published_by(source, dataset):
+                values = " ".join(f"{100 * entry[key]:.2f}%" for key in ("r1", "mAP", "mINP"))
+                assert f"ImageNet {values}" in printed("AGW", folder), entry
 
 
 def test_weights_of_others_have_the_difference_to_their_source():

@@ -24,6 +24,7 @@ from deen_zoo.evaluation import published_ablation
 from deen_zoo.evaluation.known import people_digest, refuse_known_people
 from deen_zoo.features.extractor import FeatureExtractor, weights_sha256
 from deen_zoo.io import exclusive, sha256
+from deen_zoo.models import PlainModel
 from deen_zoo.synthetic import synthesize
 from deen_zoo.training import ablation, reproduce
 from deen_zoo.training.recipes import flat, get_recipe
@@ -439,6 +440,41 @@ def test_people_of_another_tree_of_the_same_dataset_are_warned_of(trees, llcm_tr
     regdb = open_dataset("regdb", trees["regdb"])
     with pytest.raises(UserError, match="unknown split .*convert FILE --split"):
         refuse_known_people({"dataset": "regdb"}, "x", type(regdb), 2, {1}, regdb)
+
+
+def test_bad_weights_of_ones_own_model_are_one_line(llcm_tree, tmp_path, monkeypatch, capsys):
+    """They were loaded unchecked, and a damaged file was a traceback."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "mine_tiny.py").write_text(
+        "from deen_zoo.models import PlainModel\n\n\n"
+        "def tiny(num_classes, **settings):\n"
+        "    return PlainModel('resnet10t', num_classes, **settings)\n"
+    )
+    folder = deen_zoo.save_pretrained(PlainModel("resnet10t", 6, (64, 32)), tmp_path / "w")
+    weights = folder / "model.safetensors"
+    command = ["reproduce", "llcm", "--data-root", str(llcm_tree), "--model", "mine_tiny:tiny"]
+    command += ["--protocols", "llcm-ir2vis", "--threads", "1", "--device", "cpu", *SMALL]
+    command += ["--eval-only", str(folder), "--output"]
+    assert main([*command, "good"]) == 0
+    whole = weights.read_bytes()
+    altered = whole[:-1] + bytes([whole[-1] ^ 1])
+    for damaged in (whole[:-100], b"", altered, None):
+        weights.unlink()
+        if damaged is not None:
+            weights.write_bytes(damaged)
+        else:
+            weights.mkdir()
+        capsys.readouterr()
+        assert main([*command, "bad"]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("deen-zoo reproduce: error: ") and "model.safetensors" in error
+    weights.rmdir()
+    deen_zoo.save_pretrained(PlainModel("resnet14t", 6, (64, 32)), folder)
+    assert main([*command, "bad"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "does not fit PlainModel: surplus: " in error
+    del sys.modules["mine_tiny"]
 
 
 @pytest.mark.filterwarnings("ignore:.*16-bit counts:UserWarning")

@@ -263,6 +263,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         UserError: No such file, not a checkpoint, cut off, or a pickle that wants to run code.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the checkpoint file in it, such as best.t")
     if not path.is_file():
         raise UserError(f"no such file: {path}; give a checkpoint file, such as best.t")
     try:

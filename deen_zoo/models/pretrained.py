@@ -27,7 +27,7 @@ import timm
 import torch
 from huggingface_hub import constants, errors, hf_hub_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._hub import load_model_config_from_path
 from timm.models._pretrained import PretrainedCfg
@@ -450,6 +450,24 @@ def _check_file(path: Path, config: Config, digest: str = "") -> int:
             return int((file.get_slice("classifier.weight").get_shape() or [0])[0])
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}): get it again") from error
+
+
+def load_weights(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Load the weights of a folder, checked against its ``config.json``, into a model.
+
+    Raises:
+        UserError: They are damaged, missing or of another network; the message names the file.
+    """
+    own, path = read_config(folder).get("deen_zoo"), Path(folder) / WEIGHTS
+    _check_file(path, {"deen_zoo": own if isinstance(own, dict) else {}})
+    state = load_file(path)
+    differing = misfits(
+        {name: tensor.shape for name, tensor in state.items()},
+        {name: tensor.shape for name, tensor in model.state_dict().items()},
+    )
+    if any(differing.values()):
+        raise UserError(f"{path} does not fit {type(model).__name__}: {in_words(differing)}")
+    model.load_state_dict(state)
 
 
 def read_config(folder: str | os.PathLike[str]) -> Config:

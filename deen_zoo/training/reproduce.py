@@ -21,7 +21,6 @@ import PIL
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..data.cache import open_cache
@@ -44,7 +43,7 @@ from ..io import exclusive, sha256
 from ..models import create_model
 from ..models.base import MODALITIES, NAMES, ReidModel
 from ..models.catalog import installed_splits
-from ..models.pretrained import WEIGHTS, read_config
+from ..models.pretrained import WEIGHTS, load_weights, read_config
 from ..synthetic import synthesize
 from .loop import make_optimizer, train
 from .report import command, write_results
@@ -450,10 +449,10 @@ class _Work:
         """The model of a checkpoint; one's own function builds it again, with the saved weights."""
         if Path(source).is_dir() and _own_function(self.settings) is not None:
             classes = read_config(source).get("num_classes")
-            if not isinstance(classes, int):
+            if not isinstance(classes, int) or not 0 <= classes <= 10**7:
                 raise UserError(f"{source}: its config.json has no num_classes: get it again")
             model = _build(self.settings, classes)
-            model.load_state_dict(load_file(Path(source) / WEIGHTS))
+            load_weights(model, source)
         else:
             name = f"local-dir:{source}" if Path(source).is_dir() else str(source)
             model = create_model(name, pretrained=True)
