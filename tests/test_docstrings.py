@@ -66,7 +66,10 @@ def faults(module: ModuleType, name: str, value: Any) -> Iterator[str]:
             if p.name != "self"
         ]
         yield from (f"{arg} is no argument" for arg in found["Args"] if arg not in takes)
-        told = [*found["Args"], *re.findall(r"``(\w+)``", value.__doc__)]
+        texts = [  # what a parent class tells counts
+            getattr(kind, "__doc__", None) or "" for kind in getattr(value, "__mro__", [value])
+        ]
+        told = [*found["Args"], *re.findall(r"``(\w+)``", " ".join(texts))]
         yield from (f"argument {arg} is not told" for arg in takes if arg.strip("*") not in
                     {name.strip("*") for name in told})  # fmt: skip
     for error in found.get("Raises", ()):

@@ -12,7 +12,6 @@ with a bias. Switches name the differences. Written from the papers and from the
 behaviour, on top of timm's ResNet; outputs and gradients agree to rounding.
 """
 
-from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from timm.models import generate_default_cfgs
 from .base import (
     TINY,
     BNNeck,
+    ConvBN,
     Modality,
     ReidModel,
     kept_args,
@@ -50,9 +50,7 @@ class NonLocal(nn.Module):
         self.theta = nn.Conv2d(dim, 1, 1, **dd)
         self.phi = nn.Conv2d(dim, 1, 1, **dd)
         self.g = nn.Conv2d(dim, 1, 1, **dd)
-        conv, bn = nn.Conv2d(1, dim, 1, **dd), nn.BatchNorm2d(dim, **dd)
-        nn.init.zeros_(bn.weight)  # a fresh block is the identity
-        self.proj = nn.Sequential(OrderedDict(conv=conv, bn=bn))
+        self.proj = ConvBN(1, dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         context = (self.phi(x) * self.g(x)).mean((2, 3), keepdim=True)  # (N, 1, 1, 1)
@@ -67,12 +65,7 @@ class GeM(nn.Module):
 
 
 class LearnedGeM(nn.Module):
-    """Generalised-mean pooling whose exponent is learned, from 3 on, of maps clamped at 1e-6.
-
-    Args:
-        device: Device of the exponent.
-        dtype: Type of the exponent.
-    """
+    """Generalised-mean pooling whose exponent is learned, from 3 on, of maps clamped at 1e-6."""
 
     def __init__(self, device: Any = None, dtype: Any = None):
         super().__init__()
@@ -119,10 +112,7 @@ class AGW(ReidModel):
     the references report their results; ``"pool"`` the one before it. The descriptor of the
     mirrored image (``flip``) is added and the sum L2-normalised again, as in CAJ's test.
 
-    The other arguments are those of every family, see :class:`ReidModel`: ``num_classes``,
-    ``in_chans``, ``global_pool``, ``backbone``, ``backbone_args``, ``pretrained_backbone``,
-    ``flip`` (CAJ's results have it), ``modality``, ``drop_path_rate``, ``drop_block_rate``,
-    ``output_stride``, ``device``, ``dtype``.
+    :class:`ReidModel` describes the arguments of all families; CAJ's results have ``flip``.
 
     Args:
         non_local: Non-local blocks after the last two blocks of the second stage and the last three

@@ -156,7 +156,7 @@ class ReidModel(nn.Module):
     # what a family defines
 
     def forward_pool(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps (N, num_features, h, w) -> pooled features (N, num_features)."""
+        """Maps (N, num_features, h, w) -> what the BN neck takes, (N, num_features)."""
         return x.mean((2, 3))
 
     def forward_train(self, x: torch.Tensor, modality: Modality = None) -> dict[str, torch.Tensor]:
@@ -284,11 +284,6 @@ class ReidModel(nn.Module):
         if prune_head:
             self.reset_classifier(0, "")
         return take
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay besides biases and norms: none."""
-        return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -439,6 +434,16 @@ def check_images(x: torch.Tensor, in_chans: int) -> None:
 
 
 # parts
+
+
+class ConvBN(nn.Sequential):
+    """1x1 convolution and a BN that starts at zero, so that a fresh block is the identity."""
+
+    def __init__(self, in_dim: int, out_dim: int, device: Any = None, dtype: Any = None):
+        conv = nn.Conv2d(in_dim, out_dim, 1, device=device, dtype=dtype)
+        bn = nn.BatchNorm2d(out_dim, device=device, dtype=dtype)
+        nn.init.zeros_(bn.weight)
+        super().__init__(OrderedDict(conv=conv, bn=bn))
 
 
 @register_notrace_module

@@ -22,6 +22,7 @@ from ..errors import UserError
 from .base import (
     TINY,
     BNNeck,
+    ConvBN,
     Modality,
     ReidModel,
     kept_args,
@@ -66,16 +67,6 @@ class DEE(nn.Module):
             dilated = [conv(x) for conv in reduce]
             branches.append(expand(F.relu((dilated[0] + dilated[1] + dilated[2]) / self.divisor)))
         return self.drop(torch.cat(branches))
-
-
-class ConvBN(nn.Sequential):
-    """1x1 convolution and a BN that starts at zero, so that a fresh block is the identity."""
-
-    def __init__(self, in_dim: int, out_dim: int, device: Any = None, dtype: Any = None):
-        conv = nn.Conv2d(in_dim, out_dim, 1, device=device, dtype=dtype)
-        bn = nn.BatchNorm2d(out_dim, device=device, dtype=dtype)
-        nn.init.zeros_(bn.weight)
-        super().__init__(OrderedDict(conv=conv, bn=bn))
 
 
 class CNL(nn.Module):
@@ -205,7 +196,9 @@ class DEEN(ReidModel):
 
     C is the width of the last stage (2048 for ResNet-50, 1024 with ``num_stages=3``), B the number
     of branches (3, or 1 without ``dee``). Images are (N, in_chans, H, W), ImageNet-normalised.
-    The final maps are (N, B*C, H/16, W/16); channels ``b*C:(b+1)*C`` are branch b.
+    The final maps are (N, B*C, H/16, W/16); channels ``b*C:(b+1)*C`` are branch b. What
+    ``forward_train`` gives is branch-major: ``pool`` and ``bn`` (B*N, C), neither normalised, and
+    ``logits`` (B*N, num_classes).
 
     Descriptors: ``"official"`` is (2, B, C) laid out flat, the pooled features of each branch and
     then those after the BN neck, each of the 2B vectors L2-normalised, so that the dot product of
@@ -214,10 +207,7 @@ class DEEN(ReidModel):
     which the generated branches are not computed, most of the work in a ResNet-50. As in the
     reference's test, the descriptor of the mirrored image is added and not normalised again.
 
-    The other arguments are those of every family, see :class:`ReidModel`: ``num_classes``,
-    ``in_chans``, ``global_pool``, ``backbone``, ``backbone_args``, ``pretrained_backbone``,
-    ``flip``, ``modality``, ``drop_path_rate``, ``drop_block_rate``, ``output_stride``, ``device``,
-    ``dtype``.
+    :class:`ReidModel` describes the arguments of all families.
 
     Args:
         num_stages: ResNet stages used: 4, or 3 as the reference does for RegDB.
@@ -266,22 +256,22 @@ class DEEN(ReidModel):
         )
         stages: list[nn.Module] = []
         for i, blocks in enumerate(trunk):
-            parts, low, high = OrderedDict(blocks=blocks), dims[i], dims[i + 1]
-            if i < num_stages - 1 and mfa:
+            low, high, last = dims[i], dims[i + 1], i == num_stages - 1
+            if mfa and not last:
                 cnl = CNL(high, low, 1 if i == 0 else 2, mfa_softmax, **dd)
                 stages.append(FusedStage(blocks, cnl, PNL(high, low, mfa_softmax, **dd)))
-                continue
-            if i == num_stages - 1 and dee:  # branches are made before the blocks, laid out after
-                parts["dee"] = DEE(low, drop_rate, dee_mean, **dd)
-                parts.move_to_end("dee", last=False)
-                parts["branches"] = SideBySide(self.num_branches)
-            stages.append(nn.Sequential(parts))
+            elif dee and last:
+                parts = dict(dee=DEE(low, drop_rate, dee_mean, **dd), blocks=blocks)
+                stages.append(nn.Sequential(OrderedDict(parts, branches=SideBySide(3))))
+            else:
+                stages.append(nn.Sequential(OrderedDict(blocks=blocks)))
         self.branch_features = width = dims[-1]
         self.num_features = self.head_hidden_size = self.num_branches * width
         self.set_stages(stages, [*dims[:-1], self.num_features])
         features = self.num_features
         self.descriptors = dict(official=2 * features, bn=features, pool=features)
         self.descriptors["original"] = 2 * width
+        self.head_drop = nn.Identity()  # drop_rate is that of DEE
         self.bottleneck = BNNeck(width, **dd)
         self.reset_classifier(num_classes, global_pool)
 
@@ -293,7 +283,7 @@ class DEEN(ReidModel):
             groups["blocks"].insert(0, (r"^stages\.(\d+)\.dee", (-1,)))
         return groups
 
-    def branch_pool(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_pool(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, B*C, h, w) -> pooled features (B*N, C), branch-major as the reference's."""
         x = x.mean((2, 3)).reshape(x.shape[0], self.num_branches, self.branch_features)
         return x.transpose(0, 1).flatten(0, 1)
@@ -305,27 +295,18 @@ class DEEN(ReidModel):
         """
         if self.global_pool == "":
             return x
-        bn = self.bottleneck(self.branch_pool(x))
+        bn = self.bottleneck(self.forward_pool(x))
         bn = bn.reshape(self.num_branches, -1, bn.shape[1])  # (B, N, C)
         if pre_logits or self.num_classes == 0:
             return bn.transpose(0, 1).flatten(1)
         return self.classifier(bn.mean(0))
-
-    def forward_train(self, x: torch.Tensor, modality: Modality = None) -> dict[str, torch.Tensor]:
-        """Images -> ``pool``, ``bn`` (B*N, C) and ``logits`` (B*N, num_classes), branch-major.
-
-        ``pool`` are average-pooled maps before the BN neck, ``bn`` after it; neither is normalised.
-        """
-        pool = self.branch_pool(self.forward_features(x, modality))
-        bn = self.bottleneck(pool)
-        return {"pool": pool, "bn": bn, "logits": self.classifier(bn)}
 
     def describe(self, x: torch.Tensor, modality: Modality, descriptor: str) -> torch.Tensor:
         """Images -> (N, descriptors[descriptor]); see the class."""
         if descriptor == "original":
             pool = self._original_maps(x, modality).mean((2, 3))  # (N, C)
         else:
-            pool = self.branch_pool(self.forward_features(x, modality))  # (B*N, C)
+            pool = self.forward_pool(self.forward_features(x, modality))  # (B*N, C)
         parts = []
         if descriptor != "bn":
             parts.append(F.normalize(pool))
