@@ -36,6 +36,7 @@ MODALITIES = ("visible", "infrared", "input")
 BATCHES = (1, 7)
 
 Inputs = dict[str, Tensor]
+Note = dict[str, Any]
 Run = Callable[[Inputs], Tensor]
 
 
@@ -51,7 +52,7 @@ class ExportReport:
     """
 
     path: str
-    metadata: dict[str, Any]
+    metadata: Note
     size_bytes: int
     differences: dict[str, float]
 
@@ -79,21 +80,15 @@ class _Function(nn.Module):
         normalize: bool,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.output, self.modality, self.descriptor = output, modality, descriptor
-        self.flip, self.normalize = flip, normalize
-        self.one = output == "embedding" and modality != "input"
-        one = (modality, flip, normalize, descriptor)
-        self.model: Any = model.for_modality(*one) if self.one else model
+        self.model, self.output, self.modality = model, output, modality
+        self.flip, self.normalize, self.descriptor = flip, normalize, descriptor
 
     def forward(self, images: Tensor, modality: Tensor | None = None) -> Tensor:
-        if self.one:
-            rows: Tensor = self.model(images)
-        elif self.output == "logits":
-            rows = self.model(images, self.modality if modality is None else modality)
-        else:
-            rows = self.model.forward_embedding(images, modality, self.flip, self.descriptor)
-            rows = nn.functional.normalize(rows) if self.normalize else rows
-        return rows
+        told = self.modality if modality is None else modality
+        if self.output == "logits":
+            return self.model.forward(images, told)
+        rows = self.model.forward_embedding(images, told, self.flip, self.descriptor)
+        return nn.functional.normalize(rows) if self.normalize else rows
 
 
 def export_model(
@@ -162,7 +157,7 @@ def export_model(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about the exporters' own internals
                 example = list(checks.values())[-1]
-                run = WRITERS[path.suffix](function, example, partial / path.name, output, note)
+                run = WRITERS[path.suffix](function, example, partial / path.name, note)
             with torch.inference_mode():
                 differences = {k: _difference(run(x), wanted[k]) for k, x in checks.items()}
             _judge(path, differences, tolerance)
@@ -230,9 +225,7 @@ def _program(function: nn.Module, example: Inputs) -> Any:
     )
 
 
-def _write_program(
-    function: nn.Module, example: Inputs, path: Path, output: str, note: dict[str, Any]
-) -> Run:
+def _write_program(function: nn.Module, example: Inputs, path: Path, note: Note) -> Run:
     with open(path, "wb") as file:
         extra = {"deen_zoo": json.dumps(note)}
         torch.export.save(_program(function, example), file, extra_files=extra)
@@ -241,9 +234,7 @@ def _write_program(
     return lambda inputs: module(**inputs)
 
 
-def _write_torchscript(
-    function: nn.Module, example: Inputs, path: Path, output: str, note: dict[str, Any]
-) -> Run:
+def _write_torchscript(function: nn.Module, example: Inputs, path: Path, note: Note) -> Run:
     with torch.no_grad():
         inputs = tuple(example.values())
         traced: Any = torch.jit.trace(function, inputs, check_trace=False)  # type: ignore[no-untyped-call]
@@ -253,13 +244,11 @@ def _write_torchscript(
     return lambda inputs: module(*inputs.values())
 
 
-def _write_openvino(
-    function: nn.Module, example: Inputs, path: Path, output: str, note: dict[str, Any]
-) -> Run:
+def _write_openvino(function: nn.Module, example: Inputs, path: Path, note: Note) -> Run:
     import openvino
 
     model = openvino.convert_model(_program(function, example))
-    for port, name in zip([*model.inputs, *model.outputs], [*example, output], strict=True):
+    for port, name in zip([*model.inputs, *model.outputs], [*example, note["output"]], strict=True):
         port.get_tensor().set_names({name})
     model.set_rt_info(json.dumps(note), ["deen_zoo"])
     openvino.save_model(model, path, compress_to_fp16=False)
@@ -270,15 +259,13 @@ def _write_openvino(
     )
 
 
-def _write_onnx(
-    function: nn.Module, example: Inputs, path: Path, output: str, note: dict[str, Any]
-) -> Run:
+def _write_onnx(function: nn.Module, example: Inputs, path: Path, note: Note) -> Run:
     import onnxruntime
 
     batch = torch.export.Dim("batch")
     try:
         program: Any = torch.onnx.export(
-            function, (), kwargs=example, input_names=list(example), output_names=[output],
+            function, (), kwargs=example, input_names=list(example), output_names=[note["output"]],
             dynamic_shapes={name: {0: batch} for name in example}, dynamo=True, verbose=False,
         )  # fmt: skip
     except Exception as error:  # older torch lacks arguments, or fits no current onnxscript
@@ -291,7 +278,7 @@ def _write_onnx(
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(inputs: Inputs) -> Tensor:
-        rows = session.run([output], {name: x.numpy() for name, x in inputs.items()})[0]
+        rows = session.run(None, {name: x.numpy() for name, x in inputs.items()})[0]
         return torch.from_numpy(rows)
 
     return run
