@@ -32,9 +32,11 @@ def plural(number: int, noun: str) -> str:
     """
     >>> plural(1, "image"), plural(1200, "image"), plural(2, "identity"), plural(3, "match")
     ('1 image', '1,200 images', '2 identities', '3 matches')
+    >>> plural(2, "epoch"), plural(2, "process")
+    ('2 epochs', '2 processes')
     """
     if number != 1:
-        noun = re.sub("y$", "ie", re.sub("(s|ch)$", r"\1e", noun)) + "s"
+        noun = re.sub("y$", "ie", re.sub("(s|[^o]ch)$", r"\1e", noun)) + "s"
     return f"{number:,} {noun}"
 
 

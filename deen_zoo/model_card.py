@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 
 from .data.datasets import get_dataset
+from .errors import plural
 from .evaluation import report
 from .evaluation.results import METRICS
 from .models import ReidModel
@@ -58,13 +59,14 @@ def card(
     cfg: Any = model.pretrained_cfg
     title = "a synthetic world" if found.drawn else get_dataset(dataset).title
     licence, name, link, in_words = licence_of(results, found, repo, source)
+    family = str(cfg["architecture"]).removeprefix("test_").partition("_")[0]  # "agw"
     data = ModelCardData(
         license=licence,
         license_name=name,
         license_link=link,
         library_name="timm",
         pipeline_tag="image-feature-extraction",
-        tags=["person-re-identification", "visible-infrared", "deen_zoo", "timm", *_family(cfg)],
+        tags=["person-re-identification", "visible-infrared", "deen_zoo", "timm", family],
         model_name=repo.partition("/")[2],
         eval_results=[
             EvalResult(
@@ -104,12 +106,6 @@ def card(
         sha256=digest,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
-
-
-def _family(cfg: Mapping[str, Any]) -> list[str]:
-    """``["agw"]`` of ``agw_resnet50_sysu``."""
-    name = str(cfg["architecture"]).removeprefix("test_")
-    return [name.partition("_")[0]]
 
 
 def _citation(cfg: Mapping[str, Any]) -> str:
@@ -155,7 +151,7 @@ def _training(results: Mapping[str, Any], found: Measured, source: str | None) -
     recipe = dict(results["recipe"])
     name = recipe.pop("name")
     epoch = "" if found.epoch is None else f"; these are the weights after epoch {found.epoch}"
-    epochs, processes = _count(results["epochs"], "epoch"), _count(results["processes"], "process")
+    epochs, processes = plural(results["epochs"], "epoch"), plural(results["processes"], "process")
     sections = [{key: v} if not isinstance(v, dict) else v for key, v in recipe.items()]
     values = ", ".join(f"{key} {json.dumps(v)}" for part in sections for key, v in part.items())
     return (
@@ -164,11 +160,6 @@ def _training(results: Mapping[str, Any], found: Measured, source: str | None) -
         f"On {results['device']}, {processes}, precision "
         f"{results['precision']}; {versions}."
     )
-
-
-def _count(number: int, noun: str) -> str:
-    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
-    return f"{number} {noun if number == 1 else plural}"
 
 
 def _data(results: Mapping[str, Any], found: Measured, title: str) -> str:
