@@ -19,7 +19,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 from .data.datasets import get_dataset
 from .errors import UserError
 from .evaluation.results import METRICS
-from .io import sha256, whole_folder
+from .io import check_new_folder, sha256, whole_folder
 from .model_card import Measured, card, licence_of
 from .models import ReidModel, create_model
 from .models.pretrained import CONFIG, WEIGHTS, hub_errors, model_config
@@ -85,11 +85,7 @@ def publish(
         raise UserError(f"{repo!r} is no repository to publish to: give ORG/NAME")
     if tag is not None and not re.fullmatch(r"[\w.-]+", tag):
         raise UserError(f"tag {tag!r}: give one such as v1, of letters, digits, '.', '-' and '_'")
-    if dry_run is not None:
-        target = Path(dry_run)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            what = "not empty" if target.is_dir() else "a file"
-            raise UserError(f"{target} is {what}: name a new folder for --dry-run")
+    target = None if dry_run is None else check_new_folder(dry_run)
     model = _load(folder)
     digest = sha256(folder / WEIGHTS)
     source = (model.trained_on or {}).get("source")
@@ -124,15 +120,14 @@ def publish(
         }
         return {name: text.encode() for name, text in written.items()}
 
-    url = preview = None
-    if dry_run is None:
+    url = None
+    if target is None:
         with hub_errors(repo):
             api = HfApi(library_name="deen_zoo")
             tag = _prepare(api, repo, tag, private)
             files = texts(tag)
             url = _upload(api, repo, tag, folder / WEIGHTS, digest, files)
     else:
-        preview = str(target)
         tag = tag or "v1"
         files = texts(tag)
         with whole_folder(target) as partial:
@@ -141,7 +136,8 @@ def publish(
                 (partial / name).write_bytes(data)
     sizes = {name: len(data) for name, data in files.items()}
     sizes[WEIGHTS] = (folder / WEIGHTS).stat().st_size
-    return Publication(repo, tag, url, preview, sizes, sorted(left_out), digest)
+    written = None if target is None else str(target)
+    return Publication(repo, tag, url, written, sizes, sorted(left_out), digest)
 
 
 def _load(folder: Path) -> ReidModel:

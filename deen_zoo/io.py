@@ -12,8 +12,8 @@ from typing import Any
 
 from .errors import UserError
 
-__all__ = ["check_target", "cores", "exclusive", "reserved", "sha256", "whole_folder"]
-__all__ += ["write_atomically"]
+__all__ = ["check_new_folder", "check_target", "cores", "exclusive", "reserved", "sha256"]
+__all__ += ["whole_folder", "write_atomically"]
 
 
 def cores() -> int:
@@ -55,6 +55,15 @@ def check_target(path: str | os.PathLike[str]) -> Path:
         raise UserError(f"{path}: there is no folder {path.parent}; make it first")
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise UserError(f"{path}: you may not write there; choose another place")
+    return path
+
+
+def check_new_folder(path: str | os.PathLike[str]) -> Path:
+    """Raise UserError unless the folder is absent or empty."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        what = "is not empty" if path.is_dir() else "is a file"
+        raise UserError(f"{path} exists already and {what}: give a new or an empty folder")
     return path
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from ..data.images import Intensity
 from ..data.protocols import Sample, as_label
 from ..errors import UserError, check_least, require
 from ..evaluation.metrics import evaluate_ranking
-from ..io import whole_folder
+from ..io import check_new_folder, whole_folder
 from .engines import BATCH, KINDS, convert, graph_facts, pixel_statistics
 from .extractor import FeatureExtractor
 from .sources import resolve_sources
@@ -60,9 +59,7 @@ def quantize(
     nncf = require("nncf", extra="openvino")
     ov = require("openvino", extra="openvino")
     check_least("images", images, BATCH)
-    target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists already: choose another folder, or remove it")
+    check_new_folder(output)
     samples = [s._replace(identity=str(as_label(s.identity, "identity"))) for s in samples]
     people = [{str(s.identity) for s in samples if s.modality == kind} for kind in KINDS]
     both = sorted(people[0] & people[1])

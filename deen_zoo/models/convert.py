@@ -25,7 +25,7 @@ import timm
 import torch
 
 from ..errors import UserError
-from ..io import sha256, whole_folder
+from ..io import check_new_folder, sha256, whole_folder
 from . import create_model, save_pretrained
 from .catalog import weights_home
 from .pretrained import WEIGHTS, brief, in_words, misfits
@@ -432,9 +432,7 @@ def convert(
     if split is not None and (dataset != "regdb" or not 1 <= split <= 10):
         raise UserError(f"split {split} of {dataset}: only RegDB has splits, 1 to 10")
     tag = found.source.tag + (f"-split{split}" if split else "")
-    target = Path(folder) if folder is not None else weights_home() / f"{found.model}.{tag}"
-    if folder is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists already: choose another folder, or remove it")
+    target = weights_home() / f"{found.model}.{tag}" if folder is None else check_new_folder(folder)
 
     identities = _identities(found.state)
     net = create_model(found.model, num_classes=identities, **found.source.arguments(found.model))
