@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..io import cores, whole_folder
+from ..io import check_new_folder, cores, whole_folder
 from .layouts import LAYOUTS, Shot, path_of, split, write_index
 from .picture import draw
 from .world import Camera, Person, Pose, stream
@@ -132,9 +133,7 @@ def _check(layout: str, root: Path, ranges: dict[str, tuple[float | None, float,
     for name, (value, low, high) in ranges.items():
         if value is not None and not low <= value <= high:
             raise UserError(f"{name} is {value}; give a number from {low} to {high}")
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        what = "is not empty" if root.is_dir() else "is a file"
-        raise UserError(f"{root} {what}; give a folder that does not exist yet or is empty")
+    check_new_folder(root)
     if root.is_mount():  # it cannot be replaced by the finished folder
         raise UserError(f"{root} is where a disk is mounted; give a folder in it")
 
@@ -174,27 +173,22 @@ def _map(work: partial[int], jobs: list[Job], workers: int) -> Iterable[int]:
 def _signals_wait() -> Iterator[None]:
     """Interrupts take effect after the block: one in the middle of starting processes would leave
     some of them behind, and the pool waiting for them."""
-    if threading.current_thread() is not threading.main_thread():
+    if sys.platform == "win32":  # has no such signals
         yield
         return
-    came: list[int] = []
-    former = {
-        number: signal.signal(number, lambda number, _: came.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-        if came:
-            signal.raise_signal(came[0])
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker() -> None:
     """Leave interrupts to the main process, which stops the workers, and end when it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform != "win32":  # blocked in the process that started this one
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -222,9 +216,7 @@ def picture(
     return draw(person, place, pose, stream(seed, _PICTURE, identity, camera, infrared, take))
 
 
-@lru_cache(maxsize=8)
-def _person(seed: int, identity: int) -> Person:
-    return Person(seed, identity)
+_person = lru_cache(maxsize=8)(Person)
 
 
 @lru_cache(maxsize=64)
