@@ -39,7 +39,6 @@ class DecodedCache:
         folder: Where it lies.
         size: (height, width) of its images.
         intensity: How its 16-bit images were scaled.
-        broken: The files that could not be decoded, and so are not in it.
     """
 
     def __init__(
@@ -47,9 +46,8 @@ class DecodedCache:
     ) -> None:
         self.folder, self.size, self.intensity = folder, size, intensity
         self._file = os.path.join(folder, "images.npy")
-        skipped = _broken_rows(folder)
-        self.broken = [path for row, path in enumerate(paths) if row in skipped]
-        self._rows = {path: row for row, path in enumerate(paths) if row not in skipped}
+        broken = _broken_rows(folder)
+        self._rows = {path: row for row, path in enumerate(paths) if row not in broken}
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -76,8 +76,7 @@ class TrainLoader:
     Args:
         samples: Training images of both modalities.
         size: (height, width) of the model's input.
-        transform: A :class:`~deen_zoo.data.transforms.TrainTransform`, or any function of a uint8
-            image (H, W, 3) and a NumPy generator that gives a float tensor (3, H, W).
+        transform: The augmentation.
         identities_per_batch: P, in this process.
         images_per_modality: K.
         seed: Seed of the sampling and the augmentation.
@@ -99,7 +98,7 @@ class TrainLoader:
         self,
         samples: Sequence[Sample],
         size: tuple[int, int],
-        transform: TrainTransform | Callable[..., Tensor],
+        transform: TrainTransform,
         identities_per_batch: int = 6,
         images_per_modality: int = 4,
         seed: int = 0,
@@ -146,10 +145,6 @@ class TrainLoader:
         sample = self.samples[slot.image]
         pixels = read_image(sample.path, self.size, self.cache, self.intensity)
         rng = generator(self.seed, 1, slot.epoch, slot.position)
-        infrared, transform = sample.modality == "infrared", self.transform
-        if isinstance(transform, TrainTransform):
-            views: list[Any] = transform.views(pixels, rng, infrared)
-        else:
-            views = [transform(pixels, rng)]
+        infrared = sample.modality == "infrared"
         told = torch.tensor(self._label[as_label(sample.identity)]), torch.tensor(infrared)
-        return [(view, *told) for view in views]
+        return [(view, *told) for view in self.transform.views(pixels, rng, infrared)]
