@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from typing import Any
@@ -32,7 +32,6 @@ class CheckReport:
         dataset: Its name, as :func:`check_dataset` took it.
         root: The folder.
         counts: Counts found, by split or protocol and kind.
-        expected: Counts of a complete copy in the same form, as far as known.
         faults: What makes the dataset unusable: the readers refuse it.
         notes: What is worth knowing and changes no number.
         fingerprint: As :meth:`ReidDataset.fingerprint`; None when an index file is at fault.
@@ -42,7 +41,6 @@ class CheckReport:
 
     dataset: str
     root: str
-    expected: Mapping[str, Mapping[str, int]]
     counts: Counts = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     notes: list[Fault] = field(default_factory=list)
@@ -66,8 +64,7 @@ class CheckReport:
             split: {what: {"found": found, "expected": want} for what, found, want in rows}
             for split, rows in self._rows().items()
         }
-        out = {key: value for key, value in vars(self).items() if key != "expected"}
-        out |= {"usable": self.usable, "complete": self.complete, "counts": counts}
+        out = {**vars(self), "usable": self.usable, "complete": self.complete, "counts": counts}
         for key in ("faults", "notes"):
             out[key] = [fault._asdict() for fault in out[key]]
         return out
@@ -102,9 +99,9 @@ class CheckReport:
 
     def _rows(self) -> dict[str, tuple[tuple[str, int, int | None], ...]]:
         """What was counted, found and expected, by split."""
-        out = {}
-        for split in {**self.counts, **self.expected}:
-            found, expected = self.counts.get(split, {}), self.expected.get(split, {})
+        out, known = {}, get_dataset(self.dataset).expected
+        for split in {**self.counts, **known}:
+            found, expected = self.counts.get(split, {}), known.get(split, {})
             whats = {**expected, **found}
             out[split] = tuple((what, found.get(what, 0), expected.get(what)) for what in whats)
         return out
@@ -136,7 +133,7 @@ def check_dataset(
         UserError: The folder does not exist or is not of this layout.
     """
     dataset = open_dataset(name, root, skip_broken=True)
-    report = CheckReport(dataset.name, dataset.root, dataset.expected)
+    report = CheckReport(dataset.name, dataset.root)
     samples = _check_splits(dataset, report)
     _check_protocols(dataset, report)
     if any(PROTOCOLS[name].official_draw for name in dataset.protocols()):
@@ -155,26 +152,22 @@ def _check_splits(dataset: ReidDataset, report: CheckReport) -> dict[str, Sample
     faults: dict[Fault, None] = {}  # one file may be in several splits
     notes: dict[Fault, None] = {}
     whole = True
-    for number in dataset.splits:
-        for split, read in (("train", dataset.read_train), ("test", dataset.read_test)):
-            if split == "train" and not dataset.trainable:
-                detail = "can be evaluated, extracted and searched, not trained on"
-                notes[Fault("no training set", f"{split}/", detail)] = None
-                continue
-            label = f"{split} {number}" if len(dataset.splits) > 1 else split
-            try:
-                found, bad = read(number)
-            except UserError as error:
-                faults[Fault("index", "index files", str(error))] = None
-                whole = False
-                continue
-            report.counts[label] = count(found)
-            faults.update(dict.fromkeys(bad))
-            samples.update((dataset.relative(sample.path), sample) for sample in found)
-            if split == "test":
-                for identity, modality in one_modality(found):
-                    detail = f"only {modality} in the test set: its queries have no match"
-                    notes[Fault("one-modality", f"identity {identity}", detail)] = None
+    if not dataset.trainable:
+        detail = "can be evaluated, extracted and searched, not trained on"
+        notes[Fault("no training set", "train/", detail)] = None
+    for split, read in dataset.splits_by_name():
+        try:
+            found, bad = read()
+        except UserError as error:
+            faults[Fault("index", "index files", str(error))] = None
+            whole = False
+            continue
+        report.counts[split] = count(found)
+        faults.update(dict.fromkeys(bad))
+        samples.update((dataset.relative(sample.path), sample) for sample in found)
+        for identity, modality in one_modality(found) if split.startswith("test") else ():
+            detail = f"only {modality} in the test set: its queries have no match"
+            notes[Fault("one-modality", f"identity {identity}", detail)] = None
     report.faults += faults
     report.notes += notes
     if whole:

@@ -22,7 +22,7 @@ from typing import ClassVar, TypeVar
 from ..errors import UserError
 from .folder import OwnData
 from .protocols import INFRARED, PROTOCOLS, RULES, VISIBLE, Label, Protocol, Sample
-from .reader import Fault, ReidDataset
+from .reader import Fault, Listing, ReidDataset
 
 __all__ = ["DATASETS", "LLCM", "RegDB", "SyntheticLLCM", "SysuMM01", "get_dataset", "open_dataset"]
 __all__ += ["register_dataset", "register_protocol"]
@@ -105,17 +105,17 @@ class SysuMM01(ReidDataset):
         "sysu-indoor": {"query": 3803, "gallery": 112},
     }  # fmt: skip
 
-    def list_train(self, split: int) -> tuple[list[Sample], list[Fault]]:
+    def list_train(self, split: int) -> Listing:
         ids = {*self._identities("exp/train_id.txt"), *self._identities("exp/val_id.txt")}
         return self._read_folders(sorted(ids))
 
-    def list_test(self, split: int) -> tuple[list[Sample], list[Fault]]:
+    def list_test(self, split: int) -> Listing:
         return self._read_folders(self._identities("exp/test_id.txt"))
 
     def _test_identities(self, split: int) -> set[Label]:
         return set(self._identities("exp/test_id.txt"))
 
-    def _read_folders(self, identities: list[int]) -> tuple[list[Sample], list[Fault]]:
+    def _read_folders(self, identities: list[int]) -> Listing:
         samples = [
             Sample(self._path(f"{folder}/{name}"), identity, camera, modality)
             for modality, cameras in ((VISIBLE, (1, 2, 4, 5)), (INFRARED, (3, 6)))
@@ -157,10 +157,10 @@ class RegDB(ReidDataset):
     def _lists(self, part: str, split: int) -> list[str]:
         return [f"idx/{part}_{side}_{split}.txt" for side in ("visible", "thermal")]
 
-    def list_train(self, split: int) -> tuple[list[Sample], list[Fault]]:
+    def list_train(self, split: int) -> Listing:
         return self._read_lists(self._lists("train", split))
 
-    def list_test(self, split: int) -> tuple[list[Sample], list[Fault]]:
+    def list_test(self, split: int) -> Listing:
         return self._read_lists(self._lists("test", split))
 
     def belongs(self, relative: str) -> bool:
@@ -202,10 +202,10 @@ class LLCM(ReidDataset):
         "llcm-vis2ir-official": {"gallery": 8680},
     }
 
-    def list_train(self, split: int) -> tuple[list[Sample], list[Fault]]:
+    def list_train(self, split: int) -> Listing:
         return self._read_lists(["idx/train_vis.txt", "idx/train_nir.txt"])
 
-    def list_test(self, split: int) -> tuple[list[Sample], list[Fault]]:
+    def list_test(self, split: int) -> Listing:
         samples, faults = [], []
         identities = self._identities("idx/test_id.txt")
         for side, modality in (("vis", VISIBLE), ("nir", INFRARED)):

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
-from .images import is_image_name
+from .images import is_foreign_name, is_image_name
 from .protocols import INFRARED, UNKNOWN, VISIBLE, Label, Sample, as_label
-from .reader import Fault, ReidDataset
+from .reader import Fault, Listing, ReidDataset
 
 __all__ = ["UNKNOWN", "OwnData", "list_images", "open_folder", "read_csv"]
 
@@ -19,9 +19,9 @@ COLUMNS = ("path", "identity", "camera", "modality")
 
 
 def list_images(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
-    """All files at any depth, sorted by path: the images by their names, and the others.
+    """All images at any depth, by their names and sorted by path; and the files of foreign names.
 
-    Hidden files are in neither list. Links to folders are followed, each folder once.
+    Links to folders are followed, each folder once; hidden folders and files are left out.
 
     Raises:
         OSError: A folder cannot be read.
@@ -41,7 +41,7 @@ def list_images(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
-            if not name.startswith("."):
+            if is_image_name(name) or is_foreign_name(name):
                 (images if is_image_name(name) else others).append(os.path.join(here, name))
     key = lambda path: path.split(os.sep)  # noqa: E731
     return sorted(images, key=key), sorted(others, key=key)
@@ -207,7 +207,7 @@ class OwnData(ReidDataset):
         """Whether there is a folder ``train``."""
         return Path(self.root, "train").is_dir()
 
-    def list_train(self, split: int) -> tuple[list[Sample], list[Fault]]:
+    def list_train(self, split: int) -> Listing:
         if not self.trainable:
             raise UserError(
                 f"{self.root}: no folder train in it; training needs ROOT/train and ROOT/test of "
@@ -216,10 +216,10 @@ class OwnData(ReidDataset):
             )
         return self._list("train")
 
-    def list_test(self, split: int) -> tuple[list[Sample], list[Fault]]:
+    def list_test(self, split: int) -> Listing:
         return self._list("test" if Path(self.root, "test").is_dir() else "")
 
-    def _list(self, part: str) -> tuple[list[Sample], list[Fault]]:
+    def _list(self, part: str) -> Listing:
         samples, faults, others = _read_folder(Path(self.root, part))
         self.ignored.update(map(self.relative, others))
         prefix = f"{part}/" if part else ""

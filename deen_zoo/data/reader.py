@@ -8,7 +8,8 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -37,6 +38,9 @@ class Fault(NamedTuple):
     kind: str
     where: str
     detail: str
+
+
+Listing = tuple[list[Sample], list[Fault]]
 
 
 def one_modality(samples: Iterable[Sample]) -> list[tuple[Label, str]]:
@@ -122,11 +126,11 @@ class ReidDataset:
 
     # To be given by a subclass.
 
-    def list_train(self, split: int) -> tuple[list[Sample], list[Fault]]:
+    def list_train(self, split: int) -> Listing:
         """Training images, visible ones first, and the faults that were found in listing them."""
         raise NotImplementedError
 
-    def list_test(self, split: int) -> tuple[list[Sample], list[Fault]]:
+    def list_test(self, split: int) -> Listing:
         """Test images, visible ones first, and the faults that were found in listing them."""
         raise NotImplementedError
 
@@ -249,7 +253,8 @@ class ReidDataset:
         """
         counts: dict[str, dict[str, int]] = {}
         paths: dict[str, str] = {}
-        for split, samples, _ in self.read_splits():
+        for split, read in self.splits_by_name():
+            samples, _ = read()
             counts[split] = count(samples)
             paths.update((self.relative(sample.path), sample.path) for sample in samples)
         names = sorted(paths)
@@ -261,7 +266,7 @@ class ReidDataset:
             "content": file_states({name: paths[name] for name in names}),
         }
 
-    def read_train(self, split: int = 1) -> tuple[list[Sample], list[Fault]]:
+    def read_train(self, split: int = 1) -> Listing:
         """As :meth:`train`, with the faults next to the samples that are left without them."""
         self._check_split(split)
         samples, faults = self.list_train(split)
@@ -275,19 +280,19 @@ class ReidDataset:
         faults = faults + [bad[identity] for identity in sorted(bad, key=label_order)]
         return [sample for sample in samples if sample.identity not in bad], faults
 
-    def read_test(self, split: int = 1) -> tuple[list[Sample], list[Fault]]:
+    def read_test(self, split: int = 1) -> Listing:
         """All test images, visible ones first, and the faults that were found in listing them."""
         self._check_split(split)
         samples, faults = self.list_test(split)
         return self._kept(samples), faults
 
-    def read_splits(self) -> Iterator[tuple[str, list[Sample], list[Fault]]]:
-        """Every split by name: ``"train"``, ``"test"``, or RegDB's ``"train 1"`` and so on."""
+    def splits_by_name(self) -> Iterator[tuple[str, Callable[[], Listing]]]:
+        """What reads each split: ``"train"``, ``"test"``, or RegDB's ``"train 1"`` and so on."""
         for split in self.splits:
             number = f" {split}" if len(self.splits) > 1 else ""
             if self.trainable:
-                yield f"train{number}", *self.read_train(split)
-            yield f"test{number}", *self.read_test(split)
+                yield f"train{number}", partial(self.read_train, split)
+            yield f"test{number}", partial(self.read_test, split)
 
     def leave_out(self, names: Iterable[str]) -> None:
         """Exclude these images (names below the root) from all splits.
@@ -415,7 +420,7 @@ class ReidDataset:
             pairs.append(("/".join(parts), int(match[2])))
         return pairs
 
-    def _read_lists(self, lists: Sequence[str]) -> tuple[list[Sample], list[Fault]]:
+    def _read_lists(self, lists: Sequence[str]) -> Listing:
         """The samples of index files whose labels stand for the same identities in all of them."""
         samples: list[Sample] = []
         faults: list[Fault] = []

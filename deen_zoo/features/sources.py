@@ -16,15 +16,7 @@ from torch import Tensor
 
 from ..data.cache import DecodedCache
 from ..data.folder import UNKNOWN, list_images, read_csv
-from ..data.images import (
-    Intensity,
-    Pixels,
-    deep_colour,
-    is_foreign_name,
-    read_image,
-    resize,
-    to_rgb,
-)
+from ..data.images import Intensity, Pixels, deep_colour, read_image, resize, to_rgb
 from ..data.protocols import Label, Sample
 from ..errors import UserError
 from .files import label_column
@@ -155,7 +147,7 @@ def _flatten(
             images, foreign = list_images(path)
             if not images:
                 raise UserError(f"{path}: no image in this folder")
-            others += [file for file in foreign if is_foreign_name(os.path.basename(file))]
+            others += foreign
             yield from ((image, None, UNLABELLED) for image in images)
         elif path.lower().endswith(".csv"):
             said = modality if isinstance(modality, str) else None

@@ -468,8 +468,8 @@ class _Work:
         }
         if settings.cache is None:
             return {**options, "cache": None}
-        splits = self.dataset.read_splits()
-        paths = [sample.path for _, samples, _ in splits for sample in samples]
+        splits = [read() for _, read in self.dataset.splits_by_name()]
+        paths = [sample.path for samples, _ in splits for sample in samples]
         size = data_config(model)["input_size"][1:]
         cache = open_cache(settings.cache, paths, size, intensity=options["intensity"])
         return {**options, "cache": cache}
