@@ -93,13 +93,10 @@ def read_image(
     cache: DecodedCache | None = None,
     intensity: Intensity = "full",
 ) -> Pixels:
-    """Read an image at size = (height, width): uint8 (H, W, 3), RGB.
+    """Read an image, squashed to size = (height, width) by LANCZOS: uint8 (H, W, 3), RGB.
 
-    Args:
-        path: An image file.
-        size: (height, width) to squash to by LANCZOS, as all published weights were tested.
-        cache: Decoded images of that size and intensity; those it lacks are read from their files.
-        intensity: How 16-bit pixels become 8-bit, see :func:`open_image`.
+    ``cache`` holds decoded images of that size and intensity (see :func:`open_image`); those that
+    it lacks are read from their files.
 
     Raises:
         UserError: The file is missing or broken; the message names it.

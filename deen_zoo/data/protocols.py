@@ -136,10 +136,8 @@ def get_protocol(name: str) -> Protocol:
 def trial_numbers(name: str, trials: int | Sequence[int] | None = None) -> list[int]:
     """Numbers of the trials to run.
 
-    Args:
-        name: A protocol.
-        trials: How many (the first ones) or which ones; None is all of them or, where each is
-            another split with its own model, the first.
+    ``trials`` is how many (the first ones) or which ones; None is all of them or, where each is
+    another split with its own model, the first.
 
     Raises:
         UserError: The protocol does not have these trials, or not in one run.
@@ -174,14 +172,8 @@ def trial_sides(
 ) -> list[Sides]:
     """Who is compared with whom in each trial: indices of the queries and of the gallery.
 
-    Args:
-        samples: At least the test images of both sides; training images of other modalities'
-            cameras and the like are left alone. Paths order the seeded draw.
-        name: A protocol.
-        numbers: Trials, as :func:`trial_numbers` gives them.
-        draw: ``"seeded"`` or ``"official"``.
-        shots: Images of each identity and camera that are drawn.
-        permutations: For the official draw.
+    The arguments are those of :func:`~deen_zoo.evaluation.evaluate`, with the trials' numbers as
+    :func:`trial_numbers` gives them.
 
     Raises:
         UserError: A draw that the protocol does not have, a sample that it cannot hold, or a side

@@ -1,8 +1,7 @@
 """The model contract: two stems chosen by modality, shared stages, a BN neck and a classifier.
 
 Training, extraction, search, export and publishing rely on :class:`ReidModel` and on nothing of a
-single family. A family builds ``visible_stem``, ``infrared_stem``, ``stages`` and ``bottleneck``
-and says what its descriptors are; its entrypoints are registered with :func:`register_reid_model`.
+single family, whose entrypoints are registered with :func:`register_reid_model`.
 """
 
 import contextlib
@@ -250,17 +249,7 @@ class ReidModel(nn.Module):
         intermediates_only: bool = False,
         modality: Modality = None,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """The stems' output and each stage's; the last as ``forward_features``.
-
-        Args:
-            x: Images (N, in_chans, H, W).
-            indices: The last n if int, all if None, else those of a sequence.
-            norm: No effect, as in timm's ResNet: no norm applies to maps.
-            stop_early: Do not run stages that are not needed.
-            output_fmt: ``"NCHW"`` only.
-            intermediates_only: Leave out the final features.
-            modality: See the class.
-        """
+        """Images -> the stems' maps and each stage's, as timm's ResNet gives its own; NCHW only."""
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW': got {output_fmt!r}")
         take, last = feature_take_indices(len(self.stages) + 1, indices)
@@ -298,11 +287,8 @@ class ReidModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True, stages: int | None = None) -> None:
         """Recompute stages in the backward pass instead of keeping their activations.
 
-        The numbers stay the same, to the bit, those of running statistics too.
-
-        Args:
-            enable: False for none.
-            stages: So many of the first ones, which hold the largest maps; None for all.
+        ``stages`` is how many of the first ones, which hold the largest maps; None for all. The
+        numbers stay the same, to the bit, those of running statistics too.
         """
         if stages is not None and not 0 <= stages <= len(self.stages):
             raise ValueError(f"stages must be None or up to {len(self.stages)}: got {stages}")
@@ -468,13 +454,8 @@ def resnet_parts(
 ) -> tuple[Any, Any, list[Any], list[int]]:
     """Stems and stages of a timm ResNet, without the stride of the fourth stage.
 
-    Args:
-        backbone: As for the families.
-        backbone_args: As for the families.
-        pretrained: Load its weights; both stems start from the same ones.
-        drop: ``drop_path_rate`` and ``drop_block_rate`` of its blocks.
-        num_stages: How many of its stages to take.
-        **kwargs: More of its arguments: ``in_chans``, ``device``, ``dtype``.
+    ``drop`` holds ``drop_path_rate`` and ``drop_block_rate``; ``kwargs`` are more of the ResNet's
+    arguments. If ``pretrained``, both stems start from the same weights.
 
     Returns:
         The visible and the infrared stem, the stages, and the channels of the stems' maps and of

@@ -59,11 +59,8 @@ Config = dict[str, Any]
 def build_model(cls: type[Model], variant: str, pretrained: bool, **kwargs: Any) -> Model:
     """timm's ``build_model_with_cfg`` for a family's entrypoints.
 
-    Args:
-        cls: The family.
-        variant: Name of the model, a key of its module's ``default_cfgs``.
-        pretrained: Load its weights, from a verified safetensors file only.
-        **kwargs: Arguments of ``cls`` and of timm.
+    ``variant`` is a key of the ``default_cfgs`` of the family's module, ``kwargs`` are arguments of
+    ``cls`` and of timm. Weights are loaded from a verified safetensors file only.
 
     Raises:
         UserError: The weights cannot be had, or do not fit.
@@ -372,10 +369,8 @@ def model_config(model: Any, weights_sha256: str) -> Config:
 def hub_config(repo: str, variant: str = "", cache_dir: str | None = None) -> tuple[Config, str]:
     """A repository's checked ``config.json``, and ``ORG/NAME@COMMIT`` of the commit it is of.
 
-    Args:
-        repo: ``ORG/NAME`` or ``ORG/NAME@REVISION``: a branch, a tag or a commit.
-        variant: The model that it must be of; any of this package if empty.
-        cache_dir: In place of the Hub client's cache.
+    ``repo`` is ``ORG/NAME`` or ``ORG/NAME@REVISION``: a branch, a tag or a commit. The model must
+    be a ``variant``, or any of this package if that is empty.
 
     Raises:
         UserError: It cannot be had, or is of another model or of a newer version.
