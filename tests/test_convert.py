@@ -101,7 +101,7 @@ def test_convert_writes_a_folder_that_timm_loads(regdb, checkpoint, tmp_path, ca
     arguments = ["convert", str(checkpoint), str(folder), "--model", "deen_resnet50_regdb"]
     assert main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["tensors_equal"] == report["keys"] == len(regdb[0].state_dict())
+    assert report["keys"] == len(regdb[0].state_dict())
     assert (report["identities"], report["epoch"], report["rank1"]) == (5, 7, 0.5)
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
     for key, value in regdb[0].state_dict().items():

@@ -106,7 +106,6 @@ def test_file_to_installed_weights(tmp_path, capsys):
         3,
     )
     assert (report["epoch"], report["rank1"], report["mAP"]) == (7, 0.5, 0.25)
-    assert report["tensors_equal"] == report["keys"]
     (name,) = catalog.installed("deen_resnet50_regdb")
     assert name == "deen_resnet50_regdb.yyds-split3"
     folder = catalog.installed()[name]
@@ -133,23 +132,20 @@ def test_half_precision_bare_dictionaries_and_missing_counters(tmp_path):
     assert all(t.dtype != torch.float16 for t in loaded.values())
 
 
-@pytest.mark.parametrize(
-    ("change", "extra", "words"),
-    [
-        ({"module.DEE.FC1.bias": torch.full((512,), torch.nan)}, {}, "diverged: stages.2.dee"),
-        ({}, {"epoch": "best"}, "epoch as 'best'"),
-        ({}, {"mAP": float("nan")}, "mAP"),
-        ({}, {"cmc": []}, "cmc"),
-    ],
-    ids=["diverged", "epoch", "mAP", "cmc"],
-)
-def test_a_bad_checkpoint_is_one_line_and_writes_nothing(tmp_path, capsys, change, extra, words):
+def test_scores_that_are_no_numbers_are_not_recorded(tmp_path):
+    odd = {"epoch": "best", "mAP": float("nan"), "cmc": []}
+    report = convert(save(tmp_path / "trial_1_best.t", "yyds regdb", **odd), tmp_path / "w")
+    assert report.epoch is report.mAP is report.rank1 is None and "recorded" not in str(report)
+
+
+def test_a_bad_checkpoint_is_one_line_and_writes_nothing(tmp_path, capsys):
     """C12: it was a traceback, and a folder was left behind."""
-    file = save(tmp_path / "trial_1_best.t", "yyds regdb", change, **extra)
+    change = {"module.DEE.FC1.bias": torch.full((512,), torch.nan)}
+    file = save(tmp_path / "trial_1_best.t", "yyds regdb", change)
     before = sorted(tmp_path.iterdir())
     assert main(["convert", str(file), str(tmp_path / "w")]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and words in error
+    assert error.count("\n") == 1 and "diverged: stages.2.dee" in error
     assert main(["convert", str(file), "--install"]) == 2
     assert sorted(tmp_path.iterdir()) == before and not catalog.installed()
 
@@ -165,7 +161,7 @@ def test_splits_are_regdbs(tmp_path, capsys):
 def test_agw_and_tvilfm_files_convert(tmp_path, key):
     tag = key.split()[0]
     report = convert(save(tmp_path / "best.t", key), tmp_path / "w", source=tag)
-    assert report.source == tag and report.tensors_equal == report.keys
+    assert report.source == tag
     model = deen_zoo.create_model(f"local-dir:{tmp_path / 'w'}", pretrained=True)
     assert model.flip is (tag == "caj")
     names = set(model.state_dict())
