@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         images = tree.visible_images + tree.infrared_images
         print(
-            f"{tree.root}: {images:,} images ({tree.visible_images:,} visible, "
+            f"{args.root}: {images:,} images ({tree.visible_images:,} visible, "
             f"{tree.infrared_images:,} infrared) of {tree.identities} people, "
-            f"{tree.test_identities} of them to test on, in {tree.seconds:.1f} s"
+            f"{tree.test_identities} of them to test on"
         )
     return 0

@@ -12,13 +12,12 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
@@ -34,9 +33,8 @@ _INLINE = 200  # up to so many pictures, starting worker processes costs more th
 
 
 class SyntheticTree(NamedTuple):
-    """What :func:`synthesize` wrote."""
+    """What :func:`synthesize` wrote, as ``synthetic.json`` in the folder says, too."""
 
-    root: str
     layout: str
     seed: int
     identities: int
@@ -44,7 +42,6 @@ class SyntheticTree(NamedTuple):
     visible_images: int
     infrared_images: int
     images_per_camera: int
-    seconds: float
 
 
 def synthesize(
@@ -85,7 +82,7 @@ def synthesize(
     >>> tree.visible_images, tree.infrared_images, names
     (4, 4, ['Thermal', 'Visible', 'idx', 'synthetic.json'])
     """
-    start, target = time.monotonic(), Path(os.path.realpath(root))
+    target = Path(os.path.realpath(root))
     ranges = {
         "identities": (identities, 4, 9999),  # two to train and two to test; four digits in names
         "seed": (seed, 0, 2**32 - 1),
@@ -113,18 +110,11 @@ def synthesize(
                 bar.update(done)
         write_index[layout](workshop, seed, paths, test)
         visible = sum(shot.modality == "visible" for shot in paths)
-        facts: dict[str, Any] = {
-            "layout": layout,
-            "seed": seed,
-            "identities": identities,
-            "test_identities": len(test),
-            "visible_images": visible,
-            "infrared_images": len(paths) - visible,
-            "images_per_camera": each,
-        }
-        note = {"note": "drawn by deen_zoo; shows no real person", **facts}
+        infrared = len(paths) - visible
+        tree = SyntheticTree(layout, seed, identities, len(test), visible, infrared, each)
+        note = {"note": "drawn by deen_zoo; shows no real person", **tree._asdict()}
         (workshop / "synthetic.json").write_text(json.dumps(note, indent=2) + "\n")
-    return SyntheticTree(root=os.fspath(root), seconds=round(time.monotonic() - start, 2), **facts)
+    return tree
 
 
 def _check(layout: str, root: Path, ranges: dict[str, tuple[float | None, float, float]]) -> None:
