@@ -6,7 +6,7 @@ import ctypes
 import sys
 from typing import TYPE_CHECKING
 
-from .errors import UserError
+from .errors import UserError, check_choice
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +42,7 @@ def resolve_precision(device: torch.device, precision: str) -> str:
     Raises:
         UserError: Another name.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"precision {precision!r}: choose from {', '.join(PRECISIONS)}")
+    check_choice("precision", precision, PRECISIONS)
     if precision == "auto":
         import torch
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Iterable
 from types import ModuleType
 
 
@@ -26,6 +27,14 @@ def check_least(name: str, number: int, least: int) -> None:
     """
     if number < least:
         raise UserError(f"{name} {number}: give {least} or more")
+
+
+def check_choice(what: str, value: object, valid: Iterable[str]) -> None:
+    """Raises:
+    UserError: ``value`` is none of the valid names.
+    """
+    if value not in (names := list(valid)):
+        raise UserError(f"{what} {value!r}: choose from {', '.join(names)}")
 
 
 def plural(number: int, noun: str) -> str:

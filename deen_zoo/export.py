@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError, require
+from .errors import UserError, check_choice, require
 from .features.extractor import data_config
 from .io import reserved
 from .models import ReidModel
@@ -171,14 +171,10 @@ def export_model(
 
 
 def _check(model: ReidModel, path: Path, output: str, modality: str, descriptor: str) -> None:
-    for name, value, valid in (
-        ("output", output, OUTPUTS),
-        ("modality", modality, MODALITIES),
-        ("descriptor", descriptor, tuple(model.descriptors)),
-        ("ending", path.suffix, tuple(FORMATS)),
-    ):
-        if value not in valid:
-            raise UserError(f"{name} {value!r}: choose from {', '.join(valid)}")
+    check_choice("output", output, OUTPUTS)
+    check_choice("modality", modality, MODALITIES)
+    check_choice("descriptor", descriptor, model.descriptors)
+    check_choice("ending", path.suffix, FORMATS)
     for module in FORMATS[path.suffix]:
         require(module, "openvino" if module == "openvino" else "export")
     if output == "logits" and not model.num_classes:

@@ -198,7 +198,7 @@ def test_wrong_folders_are_told_what_to_give_instead(tmp_path, roots):
             open_dataset(name, tmp_path / "absent")
         with pytest.raises(UserError, match="it has no folder .*copy it again from the source"):
             open_dataset(name, tmp_path)
-    with pytest.raises(UserError, match="dataset 'market'; known are .*sysu, regdb, llcm"):
+    with pytest.raises(UserError, match="dataset 'market': choose from .*sysu, regdb, llcm"):
         open_dataset("market", tmp_path)
     with pytest.raises(UserError, match="modality 'thermal'; it is 'visible' or 'infrared'"):
         open_dataset("sysu", roots["sysu"]).test("thermal")
@@ -524,7 +524,7 @@ def test_a_dataset_and_a_protocol_from_outside(tmp_path):
         register_protocol("corridor-ir2vis", row)
         with pytest.raises(UserError, match="registered already"):
             register_protocol("corridor-ir2vis", row._replace(rule="regdb"))
-        with pytest.raises(UserError, match="rule 'market'; choose from sysu"):
+        with pytest.raises(UserError, match="rule 'market': choose from sysu"):
             register_protocol("other", row._replace(rule="market"))
         dataset = open_dataset("corridor", tmp_path)
         samples = dataset.test("visible") + dataset.test("infrared")

@@ -308,7 +308,7 @@ BAD = {
     "mixed_cameras": (dict(query_cameras=np.array(["a"] * 40)), "cameras must both be"),  # B2
     "no_cameras": (dict(query_cameras=None), "query_cameras is missing"),
     "cameras": (dict(gallery_cameras=np.arange(3)), "gallery_cameras has shape"),
-    "rule": (dict(rule="market"), "'market'; choose from sysu, llcm, regdb"),
+    "rule": (dict(rule="market"), "'market': choose from sysu, llcm, regdb"),
     "max_rank": (dict(max_rank=0), "max_rank is 0"),
     "no_match": (dict(query_ids=np.arange(40) + 1000), "none of the 40 queries has a match"),
 }

@@ -290,8 +290,8 @@ def changed(**fields) -> list[Sample]:
 NAN = FEATURES.copy()
 NAN[3, 5] = np.nan
 BAD = {
-    "protocol": (dict(protocol="llcm"), "unknown protocol 'llcm'; choose from sysu-all"),
-    "draw": (dict(draw="random"), "unknown draw 'random'"),
+    "protocol": (dict(protocol="llcm"), "protocol 'llcm': choose from sysu-all"),
+    "draw": (dict(draw="random"), "draw 'random'"),
     "official_llcm": (dict(draw="official"), "llcm-ir2vis has no official draw"),
     "no_permutations": (dict(protocol="sysu-all", draw="official"), "read_permutations"),
     "permutations": (dict(permutations={}), "read_permutations"),

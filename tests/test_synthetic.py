@@ -133,7 +133,7 @@ def test_a_picture_does_not_depend_on_what_was_drawn_before() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layout": "market"}, "'market'; choose one of sysu, regdb, llcm"),
+        ({"layout": "market"}, "'market': choose from sysu, regdb, llcm"),
         ({"identities": 3}, "identities is 3; give a number from 4 to 9999"),
         ({"seed": -1}, "seed is -1"),
         ({"images_per_camera": 0}, "images_per_camera is 0"),

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from ..errors import UserError
+from ..errors import UserError, check_choice
 from .folder import OwnData
 from .protocols import INFRARED, PROTOCOLS, RULES, VISIBLE, Label, Protocol, Sample
 from .reader import Fault, Listing, ReidDataset
@@ -55,15 +55,11 @@ def register_protocol(name: str, protocol: Protocol) -> Protocol:
     """
     if PROTOCOLS.get(name, protocol) != protocol:
         raise UserError(f"protocol {name!r} is registered already: choose another name")
-    for what, value, valid in (
-        ("dataset", protocol.dataset, tuple(DATASETS)),
-        ("query", protocol.query, (VISIBLE, INFRARED)),
-        ("gallery", protocol.gallery, (VISIBLE, INFRARED)),
-        ("rule", protocol.rule, RULES),
-        ("sampled", protocol.sampled, ("gallery", "query", "")),
-    ):
-        if value not in valid:
-            raise UserError(f"protocol {name}: {what} {value!r}; choose from {', '.join(valid)}")
+    check_choice(f"protocol {name}: dataset", protocol.dataset, DATASETS)
+    check_choice(f"protocol {name}: query", protocol.query, (VISIBLE, INFRARED))
+    check_choice(f"protocol {name}: gallery", protocol.gallery, (VISIBLE, INFRARED))
+    check_choice(f"protocol {name}: rule", protocol.rule, RULES)
+    check_choice(f"protocol {name}: sampled", protocol.sampled, ("gallery", "query", ""))
     if not protocol.trials:
         raise UserError(f"protocol {name}: no trials; give at least one number")
     PROTOCOLS[name] = protocol
@@ -76,8 +72,7 @@ def get_dataset(name: str) -> type[ReidDataset]:
     Raises:
         UserError: There is none; the message lists the known ones.
     """
-    if name not in DATASETS:
-        raise UserError(f"dataset {name!r}; known are {', '.join(DATASETS)}")
+    check_choice("dataset", name, DATASETS)
     return DATASETS[name]
 
 

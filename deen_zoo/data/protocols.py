@@ -10,7 +10,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UserError, require
+from ..errors import UserError, check_choice, require
 
 __all__ = ["INFRARED", "PROTOCOLS", "RULES", "UNKNOWN", "VISIBLE", "Label", "Permutations"]
 __all__ += ["Protocol", "Sample", "as_label", "draw_gallery", "get_protocol", "label_order"]
@@ -128,8 +128,7 @@ def get_protocol(name: str) -> Protocol:
     Raises:
         UserError: There is none; the message lists the known ones.
     """
-    if name not in PROTOCOLS:
-        raise UserError(f"unknown protocol {name!r}; choose from {', '.join(PROTOCOLS)}")
+    check_choice("protocol", name, PROTOCOLS)
     return PROTOCOLS[name]
 
 
@@ -180,8 +179,7 @@ def trial_sides(
             without images.
     """
     protocol = get_protocol(name)
-    if draw not in ("seeded", "official"):
-        raise UserError(f"unknown draw {draw!r}; choose 'seeded' or 'official'")
+    check_choice("draw", draw, ("seeded", "official"))
     if not protocol.sampled and (shots != 1 or draw != "seeded"):
         raise UserError(f"{name} takes the whole gallery: it has no draw and no shots")
     if draw == "official" and not protocol.official_draw:

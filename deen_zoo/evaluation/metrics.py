@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..data.protocols import RULES, as_label
-from ..errors import UserError
+from ..errors import UserError, check_choice
 
 _BLOCK = 1 << 18  # scores handled at once: bounds the memory, and a block stays in the cache
 
@@ -100,8 +100,7 @@ def evaluate_ranking(
     >>> result.cmc.tolist(), result.mAP
     ([1.0, 1.0, 1.0], 0.9166666666666666)
     """
-    if rule not in RULES:
-        raise UserError(f"unknown ranking rule {rule!r}; choose from {', '.join(RULES)}")
+    check_choice("rule", rule, RULES)
     if isinstance(max_rank, bool) or not isinstance(max_rank, (int, np.integer)) or max_rank < 1:
         raise UserError(f"max_rank is {max_rank!r}; give a whole number from 1")
     if not isinstance(similarity, torch.Tensor):

@@ -28,7 +28,7 @@ from ..data.protocols import Sample
 from ..data.transforms import EvalTransform, eval_transform
 from ..device import choose_device, resolve_precision
 from ..distributed import Distributed
-from ..errors import UserError, check_least
+from ..errors import UserError, check_choice, check_least
 from ..io import exclusive
 from ..models import create_model
 from ..models.pretrained import weights_bytes
@@ -234,13 +234,9 @@ class FeatureExtractor:
         if folder:
             name = os.fspath(model)
             model = create_model(f"local-dir:{name}" if folder.is_dir() else name, pretrained)
-        for option, value, valid in (
-            ("engine", engine, ENGINES),
-            ("descriptor", descriptor, model.descriptors),
-            ("dtype", dtype, DTYPES),
-        ):
-            if value not in valid:
-                raise UserError(f"{option} {value!r}: choose from {', '.join(valid)}")
+        check_choice("engine", engine, ENGINES)
+        check_choice("descriptor", descriptor, model.descriptors)
+        check_choice("dtype", dtype, DTYPES)
         config = data_config(model)
         self.transform: EvalTransform = eval_transform(config)
         self.model = model.eval().to(self.device).to(memory_format=torch.channels_last)

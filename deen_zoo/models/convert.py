@@ -24,7 +24,7 @@ import numpy as np
 import timm
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, check_choice
 from ..io import check_new_folder, sha256, whole_folder
 from . import create_model, save_pretrained
 from .catalog import weights_home
@@ -332,12 +332,12 @@ def recognise(
         UserError: There is none; the message names the nearest source and what differs first. Or
             it could be of several models.
     """
-    if source not in ("", *SOURCES):
-        raise UserError(f"source {source!r}: choose from {', '.join(SOURCES)}")
+    if source:
+        check_choice("source", source, SOURCES)
     sources = [SOURCES[source]] if source else list(SOURCES.values())
     models = sorted({name for candidate in sources for name in candidate.models})
-    if model not in ("", *models):
-        raise UserError(f"model {model!r}: files are converted to {', '.join(models)}")
+    if model:
+        check_choice("model", model, models)
     fits: list[Recognised] = []
     others: list[tuple[int, str]] = []  # how many names or shapes differ, and what to say
     for candidate in sources:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, check_choice
 from ..io import check_new_folder, cores, whole_folder
 from .layouts import LAYOUTS, Shot, path_of, split, write_index
 from .picture import draw
@@ -118,8 +118,7 @@ def synthesize(
 
 
 def _check(layout: str, root: Path, ranges: dict[str, tuple[float | None, float, float]]) -> None:
-    if layout not in LAYOUTS:
-        raise UserError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    check_choice("layout", layout, LAYOUTS)
     for name, (value, low, high) in ranges.items():
         if value is not None and not low <= value <= high:
             raise UserError(f"{name} is {value}; give a number from {low} to {high}")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, check_choice
 
 __all__ = [
     "batch_hard_triplet_loss",
@@ -98,8 +98,7 @@ def cpm_loss(
     Raises:
         UserError: Fewer than two identities, or one that lacks a modality; or no such form.
     """
-    if form not in FORMS:
-        raise UserError(f"form {form!r} of the CPM loss: choose from {', '.join(FORMS)}")
+    check_choice("form of the CPM loss", form, FORMS)
     average = _averages(labels, infrared_mask, original.dtype)
     average = average.to(original.device, non_blocking=True)
     n, channels = original.shape
