@@ -182,7 +182,7 @@ def build(tmp_path: Path, paths: list[str], said: multiprocessing.SimpleQueue[ob
         return open_image(path)
 
     cache_module.open_image, cache_module.CHUNK = slow, 2
-    cache = open_cache(tmp_path / "cache", paths, SIZE, threads=1)
+    cache = open_cache(tmp_path / "cache", paths, SIZE)
     said.put((cache.folder, len(cache)))
 
 

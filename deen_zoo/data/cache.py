@@ -20,7 +20,7 @@ import numpy as np
 import PIL
 
 from ..errors import UserError
-from ..io import whole_folder
+from ..io import cores, whole_folder
 from .images import Intensity, Pixels, check_intensity, open_image, resize
 from .reader import file_states
 
@@ -72,7 +72,6 @@ def open_cache(
     folder: str | os.PathLike[str],
     paths: Iterable[str],
     size: tuple[int, int] = (384, 144),
-    threads: int | None = None,
     intensity: Intensity = "full",
 ) -> DecodedCache:
     """Open the decoded cache of these images, building it first if there is none.
@@ -86,7 +85,6 @@ def open_cache(
         folder: Where caches are kept; made if missing.
         paths: Images, in any order; repeats count once.
         size: (height, width) to resize to.
-        threads: Threads that decode; None is one per CPU.
         intensity: How 16-bit images become 8-bit, see :func:`~deen_zoo.data.open_image`.
 
     Raises:
@@ -107,7 +105,7 @@ def open_cache(
             lock.acquire()
         try:
             if not _is_whole(target, len(paths), size):
-                _build(target, paths, size, threads, intensity)
+                _build(target, paths, size, intensity)
         finally:
             lock.release()
     return DecodedCache(target, paths, size, intensity)
@@ -135,13 +133,7 @@ def _fingerprint(paths: Sequence[str], intensity: Intensity) -> str:
     return hashlib.sha256(f"{intensity} {PIL.__version__} {states}".encode()).hexdigest()
 
 
-def _build(
-    target: Path,
-    paths: Sequence[str],
-    size: tuple[int, int],
-    threads: int | None,
-    intensity: Intensity,
-) -> None:
+def _build(target: Path, paths: Sequence[str], size: tuple[int, int], intensity: Intensity) -> None:
     """Write the cache; the caller holds the folder's lock."""
     for abandoned in target.parent.glob("decoded-*.partial"):
         shutil.rmtree(abandoned, ignore_errors=True)
@@ -166,7 +158,7 @@ def _build(
     broken: list[int] = []
     with (
         whole_folder(target) as partial,
-        ThreadPool(threads) as pool,
+        ThreadPool(cores()) as pool,
         tqdm(total=len(paths), unit="image", disable=None) as progress,
     ):
         # Written, not mapped: a full disk is then an error and not a crash.
