@@ -47,7 +47,7 @@ def register_dataset(kind: _Kind) -> _Kind:
 
 
 def register_protocol(name: str, protocol: Protocol) -> Protocol:
-    """Make a protocol known by its name; its dataset has been registered before.
+    """Make a protocol known by its name; register its dataset first.
 
     Raises:
         UserError: Another protocol has that name, or the row names no known dataset, modality,

@@ -172,7 +172,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[ImageFile.ImageFile]:
 
 @functools.cache
 def _formats(tga: bool) -> tuple[str, ...]:
-    """The formats to try, of those that this Pillow has."""
+    """The formats to try that this Pillow supports."""
     Image.init()
     # A TGA file has no signature: anything might be one, so the name decides.
     return tuple(kind for kind in (*_FORMATS, *(("TGA",) if tga else ())) if kind in Image.OPEN)
@@ -237,10 +237,7 @@ _warned = False
 
 
 def _warn_if_narrow(pixels: npt.NDArray[np.int64], name: str) -> None:
-    """Once in a process, however many images and threads there are.
-
-    By percentiles, since a raw sensor has dead pixels.
-    """
+    """Warn once per process, by percentiles, since a raw sensor has dead pixels."""
     global _warned
     if _warned:
         return

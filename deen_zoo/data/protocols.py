@@ -282,7 +282,7 @@ def _draw_permuted(
     numbered: dict[Label, int], key: tuple[Any, Any], permutations: Permutations, trial: int,
     shots: int,
 ) -> list[int]:  # fmt: skip
-    """The shots of one identity and camera, of indices by the numbers of their files."""
+    """Indices of the first ``shots`` images in the permutation of one identity and camera."""
     rows = permutations.get(key, [])
     if not 0 <= trial < len(rows):
         raise UserError(

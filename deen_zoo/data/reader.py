@@ -135,7 +135,7 @@ class ReidDataset:
         raise NotImplementedError
 
     def belongs(self, relative: str) -> bool:
-        """Whether a path below the root is where and how an image of this layout is called."""
+        """Whether a path below the root is named like an image of this layout."""
         return True
 
     def version(self, counts: Mapping[str, Mapping[str, int]]) -> str:
@@ -199,7 +199,7 @@ class ReidDataset:
         return [sample for sample in samples if sample.modality == modality]
 
     def query(self, protocol: str, trial: int | None = None) -> list[Sample]:
-        """The images that search, in a trial of a protocol (the first one when None).
+        """The queries of a trial of a protocol (the first one when None).
 
         Where nothing is drawn, trials are the dataset's splits.
         """
@@ -215,7 +215,7 @@ class ReidDataset:
     def gallery(
         self, protocol: str, trial: int | None = None, draw: str = "seeded", shots: int = 1
     ) -> list[Sample]:
-        """The images that are searched, in a trial of a protocol (the first one when None).
+        """The gallery of a trial of a protocol (the first one when None).
 
         Args:
             protocol: One of :meth:`protocols`.
@@ -267,7 +267,7 @@ class ReidDataset:
         }
 
     def read_train(self, split: int = 1) -> Listing:
-        """As :meth:`train`, with the faults next to the samples that are left without them."""
+        """As :meth:`train`, but return the faults; their samples are left out."""
         self._check_split(split)
         samples, faults = self.list_train(split)
         samples = self._kept(samples)
@@ -287,7 +287,8 @@ class ReidDataset:
         return self._kept(samples), faults
 
     def splits_by_name(self) -> Iterator[tuple[str, Callable[[], Listing]]]:
-        """What reads each split: ``"train"``, ``"test"``, or RegDB's ``"train 1"`` and so on."""
+        """Each split's name (``"train"``, ``"test"``, or RegDB's ``"train 1"`` and so on), and a
+        function that reads it."""
         for split in self.splits:
             number = f" {split}" if len(self.splits) > 1 else ""
             if self.trainable:

@@ -36,7 +36,7 @@ TINY = dict(
 
 
 def register_reid_model(entrypoint: Callable[..., Any]) -> Callable[..., Any]:
-    """``timm.models.register_model``, and ``deen_zoo.create_model`` and ``list_models`` know it.
+    """Register a model with timm, and with this package's ``create_model`` and ``list_models``.
 
     The entrypoint returns a :class:`ReidModel`, and its module has ``default_cfgs``.
     """
@@ -528,8 +528,8 @@ def recomputed(stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class _Uncounted:
-    """Within it batch norms see a batch that does not count. It can be entered again, as each
-    backward pass through a graph that is retained does."""
+    """A context in which batch norms leave their running statistics alone. Each backward pass
+    through a retained graph enters it again."""
 
     def __init__(self, norms: list[Any]):
         self.norms = norms

@@ -71,7 +71,7 @@ def installed_splits(name: str) -> dict[int, Path]:
 
 
 def where(model: str) -> str:
-    """One line: where public weights of a model are, and the two commands that install them.
+    """Say in one line where public weights of a model are, with the commands that install them.
 
     >>> where("test_agw_resnet")
     ''

@@ -122,7 +122,7 @@ class Source:
         return {**self.args, **(self.regdb_args if model.endswith("regdb") else {})}
 
     def names(self, theirs: Iterable[str]) -> dict[str, str]:
-        """Of all names of a file, {theirs: ours}, without those that its network never runs."""
+        """{theirs: ours} for all names of a file but those that its network never runs."""
         theirs = list(theirs)
         three_stages = "MFA2.CNL.g.weight" in theirs and "MFA3.CNL.g.weight" not in theirs
         # The reference's RegDB files keep the stage that RegDB does without.
@@ -381,7 +381,7 @@ def _identities(state: StateDict) -> int:
 
 @functools.lru_cache(maxsize=32)
 def _expected(model: str, identities: int, tag: str) -> dict[str, torch.Size]:
-    """Names and shapes of one of our models, without its memory."""
+    """Names and shapes of one of our models, built without memory for its weights."""
     with torch.device("meta"):
         net = create_model(model, num_classes=identities, **SOURCES[tag].arguments(model))
     shapes = {name: tensor.shape for name, tensor in net.state_dict().items()}

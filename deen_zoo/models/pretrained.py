@@ -180,7 +180,7 @@ def _with_tuples(kwargs: Config) -> Config:
 
 
 def _classes(stated: int, found: int) -> int:
-    """How many were found; refuse a larger classifier than the file has, before it is built."""
+    """Return ``found``; refuse a larger classifier than the file has before it is built."""
     if stated > found > 0:
         raise _other_classes(found, stated)
     return found
@@ -484,7 +484,7 @@ def read_config(folder: str | os.PathLike[str]) -> Config:
 
 
 def _check_config(config: Config, where: str, variant: str) -> None:
-    """Refuse what this version cannot build, and what would load something else on the way."""
+    """Refuse settings that this version cannot build, or that would load another file."""
     own, cfg = (config.get(key) or {} for key in ("deen_zoo", "pretrained_cfg"))
     args: Any = config.get("model_args", {})
     backbone_args: Any = args.get("backbone_args") or {} if isinstance(args, dict) else None
@@ -519,7 +519,7 @@ def _check_config(config: Config, where: str, variant: str) -> None:
         unknown.append("model_args.backbone")
     if unknown:
         raise UserError(
-            f"{where} has in its {CONFIG} what this deen_zoo does not take from one: "
+            f"the {CONFIG} of {where} has settings that this deen_zoo does not accept: "
             f"{', '.join(sorted(unknown))}; if it is newer: {UPGRADE}"
         )
     classes = config.get("num_classes", 0)
@@ -533,12 +533,12 @@ def _check_config(config: Config, where: str, variant: str) -> None:
     }
     for value, fits in valid.items():
         if not fits:
-            raise UserError(f"{where} has in its {CONFIG} what no model has: {value[:200]}")
+            raise UserError(f"the {CONFIG} of {where} has an invalid value: {value[:200]}")
 
 
 def _arguments(name: str) -> set[str]:
-    """What a model's configuration may pass to its constructor: the arguments of the class that
-    its entrypoint is annotated to return, or those of all families."""
+    """Arguments that a ``config.json`` may give: those of the class that the model's entrypoint
+    returns by its annotation, or those of all families."""
     cls = typing.get_type_hints(timm.models.model_entrypoint(name)).get("return")
     families = [cls] if cls else ReidModel.__subclasses__()
     names = {"form"}.union(*(inspect.signature(family).parameters for family in families))
@@ -568,8 +568,7 @@ VALID: dict[str, Callable[[Any], bool]] = {
 
 
 def _builds(key: str, value: Any) -> bool:
-    """Whether a value of ``model_args`` is of a size that a model has; its constructor checks it
-    for what it means."""
+    """Whether a value of ``model_args`` is not absurdly large; the constructor does the rest."""
     if isinstance(value, dict):
         return all(_builds(name, inner) for name, inner in value.items())
     if isinstance(value, list):
@@ -619,8 +618,8 @@ def _explain(error: BaseException, repo: str, revision: str, filename: str) -> s
         f"({brief(error)})",
         errors.OfflineModeIsEnabled: f"HF_HUB_OFFLINE is set: unset it to reach {hub}/{repo}",
         errors.GatedRepoError: f"{repo} is gated: ask for access on {hub}/{repo}, then {LOGIN}",
-        errors.RepositoryNotFoundError: f"there is no {repo} on {hub}, or your login has no access "
-        f"to it{ours}; if it is private, {LOGIN}",
+        errors.RepositoryNotFoundError: f"repository {repo} was not found on {hub}, or your login "
+        f"has no access to it{ours}; if it is private, {LOGIN}",
         errors.RevisionNotFoundError: f"{repo} has no revision {revision!r}: choose a branch, tag "
         f"or commit of {hub}/{repo}/tree/main, or none for the newest",
         errors.EntryNotFoundError: f"{at} has no {filename}: it is no model that deen_zoo "

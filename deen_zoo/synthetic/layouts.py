@@ -107,7 +107,7 @@ def _index_sysu(root: Path, seed: int, paths: Paths, test: set[int]) -> None:
 
 
 def _write_mat(file: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    """A MATLAB file with the same bytes at any time of day; without scipy a warning instead."""
+    """Write a MATLAB file without a date in it, or warn that scipy is missing."""
     try:
         from scipy.io import savemat
     except ImportError:

@@ -33,7 +33,7 @@ _INLINE = 200  # up to so many pictures, starting worker processes costs more th
 
 
 class SyntheticTree(NamedTuple):
-    """What :func:`synthesize` wrote, as ``synthetic.json`` in the folder says, too."""
+    """What :func:`synthesize` wrote; the folder's ``synthetic.json`` has the same."""
 
     layout: str
     seed: int
@@ -128,8 +128,8 @@ def _check(layout: str, root: Path, ranges: dict[str, tuple[float | None, float,
 
 
 def _sightings(layout: str, seed: int, identity: int, each: int, test: bool) -> list[Shot]:
-    """The pictures of a person. Two cameras of either modality see everyone, where there are two,
-    and the first always: so a query has a match under the rules that leave cameras out."""
+    """The pictures of a person. The first camera of either modality sees everyone, and a second
+    one where there are two, so that each query has a match under the rules that exclude cameras."""
     spec, rng = LAYOUTS[layout], stream(seed, _SIGHTING, identity)
     shots = []
     for modality, cameras in (("visible", spec.visible), ("infrared", spec.infrared)):
@@ -160,7 +160,7 @@ def _map(work: partial[int], jobs: list[Job], workers: int) -> Iterable[int]:
 
 @contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Interrupts take effect after the block: one in the middle of starting processes would leave
+    """Delay interrupts until the block ends: one that came while processes are started would leave
     some of them behind, and the pool waiting for them."""
     if sys.platform == "win32":  # has no such signals
         yield
@@ -198,7 +198,7 @@ def _draw_person(layout: str, seed: int, job: Job) -> int:
 def picture(
     layout: str, seed: int, identity: int, camera: int, modality: str, take: int
 ) -> Image.Image:
-    """One picture of the world ``seed``, as :func:`synthesize` saves it: RGB if visible, else L."""
+    """One picture of the world ``seed``, as :func:`synthesize` saves it."""
     person, place = _person(seed, identity), _camera(layout, seed, camera, modality)
     pose = Pose(seed, identity, camera, modality, take)
     infrared = int(modality == "infrared")
