@@ -101,8 +101,7 @@ def publish(
             f"{file} is not as 'deen-zoo reproduce' wrote it ({type(error).__name__}: {error}): "
             "take the original, or evaluate again with --eval-only"
         ) from error
-    cfg: Any = model.pretrained_cfg
-    architecture = cfg["architecture"]
+    architecture = model.pretrained_cfg["architecture"]
     if not content["eval_only"] and content["model"] != architecture:
         raise UserError(
             f"{folder} holds a {architecture}, and the results are of {content['model']}: give "

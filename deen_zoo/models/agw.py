@@ -171,8 +171,7 @@ class AGW(ReidModel):
 
     def forward_pool(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, C, h, w) -> pooled features (N, C)."""
-        pooled: torch.Tensor = self.gem(x)
-        return pooled
+        return self.gem(x)
 
     def describe(self, x: torch.Tensor, modality: Modality, descriptor: str) -> torch.Tensor:
         """Images -> L2-normalised features (N, C), after the BN neck or before it (``"pool"``)."""

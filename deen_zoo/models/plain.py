@@ -60,8 +60,7 @@ class PlainModel(ReidModel):
     def forward_pool(self, x: torch.Tensor) -> torch.Tensor:
         """Maps or tokens of the backbone -> (N, num_features), as the backbone pools them."""
         maps: Any = self.stages[0]
-        pooled: torch.Tensor = maps.net.forward_head(x, pre_logits=True)
-        return pooled
+        return maps.net.forward_head(x, pre_logits=True)
 
     def describe(self, x: torch.Tensor, modality: Any, descriptor: str) -> torch.Tensor:
         """Images -> the BN-neck feature (N, num_features), L2-normalised."""
@@ -74,5 +73,4 @@ class _Maps(nn.Module):
         self.net: Any = net
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        maps: torch.Tensor = self.net.forward_features(x)
-        return maps
+        return self.net.forward_features(x)
