@@ -20,7 +20,7 @@ from .data.datasets import get_dataset
 from .errors import UserError
 from .evaluation.results import METRICS
 from .io import check_new_folder, sha256, whole_folder
-from .model_card import Measured, card, licence_of
+from .model_card import Measured, card
 from .models import ReidModel, create_model
 from .models.pretrained import CONFIG, WEIGHTS, hub_errors, model_config
 
@@ -88,12 +88,12 @@ def publish(
     target = None if dry_run is None else check_new_folder(dry_run)
     model = _load(folder)
     digest = sha256(folder / WEIGHTS)
-    source = (model.trained_on or {}).get("source")
     file = Path(results) if results else folder / RESULTS
     content = _read_results(file, folder)
-    try:  # also what is needed later, when something has been created
+    try:  # the card, too, before anything is created
+        content = _without_paths(content)
         found = measured(content, digest)
-        card(model, _without_paths(content), found, repo, tag or "v1", digest, source)
+        draft = card(model, content, found, repo, tag or "v1", digest)
     except UserError:
         raise
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
@@ -109,13 +109,13 @@ def publish(
         )
     left_out = {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, RESULTS, CARD}
     config = model_config(model, digest)
-    config["pretrained_cfg"]["license"] = licence_of(content, found, repo, source)[0]
+    config["pretrained_cfg"]["license"] = draft.data.license
 
     def texts(tag: str) -> dict[str, bytes]:
         written = {
             CONFIG: json.dumps(config, indent=2) + "\n",
-            RESULTS: json.dumps(_without_paths(content), indent=2) + "\n",
-            CARD: str(card(model, content, found, repo, tag, digest, source)),
+            RESULTS: json.dumps(content, indent=2) + "\n",
+            CARD: str(card(model, content, found, repo, tag, digest)),
         }
         return {name: text.encode() for name, text in written.items()}
 

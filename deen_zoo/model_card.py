@@ -18,7 +18,7 @@ from .evaluation.results import METRICS
 from .models import ReidModel
 from .models.catalog import entries
 
-__all__ = ["Measured", "card", "licence_of"]
+__all__ = ["Measured", "card"]
 
 TITLES = {"r1": "rank-1", "r5": "rank-5", "r10": "rank-10", "r20": "rank-20"}
 
@@ -49,16 +49,14 @@ def card(
     repo: str,
     tag: str,
     digest: str,
-    source: str | None = None,
 ) -> ModelCard:
-    """The model card: metadata that the Hub reads, then ``card.md`` filled in.
-
-    ``source`` is the catalog's name of what converted weights come from.
-    """
+    """The model card: metadata that the Hub reads, then ``card.md`` filled in."""
     dataset = results["dataset"]
     cfg: Any = model.pretrained_cfg
     title = "a synthetic world" if found.drawn else get_dataset(dataset).title
-    licence, name, link, in_words = licence_of(results, found, repo, source)
+    named = (model.trained_on or {}).get("source")
+    source = next((entry for entry in entries() if entry["source"] == named), None)
+    licence, name, link, in_words = _licence(results, found, repo, source)
     family = str(cfg["architecture"]).removeprefix("test_").partition("_")[0]  # "agw"
     data = ModelCardData(
         license=licence,
@@ -118,11 +116,6 @@ def _citation(cfg: Mapping[str, Any]) -> str:
     return f"Cite the authors of the network: {', '.join([name, *links])}."
 
 
-def _source(name: str | None) -> Mapping[str, str]:
-    """The catalog's entry of converted weights."""
-    return next((entry for entry in entries() if entry["source"] == name), {})
-
-
 def _results_note(found: Measured, title: str) -> str:
     notes = [f"Re-identification across modalities on {title}; per cent, with the counts found."]
     if found.drawn:
@@ -140,10 +133,10 @@ def _results_note(found: Measured, title: str) -> str:
     return " ".join(notes)
 
 
-def _training(results: Mapping[str, Any], found: Measured, source: str | None) -> str:
+def _training(results: Mapping[str, Any], found: Measured, source: dict[str, str] | None) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     if results["eval_only"]:
-        origin = _source(source).get("repository", "elsewhere")
+        origin = source["repository"] if source else "elsewhere"
         return (
             f"The weights come from {origin} and were evaluated, not trained, with deen_zoo "
             f"({versions}). Their authors say how they were trained."
@@ -177,8 +170,8 @@ def _data(results: Mapping[str, Any], found: Measured, title: str) -> str:
     )
 
 
-def licence_of(
-    results: Mapping[str, Any], found: Measured, repo: str, source: str | None = None
+def _licence(
+    results: Mapping[str, Any], found: Measured, repo: str, source: dict[str, str] | None
 ) -> tuple[str, str | None, str | None, str]:
     """The terms of the weights: the Hub's name for them, their name, a link, and words."""
     code = "The code, deen_zoo, is under Apache-2.0."
@@ -186,8 +179,8 @@ def licence_of(
     see_card = "other", "see-card", f"{constants.ENDPOINT}/{repo}#licence"
     if results["eval_only"]:
         words = "That does not extend to the weights, whose authors set their terms."
-        if entry := _source(source):
-            words += f" The repository that they come from says: {entry['licence']}."
+        if source:
+            words += f" The repository that they come from says: {source['licence']}."
         return *see_card, f"{code} {words}"
     if found.drawn:
         words = "So are these weights, which come from drawn pictures alone."
