@@ -155,7 +155,7 @@ def test_a_trial_may_be_an_integer_of_numpy():
 
 
 def test_shots_must_be_positive():
-    with pytest.raises(UserError, match="shots is 0"):
+    with pytest.raises(UserError, match="shots 0"):
         draw_gallery(side(2), 0, shots=0)
 
 

@@ -295,7 +295,7 @@ BAD = {
     "official_llcm": (dict(draw="official"), "llcm-ir2vis has no official draw"),
     "no_permutations": (dict(protocol="sysu-all", draw="official"), "read_permutations"),
     "permutations": (dict(permutations={}), "read_permutations"),
-    "shots": (dict(shots=0), "shots is 0"),
+    "shots": (dict(shots=0), "shots 0"),
     "regdb_shots": (dict(protocol="regdb-ir2vis", shots=10), "takes the whole gallery"),
     "regdb_trials": (dict(protocol="regdb-ir2vis", trials=10), "another split"),
     "trials": (dict(trials=11), "trials is 11; llcm-ir2vis has 1 to 10"),

@@ -10,7 +10,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UserError, check_choice, require
+from ..errors import UserError, check_choice, check_least, require
 
 __all__ = ["INFRARED", "PROTOCOLS", "RULES", "UNKNOWN", "VISIBLE", "Label", "Permutations"]
 __all__ += ["Protocol", "Sample", "as_label", "draw_gallery", "get_protocol", "label_order"]
@@ -258,8 +258,7 @@ def draw_gallery(
     >>> [side[i].path for i in draw_gallery(side, trial=0)]
     ['cam1/0006/0002.jpg']
     """
-    if shots < 1:
-        raise UserError(f"shots is {shots}; give how many images of an identity and camera, >= 1")
+    check_least("shots", shots, 1)
     groups: dict[tuple[Label, Label], list[int]] = {}
     for i in sorted(range(len(samples)), key=lambda i: samples[i].path):
         key = as_label(samples[i].identity, "identity"), as_label(samples[i].camera, "camera")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from ..errors import UserError, plural
+from ..errors import UserError, check_least, plural
 from .protocols import Label, label_order
 
 __all__ = ["BatchSlot", "IdentitySampler", "generator"]
@@ -74,12 +74,9 @@ class IdentitySampler(Sampler[list[BatchSlot]]):
     ) -> None:
         self.p, self.k = identities_per_batch, images_per_modality
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        if min(self.p, self.k) < 1 or seed < 0 or not 0 <= rank < world_size:
-            raise UserError(
-                f"identities_per_batch={self.p}, images_per_modality={self.k}, seed={seed}, "
-                f"rank={rank}, world_size={world_size}: the first two must be at least 1, the seed "
-                "at least 0, and the rank below the world size"
-            )
+        check_least("identities_per_batch", self.p, 1)
+        check_least("images_per_modality", self.k, 1)
+        check_least("seed", seed, 0)
         visible, infrared = set(visible_ids), set(infrared_ids)
         if visible != infrared:
             lonely = sorted(visible ^ infrared, key=label_order)
