@@ -141,7 +141,7 @@ def check_dataset(
     _check_strays(dataset, samples, report)
     _check_images(dataset, samples, report, decode, progress)
     _check_what_is_left(dataset, report)
-    if not dataset.drawn:
+    if dataset.expected and not dataset.drawn:
         report.version = dataset.version(report.counts)
     return report
 

@@ -277,9 +277,6 @@ class SyntheticLLCM(LLCM):
     default_model, default_recipe = "test_deen_resnet", "synthetic"
     synthetic = True
 
-    def version(self, counts: Mapping[str, Mapping[str, int]]) -> str:
-        return ""
-
 
 def open_dataset(name: str, root: str | os.PathLike[str], skip_broken: bool = False) -> ReidDataset:
     """A dataset by name, from the folder that holds it as its authors hand it out.
@@ -310,7 +307,6 @@ def open_dataset(name: str, root: str | os.PathLike[str], skip_broken: bool = Fa
 
 def _advice(kind: type[ReidDataset], folder: Path) -> str:
     """What to give instead of a folder that is not of the layout ``kind``."""
-
     for other in DATASETS.values():
         if other is not kind and not other.layout and other.looks_like(folder):
             return f"it looks like {other.title}: name it '{other.name}'"
