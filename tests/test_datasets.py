@@ -200,7 +200,7 @@ def test_wrong_folders_are_told_what_to_give_instead(tmp_path, roots):
             open_dataset(name, tmp_path)
     with pytest.raises(UserError, match="dataset 'market': choose from .*sysu, regdb, llcm"):
         open_dataset("market", tmp_path)
-    with pytest.raises(UserError, match="modality 'thermal'; it is 'visible' or 'infrared'"):
+    with pytest.raises(UserError, match="modality 'thermal': choose from visible, infrared"):
         open_dataset("sysu", roots["sysu"]).test("thermal")
 
 

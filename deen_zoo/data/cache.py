@@ -125,8 +125,8 @@ def _broken_rows(folder: Path) -> set[int]:
 
 
 def _fingerprint(paths: Sequence[str], intensity: Intensity) -> str:
-    """Hash the scaling, the decoder's version, and the files' names below their common folder, sizes
-    and times."""
+    """Hash the scaling, the decoder's version, and the files' names below their common folder,
+    sizes and times."""
     places = [os.path.abspath(path) for path in paths]
     root = os.path.commonpath(places) if places else ""
     states = file_states({place[len(root) :]: place for place in places})

@@ -206,10 +206,7 @@ def _pools(samples: Sequence[Sample], name: str, protocol: Protocol) -> Sides:
     seen: set[str] = set()
     found: dict[str, list[int]] = {VISIBLE: [], INFRARED: []}
     for i, sample in enumerate(samples):
-        if sample.modality not in found:
-            raise UserError(
-                f"{sample.path}: modality {sample.modality!r}; it is 'visible' or 'infrared'"
-            )
+        check_choice(f"{sample.path}: modality", sample.modality, found)
         if sample.path in seen:
             raise UserError(f"{sample.path} comes twice among the samples; give each image once")
         seen.add(sample.path)

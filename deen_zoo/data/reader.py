@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from ..errors import UserError, plural
+from ..errors import UserError, check_choice, plural
 from .images import is_foreign_name, is_image_name
 from .protocols import (
     INFRARED,
@@ -193,8 +193,7 @@ class ReidDataset:
 
     def test(self, modality: str, split: int = 1) -> list[Sample]:
         """All test images of a modality, in the reference's order."""
-        if modality not in (VISIBLE, INFRARED):
-            raise UserError(f"modality {modality!r}; it is 'visible' or 'infrared'")
+        check_choice("modality", modality, (VISIBLE, INFRARED))
         samples = self._usable(*self.read_test(split), "test")
         return [sample for sample in samples if sample.modality == modality]
 
