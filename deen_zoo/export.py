@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .errors import UserError, check_choice, require
 from .features.extractor import data_config
-from .io import reserved
+from .io import check_target, reserved
 from .models import ReidModel
 
 __all__ = ["FORMATS", "MODALITIES", "OUTPUTS", "ExportReport", "export_model"]
@@ -175,6 +175,7 @@ def _check(model: ReidModel, path: Path, output: str, modality: str, descriptor:
     check_choice("modality", modality, MODALITIES)
     check_choice("descriptor", descriptor, model.descriptors)
     check_choice("ending", path.suffix, FORMATS)
+    check_target(path)
     for module in FORMATS[path.suffix]:
         require(module, "openvino" if module == "openvino" else "export")
     if output == "logits" and not model.num_classes:

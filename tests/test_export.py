@@ -190,7 +190,7 @@ def test_mistakes(model, tmp_path, monkeypatch):
     headless = deen_zoo.create_model("test_deen_resnet", num_classes=0)
     with pytest.raises(UserError, match="no classifier"):
         export_model(headless, tmp_path / "deen.onnx", modality="input", output="logits")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="there is no folder"):
         export_model(model, tmp_path / "absent" / "deen.pt2", modality="visible")
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(MissingExtraError, match=r"deen-zoo\[export\]"):

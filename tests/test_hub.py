@@ -215,13 +215,13 @@ def test_errors_of_access(hub, online, folder, sums):
     small = dict(backbone="resnet10t", backbone_args=dict(channels=(8, 8, 8, 8)))
     online.run("import os; os.environ.pop('HF_TOKEN', None)")
     refused(
-        online, load(name, **small), "no lab/deen_resnet50_sysu", "YYDS",
+        online, load(name, **small), "lab/deen_resnet50_sysu was not found", "YYDS",
         "deen-zoo reproduce", "deen-zoo convert", "DEEN_ZOO_HUB_ORG", "hf auth login",
     )  # fmt: skip
     hub.add("lab/private", folder, private=True)
     hub.add("lab/gated", folder, gated=True)
     hub.add("lab/open", folder)
-    refused(online, load("hf-hub:lab/private"), "no lab/private", "private, log in", "HF_TOKEN")
+    refused(online, load("hf-hub:lab/private"), "lab/private was", "private, log in", "HF_TOKEN")
     refused(online, load("hf-hub:lab/gated"), "is gated: ask for access on", "hf auth login")
     refused(online, load("hf-hub:lab/open@v9"), "no revision 'v9'", "/lab/open/tree/main")
     refused(online, load("hf-hub:lab/op en"), "give ORG/NAME or ORG/NAME@REVISION")
