@@ -109,7 +109,7 @@ def publish(
         )
     left_out = {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, RESULTS, CARD}
     config = model_config(model, digest)
-    config["pretrained_cfg"]["license"] = draft.data.license
+    config["pretrained_cfg"]["license"] = draft.data.to_dict()["license"]
 
     def texts(tag: str) -> dict[str, bytes]:
         written = {

@@ -131,7 +131,7 @@ class ReidModel(nn.Module):
         if not 0 <= drop_rate < 1:
             raise ValueError(f"drop_rate must be in [0, 1): got {drop_rate!r}")
         self.drop_rate = drop_rate
-        self.head_drop = nn.Dropout(drop_rate)
+        self.head_drop: nn.Module = nn.Dropout(drop_rate)
         if modality not in (None, *MODALITIES):
             raise ValueError(f"modality must be 'visible', 'infrared' or None: got {modality!r}")
         self.in_chans = in_chans
