@@ -93,7 +93,7 @@ def publish(
     try:  # the card, too, before anything is created
         content = _without_paths(content)
         found = measured(content, digest)
-        draft = card(model, content, found, repo, tag or "v1", digest)
+        draft: Any = card(model, content, found, repo, tag or "v1", digest)
     except UserError:
         raise
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
@@ -109,7 +109,7 @@ def publish(
         )
     left_out = {path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, RESULTS, CARD}
     config = model_config(model, digest)
-    config["pretrained_cfg"]["license"] = draft.data.to_dict()["license"]
+    config["pretrained_cfg"]["license"] = draft.data.license
 
     def texts(tag: str) -> dict[str, bytes]:
         written = {
