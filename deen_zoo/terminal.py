@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -159,14 +160,21 @@ class _Safe:
 @contextlib.contextmanager
 def safe_streams() -> Iterator[None]:
     """Within the block stdout and stderr print any name: control characters and characters that
-    their encoding lacks appear as escapes.
+    their encoding lacks appear as escapes. A warning is one line, without its place in the code.
     """
     before = sys.stdout, sys.stderr
+    format_before = warnings.formatwarning
     for stream in before:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = (s and _Safe(s) for s in before)
+    warnings.formatwarning = _format_warning
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+        warnings.formatwarning = format_before
+
+
+def _format_warning(message: Warning | str, *place: Any, **line: Any) -> str:
+    return f"warning: {one_line(str(message))}\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
@@ -21,6 +22,17 @@ def _tree(factory: pytest.TempPathFactory, layout: str, images: int, test: float
     root = factory.mktemp("synthetic") / layout
     synthesize(layout, root, 10, images_per_camera=images, test_fraction=test, workers=1)
     return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test sees the weights that the user has installed. OpenVINO's graphs are converted once
+    for all tests and workers."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEN_ZOO_HOME", str(folder / "home"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -447,7 +447,7 @@ def test_javascript(tables) -> None:
 
 
 def test_a_vector_database(tmp_path) -> None:
-    """Issue 16: the same first hits as the exact search, filtered by camera and time."""
+    """The same first hits as the exact search, filtered by camera and time."""
     pytest.importorskip("lancedb")
     example = example_of("search_in_a_database")
     found = example.main(["--output", str(tmp_path)])
@@ -457,7 +457,7 @@ def test_a_vector_database(tmp_path) -> None:
 
 @pytest.mark.parametrize("storage", ["a folder", "an object store"])
 def test_ray(storage, tmp_path, llcm_tree, monkeypatch) -> None:
-    """Issue 16: two actors give the extractor's rows; a killed actor loses nothing."""
+    """Two actors give the extractor's rows; a killed actor loses nothing."""
     pytest.importorskip("ray")
     folder, target, killed = llcm_tree / "test_nir", tmp_path / "rows", tmp_path / "killed"
     paths = sorted(map(str, folder.rglob("*.jpg")))

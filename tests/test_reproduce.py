@@ -409,11 +409,12 @@ def test_people_that_a_model_was_trained_on_are_not_scored(trees, tmp_path, caps
     assert main([*evaluation, "--trials", "1", "--output", str(tmp_path / "one")]) == 0
 
 
+@pytest.mark.parametrize("name", ["synthetic", "llcm"])
 @pytest.mark.parametrize(("seed", "known"), [(0, True), (1, False)])
-def test_the_shipped_weights_know_people_of_their_own_world(seed, known, tmp_path):
+def test_the_shipped_weights_know_people_of_their_own_world(name, seed, known, tmp_path):
     """People of seed 0 whom it was trained on were scored; another seed's are other people."""
     synthesize("llcm", tmp_path, 12, seed, images_per_camera=1, workers=1)
-    dataset = open_dataset("synthetic", tmp_path)
+    dataset = open_dataset(name, tmp_path)
     tested = {sample.identity for sample in dataset.test("visible")}
     trained_on = deen_zoo.create_model("test_deen_resnet", pretrained=True).trained_on
     assert trained_on["identities"] == len(trained_on["people"]) == 64

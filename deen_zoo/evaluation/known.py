@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..data.datasets import DATASETS
 from ..data.protocols import Label, as_label
 from ..data.reader import ReidDataset
 from ..errors import UserError
@@ -47,20 +48,23 @@ def refuse_known_people(
     """
     own: Any = trained_on.get("split")
     digest = trained_on.get("identities_sha256")
-    if trained_on.get("dataset") != kind.name:
-        return
     tested = set(tested)
-    if digest == people_digest(tested):
-        raise UserError(f"{source} was trained on the people that it is to be scored on")
-    if dataset is not None and "people" in trained_on:
+    if dataset is not None and "people" in trained_on and dataset.world == trained_on.get("world"):
+        # Drawn people have the same names in every dataset of one layout.
+        drawn = DATASETS.get(str(trained_on.get("dataset")), kind)
         people: Any = trained_on["people"]
         names = set(map(str, people if isinstance(people, list) else ()))
         known = {identity for identity in tested if str(as_label(identity)) in names}
-        if known and dataset.world == trained_on.get("world"):
+        if known and (kind.layout or kind.name) == (drawn.layout or drawn.name):
             raise UserError(
                 f"{source} was trained on {len(known)} of the {len(tested)} people that it is to "
                 f"be scored on: evaluate it on other people than those of {dataset.root}"
             )
+    if trained_on.get("dataset") != kind.name:
+        return
+    if digest == people_digest(tested):
+        raise UserError(f"{source} was trained on the people that it is to be scored on")
+    if "people" in trained_on and dataset is not None:
         return
     if own is None and len(kind.splits) > 1:
         raise UserError(
