@@ -81,7 +81,8 @@ def fit(model: ReidModel, samples: list[Sample], output: Path, args: argparse.Na
         mean=config["mean"], std=config["std"],
     )  # fmt: skip
     size = config["input_size"][1:]
-    batch = data.identities_per_batch, data.images_per_modality
+    people = len({sample.identity for sample in samples})
+    batch = min(data.identities_per_batch, people), data.images_per_modality
     loader = TrainLoader(samples, size, transform, *batch, threads=2)
     world = Distributed(choose_device())
     model.to(world.device).to(memory_format=torch.channels_last)

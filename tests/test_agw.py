@@ -322,17 +322,11 @@ def test_schedule_and_batches_are_the_references(recipe, views):
     assert recipe.model.arguments.get("flip", False) is (views == 2)
 
 
-@pytest.mark.parametrize("recipe", ["agw-synthetic", "caj-synthetic"])
+@pytest.mark.parametrize("recipe", ["agw", "caj", "agw-synthetic", "caj-synthetic"])
 def test_reproduce_trains_and_evaluates(recipe, llcm_tree, tmp_path, capsys):
-    arguments = [
-        "reproduce",
-        "llcm",
-        "--data-root",
-        str(llcm_tree),
-        "--output",
-        str(tmp_path / "run"),
-    ]
-    arguments += ["--model", TINY, "--recipe", recipe, "--scratch", "--epochs", "1"]
+    """On drawn people by each recipe as it is, but for fewer identities a batch."""
+    arguments = ["reproduce", "synthetic", "--data-root", str(llcm_tree), "--model", TINY]
+    arguments += ["--recipe", recipe, "--output", str(tmp_path / "run"), "--epochs", "1"]
     arguments += ["--set", "data.identities_per_batch=3", "--protocols", "llcm-ir2vis"]
     assert main(arguments) == 0, capsys.readouterr().err
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -429,6 +423,7 @@ def test_erasing_is_of_each_view_and_of_cifars_mean():
 @pytest.mark.parametrize(("folder", "tag"), [("", "agw"), ("ICCV21_CAJ", "caj")])
 def test_both_programs_give_the_same_table(folder, tag, sysu_tree, tmp_path, monkeypatch, capsys):
     """A few steps of AGW's and CAJ's training on a drawn tree; rank-1, mAP and mINP to 1e-9."""
+    monkeypatch.setenv("DEEN_ZOO_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(Image, "ANTIALIAS", Image.Resampling.LANCZOS, raising=False)
     manager, metrics = agw("data_manager", folder), agw("eval_metrics", folder)
     root, data = str(sysu_tree), agw("data_loader", folder)
@@ -464,13 +459,15 @@ def test_both_programs_give_the_same_table(folder, tag, sysu_tree, tmp_path, mon
             cmc, m_ap, m_inp = metrics.eval_sysu(-similarity, *labels, max_rank=1)
             theirs.append((float(cmc[0]), float(m_ap), float(m_inp)))
 
-    assert main(["convert", str(file), str(tmp_path / "weights"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["source"] == tag
-    config = json.loads((tmp_path / "weights" / "config.json").read_text())
+    assert main(["convert", str(file), "--install", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["source"], report["model"]) == (tag, "agw_resnet50_sysu")
+    place = Path(report["folder"], "config.json")
+    config = json.loads(place.read_text())
     config["pretrained_cfg"]["input_size"] = [3, *small]  # of both programs, to save time
-    (tmp_path / "weights" / "config.json").write_text(json.dumps(config))
+    place.write_text(json.dumps(config))
     arguments = ["reproduce", "sysu", "--data-root", root, "--output", str(tmp_path / "run")]
-    arguments += ["--eval-only", str(tmp_path / "weights"), "--protocols", "sysu-all"]
+    arguments += ["--eval-only", f"agw_resnet50_sysu.{tag}", "--protocols", "sysu-all"]
     assert main([*arguments, "--precision", "float32"]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())["protocols"]["sysu-all"]
     # Its CMC is in float32.

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from PIL import Image
 import deen_zoo
 from deen_zoo.data.images import open_image
 from deen_zoo.export import export_model
-from deen_zoo.features import read_feature_table, write_feature_table
+from deen_zoo.features import FeatureTable, read_feature_table, write_feature_table
 from deen_zoo.search import search
 
 pytestmark = pytest.mark.slow
@@ -280,9 +281,20 @@ def pictures(crops, tmp_path_factory) -> Path:
     return root
 
 
+def sort_by_class(crops: list[str], classes: list[int], root: Path) -> str:
+    """ImageNet's layout with a crop in the folder of each class; the file of all 64 names."""
+    for path, label in zip(crops, classes, strict=True):
+        (root / str(label)).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, root / str(label))
+    names = root.parent / "names.txt"
+    names.write_text("".join(f"{i}\n" for i in range(64)))
+    return str(names)
+
+
 @pytest.mark.skipif(not TIMM, reason="TIMM_CHECKOUT names no checkout of timm")
 @pytest.mark.parametrize(
-    "name", ["train.py", "validate.py", "inference.py", "benchmark.py", "onnx_export.py"]
+    "name",
+    ["train.py", "validate.py", "inference.py", "benchmark.py", "profile", "onnx_export.py"],
 )
 def test_timm_scripts(name, model, pictures, crops, tmp_path) -> None:
     """C1, C5: timm's own scripts, unedited, from its checkout (the wheel has none of them)."""
@@ -303,6 +315,12 @@ def test_timm_scripts(name, model, pictures, crops, tmp_path) -> None:
         result = json.loads(out.partition("--result")[2])
         assert result["infer_samples_per_sec"] > 0
         return
+    if name == "profile":
+        pytest.importorskip("fvcore")
+        out = timm_script("benchmark.py", f"{common} --bench profile {infrared}", tmp_path)
+        result = json.loads(out.partition("--result")[2])
+        assert result["infer_gmacs"] == pytest.approx(convolutions(model) / 1e9, rel=0.2)
+        return
     if name == "onnx_export.py":
         onnxruntime = pytest.importorskip("onnxruntime")
         folder = deen_zoo.save_pretrained(model, tmp_path / "folder")
@@ -316,13 +334,21 @@ def test_timm_scripts(name, model, pictures, crops, tmp_path) -> None:
         return
     with torch.inference_mode():
         wanted = model(torch.stack([to_pixels(path) for path in crops]), "infrared")
-    data = f"{pictures}/validation {common} -j 0 --num-classes 64 --pretrained {infrared}"
+    settings = f"{common} -j 0 --num-classes 64 --pretrained {infrared}"
     if name == "validate.py":
-        out = timm_script(name, f"{data} --results-file out.json --results-format json", tmp_path)
+        classes = wanted.argmax(1).tolist()
+        with torch.inference_mode():
+            other = model(torch.stack([to_pixels(path) for path in crops]), "visible")
+        assert other.argmax(1).tolist() != classes  # the other stem is noticed
+        classes[0] = (classes[0] + 1) % 64  # five of six are right
+        names = sort_by_class(crops, classes, tmp_path / "sorted")
+        results = "--results-file out.json --results-format json"
+        command = f"{tmp_path}/sorted {settings} --class-map {names} {results}"
+        timm_script(name, command, tmp_path)
         result = json.loads((tmp_path / "out.json").read_text())
-        right = (wanted.argmax(1) == torch.arange(len(crops)) % 2).float().mean()
-        assert result["top1"] == pytest.approx(100 * float(right), abs=0.01)
+        assert result["top1"] == pytest.approx(100 * 5 / 6, abs=0.01)
         return
+    data = f"{pictures}/validation {settings}"
     results = "--include-index --results-file out --results-format json --results-dir ."
     timm_script(name, f"{data} {results}", tmp_path)
     found = json.loads((tmp_path / "out.json").read_text())
@@ -330,6 +356,32 @@ def test_timm_scripts(name, model, pictures, crops, tmp_path) -> None:
     for file, row in found.items():
         i = int(Path(file).stem.removeprefix("validation"))
         assert row["index"] == int(wanted[i].argmax())
+
+
+def convolutions(model: torch.nn.Module) -> int:
+    """Multiplications of an image's convolutions, counted where they are computed."""
+    counts: list[int] = []
+
+    def note(module: torch.nn.Conv2d, inputs: object, out: torch.Tensor) -> None:
+        counts.append(out.numel() * module.weight[0].numel())
+
+    hooks = [m.register_forward_hook(note) for m in model.modules() if type(m) is torch.nn.Conv2d]
+    with torch.inference_mode():
+        model(torch.zeros(1, 3, 128, 64), "infrared")
+    for hook in hooks:
+        hook.remove()
+    return sum(counts)
+
+
+def test_fvcore(model, images) -> None:
+    """C1: it traces; the convolutions that it counts are those that are computed."""
+    pytest.importorskip("fvcore")
+    from fvcore.nn import FlopCountAnalysis
+
+    describe = model.for_modality("infrared", flip=False)
+    one, four = (FlopCountAnalysis(describe, images[:n]) for n in (1, 4))
+    assert one.by_operator()["conv"] == convolutions(model)
+    assert four.total() == pytest.approx(4 * one.total(), rel=0.01)
 
 
 # what a model looks at
@@ -403,8 +455,11 @@ def test_duckdb(tables) -> None:
     """).fetchall()
     queries = read_feature_table(infrared).paths
     assert dict(found) == dict(zip(queries, (first for (first,) in wanted), strict=True))
-    cameras = duckdb.sql(f"SELECT DISTINCT camera FROM '{visible}' WHERE camera < 4").fetchall()
-    assert cameras and all(camera < 4 for (camera,) in cameras)
+    table = read_feature_table(visible)
+    arrow = table.to_arrow()  # which SQL reads by this name
+    some = FeatureTable.from_arrow(duckdb.sql("FROM arrow WHERE camera < 4").to_arrow_table())
+    check_equal(some, table.select(table.label("camera") < 4))
+    assert 0 < len(some) < len(arrow)
 
 
 @pytest.mark.parametrize("client", ["polars", "pandas"])
@@ -418,6 +473,16 @@ def test_data_frames(client, tables) -> None:
     np.testing.assert_array_equal(features, table.features.numpy())
     assert list(frame["path"]) == table.paths and set(frame["modality"]) == {"visible"}
     assert list(frame["identity"]) == table.label("identity").tolist()
+    pa = pytest.importorskip("pyarrow")
+    arrow = frame.to_arrow() if client == "polars" else pa.Table.from_pandas(frame)
+    check_equal(FeatureTable.from_arrow(arrow), table)
+
+
+def check_equal(got: FeatureTable, wanted: FeatureTable) -> None:
+    assert torch.equal(got.features, wanted.features) and got.paths == wanted.paths
+    assert {name: values.tolist() for name, values in got.labels.items()} == {
+        name: values.tolist() for name, values in wanted.labels.items()
+    }
 
 
 def test_javascript(tables) -> None:
@@ -434,7 +499,7 @@ def test_javascript(tables) -> None:
         const rows = new Float32Array(buffer, start + from, n * d);
         const [a, b] = header.identity.data_offsets;
         const people = new BigInt64Array(buffer, start + a, n);
-        let sum = 0; for (const x of rows.subarray(0, d)) sum += x * x;
+        let sum = 0; for (const x of rows) sum += x * x;
         console.log(JSON.stringify([n, d, sum, Array.from(people, Number)]));
     """
     file = tables[0].with_suffix(".safetensors")
@@ -442,17 +507,27 @@ def test_javascript(tables) -> None:
     assert done.returncode == 0, done.stderr
     n, d, norm, people = json.loads(done.stdout)
     table = read_feature_table(file)
-    assert [n, d] == list(table.features.shape) and norm == pytest.approx(1, abs=1e-5)
+    assert [n, d] == list(table.features.shape) and norm == pytest.approx(n, rel=1e-5)
     assert people == table.label("identity").tolist()
 
 
 def test_a_vector_database(tmp_path) -> None:
     """The same first hits as the exact search, filtered by camera and time."""
     pytest.importorskip("lancedb")
+    pq = pytest.importorskip("pyarrow.parquet")
     example = example_of("search_in_a_database")
-    found = example.main(["--output", str(tmp_path)])
+    files = example.draw_people(str(tmp_path))
+    where = "camera <= 4 and time > 600"
+    found = example.main(["--gallery", files[0], "--query", files[1], "--where", where])
     assert found.database == found.exact and len(found.exact) > 4
-    assert set(found.filtered_cameras) == {found.camera}
+    gallery, queries = (pq.read_table(file) for file in files)
+    camera, time = (gallery[name].to_numpy() for name in ("camera", "time"))
+    rows, query = np.stack(gallery["features"].to_numpy()), queries["features"][0].as_py()
+    scores = np.where((camera <= 4) & (time > 600), rows @ query, -np.inf)
+    wanted = [gallery["path"][i].as_py() for i in np.argsort(-scores, kind="stable")[:5]]
+    assert [hit["path"] for hit in found.filtered] == wanted and np.isfinite(scores).sum() > 5
+    plain = example.main(["--gallery", files[0], "--query", files[1]])
+    assert [hit["path"] for hit in plain.filtered] != wanted  # the filter does something
 
 
 @pytest.mark.parametrize("storage", ["a folder", "an object store"])
@@ -462,13 +537,18 @@ def test_ray(storage, tmp_path, llcm_tree, monkeypatch) -> None:
     folder, target, killed = llcm_tree / "test_nir", tmp_path / "rows", tmp_path / "killed"
     paths = sorted(map(str, folder.rglob("*.jpg")))
     with contextlib.ExitStack() as stack:
-        source, prefix = str(folder), ""
+        source, prefix, output = str(folder), "", str(target)
         if storage == "an object store":
-            source, prefix = stack.enter_context(stored(paths, monkeypatch)), "crops"
+            source, client = stack.enter_context(stored(paths, monkeypatch))
+            prefix, output = "crops", "s3://crops/rows"
         command = [sys.executable, str(ROOT / "examples/extract_with_ray.py"), source, "--modality"]
-        command += ["infrared", "--output", str(target), "--kill-one", str(killed)]
+        command += ["infrared", "--output", output, "--kill-one", str(killed)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=1000)
-    assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, done.stderr[-2000:]
+        if storage == "an object store":
+            target.mkdir()
+            for item in client.list_objects_v2(Bucket="crops", Prefix="rows/")["Contents"]:
+                client.download_file("crops", item["Key"], target / Path(item["Key"]).name)
     assert killed.exists() and f"{len(paths)} rows" in done.stdout
     table = read_feature_table(*target.glob("*.parquet"))  # which refuses an image that comes twice
     assert sorted(table.paths) == [prefix + path for path in paths]
@@ -479,8 +559,8 @@ def test_ray(storage, tmp_path, llcm_tree, monkeypatch) -> None:
 
 
 @contextlib.contextmanager
-def stored(paths: list[str], monkeypatch) -> Iterator[str]:
-    """The files in a server that speaks S3's protocol: where they are."""
+def stored(paths: list[str], monkeypatch) -> Iterator[tuple[str, Any]]:
+    """The files in a server that speaks S3's protocol: where they are, and a client of it."""
     boto3 = pytest.importorskip("boto3")
     server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
@@ -496,7 +576,7 @@ def stored(paths: list[str], monkeypatch) -> Iterator[str]:
         client.create_bucket(Bucket="crops")
         for path in paths:
             client.upload_file(path, "crops", path[1:])
-        yield "s3://crops" + os.path.commonpath(paths)
+        yield "s3://crops" + os.path.commonpath(paths), client
     finally:
         server.stop()
 

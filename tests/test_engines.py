@@ -213,8 +213,12 @@ def test_nothing_is_written_below_the_bound(llcm_tree, tmp_path, monkeypatch):
     samples = dataset.test("visible") + dataset.test("infrared")
     with pytest.raises(UserError, match="int8 keeps the first hit"):
         quantize("test_deen_resnet", samples, tmp_path / "out", 8, same_first_hit=1.01)
-    with pytest.raises(UserError, match="at least 4"):
-        quantize("test_deen_resnet", samples[:1], tmp_path / "out")
+    for few in (samples[:1], []):  # C13: an empty calibration was a traceback
+        with pytest.raises(UserError, match="at least 4"):
+            quantize("test_deen_resnet", few, tmp_path / "out")
+    for no_samples in (torch.zeros(8, 3, 128, 64), [samples[0].path]):
+        with pytest.raises(UserError, match="Sample"):
+            quantize("test_deen_resnet", no_samples, tmp_path / "out")
     assert not list(Path(tmp_path).iterdir())
 
 

@@ -147,25 +147,17 @@ def test_full_size(tmp_path):
     assert max(report.differences.values()) < 1e-4
 
 
-def test_wrong_numbers_are_not_written(model, tmp_path, monkeypatch):
-    honest = export.WRITERS[".pt"]
+@pytest.mark.parametrize("suffix", sorted(export.FORMATS))
+@pytest.mark.parametrize("error", [0.001, np.nan])
+def test_wrong_numbers_are_not_written(suffix, error, model, tmp_path, monkeypatch):
+    def broken(function, example, path, *rest):
+        path.write_bytes(b"wrong")
+        return lambda x: function(**x) + (error if len(x["images"]) == 7 else 0)
 
-    def broken(*args):
-        run = honest(*args)
-        return lambda inputs: run(inputs) + (0.001 if len(inputs["images"]) == 7 else 0)
-
-    monkeypatch.setitem(export.WRITERS, ".pt", broken)
-    with pytest.raises(UserError, match=r"not written.* 1\.0e-03 \(batch of 7"):
-        export_model(model, tmp_path / "deen.pt", modality="visible")
+    monkeypatch.setitem(export.WRITERS, suffix, broken)
+    with pytest.raises(UserError, match=r"not written.*batch of 7"):
+        export_model(model, tmp_path / f"deen{suffix}", modality="visible")
     assert not list(tmp_path.iterdir())
-
-    def nan(*args):
-        run = honest(*args)
-        return lambda inputs: run(inputs) * np.nan
-
-    monkeypatch.setitem(export.WRITERS, ".pt", nan)
-    with pytest.raises(UserError, match="not written"):
-        export_model(model, tmp_path / "deen.pt", modality="visible")
 
 
 def test_mistakes(model, tmp_path, monkeypatch):
@@ -197,5 +189,13 @@ def test_command(model, tmp_path, capsys):
     assert set(report["differences"]) == {"1 infrared", "7 infrared"}
     assert main(["export", str(folder), str(tmp_path / "deen.txt"), "--modality=visible"]) == 2
     assert ".onnx" in capsys.readouterr().err
-    assert main(["export", str(folder), str(target), "--modality", "visible"]) == 0
-    assert "visible only" in capsys.readouterr().out
+    x, _ = batch(model, 3)
+    for options, change in (([], {}), (["--raw", "--no-flip"], {"flip": False, "normalize": False}),
+                            (["--no-normalize"], {"normalize": False})):  # fmt: skip
+        command = ["export", str(folder), str(target), "--modality", "visible", *options]
+        assert main(command) == 0
+        assert "visible only" in capsys.readouterr().out
+        with torch.no_grad():
+            wanted = model.for_modality("visible", **change)(x)
+        got = torch.export.load(target).module()(images=x)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import hypothesis.extra.numpy
 import numpy as np
@@ -12,9 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from deen_zoo.cli import main
 from deen_zoo.data import Sample
 from deen_zoo.errors import UserError
 from deen_zoo.features.files import (
@@ -396,6 +400,55 @@ def test_arrays_of_any_kind_are_read_or_one_line(tmp_path_factory, arrays):
         assert len(read_feature_table(file)) >= 0
     except UserError as error:
         assert str(file) in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.slow
+def test_parquet_from_images_to_every_reader(llcm_tree, tmp_path, capsys):
+    """Issue 16: what ``extract`` writes, ``search``, ``evaluate`` and ``visualize`` read."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    answers = []
+    for suffix in ("safetensors", "parquet"):
+        file, picture = str(tmp_path / f"f.{suffix}"), tmp_path / f"{suffix}.png"
+        extract = ["extract", str(llcm_tree), "--layout", "llcm", "--model", "test_deen_resnet"]
+        assert main([*extract, "-o", file]) == 0
+        said = []
+        for words in (
+            ["search", "--query", file, "--gallery", file, "-k", "3"],
+            ["evaluate", file, "--protocol", "llcm-ir2vis"],
+        ):
+            capsys.readouterr()
+            assert main([*words, "--json"]) == 0
+            said.append(json.loads(capsys.readouterr().out))
+        assert main(["visualize", "similarities", file, "-o", str(picture)]) == 0
+        answers.append([*said, np.asarray(Image.open(picture)).tolist()])
+    assert answers[0] == answers[1]
+    schema = parquet.read_schema(tmp_path / "f.parquet")  # without this package
+    made = read_feature_table(tmp_path / "f.safetensors")
+    assert schema.field("features").type == pa.list_(pa.float32(), made.features.shape[1])
+    assert json.loads(schema.metadata[b"provenance"]) == made.provenance
+    assert {"weights_sha256", "preprocessing", "descriptor", "flip"} <= set(made.provenance)
+
+
+def test_bytes_per_row_are_those_of_the_docs(tmp_path):
+    """The table of docs/clients.md, to 3 %: paths of 29 characters, rows of length 1."""
+    pytest.importorskip("pyarrow")
+    page = (Path(__file__).parents[1] / "docs/clients.md").read_text(encoding="utf-8")
+    claims = re.findall(
+        r"^\| ([\d,]+) numbers.*?, (float\d+) \| ([\d,]+) \| ([\d,]+) \|", page, re.M
+    )
+    assert len(claims) == 5
+    for numbers, dtype, *bytes_ in claims:
+        width = int(numbers.replace(",", ""))
+        count = 2**20 // width
+        rows = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
+        rows = torch.nn.functional.normalize(rows).to(getattr(torch, dtype))
+        paths = [f"/data/gallery/cam1/{i:06}.jpg" for i in range(count)]
+        for suffix, claim in zip(("safetensors", "parquet"), bytes_, strict=True):
+            file = tmp_path / f"f.{suffix}"
+            write_feature_table(file, [FeatureTable("x", rows, paths, {})])
+            size = file.stat().st_size / count
+            assert size == pytest.approx(int(claim.replace(",", "")), rel=0.03), (numbers, suffix)
 
 
 def test_arrow(tmp_path):

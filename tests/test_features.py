@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -384,7 +385,8 @@ def test_identities_may_be_words(files, extractor, tmp_path):
         Sample(str(files[1]), 7, 1, "infrared"),
         Sample(str(files[2]), -1, -1, "infrared"),
     ]
-    for name in ("f.safetensors", "f.npz"):
+    parquet = ["f.parquet"] * bool(importlib.util.find_spec("pyarrow"))
+    for name in ("f.safetensors", "f.npz", *parquet):
         table = extractor.write(samples, tmp_path / name, shard=2)
         assert table.labels["identity"].tolist() == ["ann", "7", ""]
         assert table.labels["camera"].tolist() == ["roof", "1", ""]

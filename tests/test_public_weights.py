@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from torchvision import transforms
 
 import deen_zoo
 from deen_zoo.cli import main
+from deen_zoo.io import sha256
 from deen_zoo.models.catalog import weights_home
 from deen_zoo.models.convert import SOURCES
 from deen_zoo.synthetic import synthesize
@@ -45,40 +49,55 @@ def public_file(path, key):
     return name
 
 
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+SECTION = README.split("\n## Weights of real people\n")[1].split("\n## ")[0]
+# The words of the README that differ for another family: the file, the model.
+FILE, NAME = "sysu_deen_p4_n4_lr_0.1_seed_0_best.t", "deen_resnet50_sysu"
+FILES = {"yyds": FILE, "agw": "sysu_agw_p4_n8_lr_0.1_seed_0_best.t"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("key", ["yyds llcm", "agw sysu"])
-def test_two_commands_to_a_picture_and_a_table(key, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("key", ["yyds sysu", "agw sysu"])
+def test_the_readmes_words_lead_to_a_picture_and_a_table(key, tmp_path, monkeypatch, capsys):
+    """Every block of its section on weights, in order, with a made file and a drawn tree."""
     monkeypatch.setenv("DEEN_ZOO_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
     tag, dataset = key.split()
     tree = tmp_path / dataset  # of few images: these networks and images are of full size
     synthesize(dataset, tree, 5, images_per_camera=1, test_fraction=0.4, workers=1)
-    file = tmp_path / f"{dataset}_{tag}_best.t"
-    name = public_file(file, key)
+    name = public_file(tmp_path / FILES[tag], key)
+    for folder, camera, count in (("night", "cam3", 2), ("day", "cam1", 6)):
+        Path(folder).mkdir()
+        for i, path in enumerate(sorted((tree / camera).rglob("*.jpg"))[:count]):
+            shutil.copy(path, Path(folder, f"{i}.jpg"))
 
-    assert main(["convert", str(file), "--install"]) == 0
+    done: list[str] = []
+    for kind, block in re.findall(r"^```(sh|python)\n(.*?)^```", SECTION, re.M | re.S):
+        block = block.replace(FILE, FILES[tag]).replace(NAME, name)
+        block = block.replace("/data/SYSU-MM01", str(tree))
+        if kind == "python" and name in block:
+            found: dict[str, object] = {}
+            exec(compile(block, "README.md", "exec"), found)
+            assert found["model"].trained_on["source"] == tag
+        for line in block.splitlines() if kind == "sh" else ():
+            program, *words = shlex.split(line, comments=True)
+            assert program == "deen-zoo" and main(words) == 0, capsys.readouterr().err
+            done.append(words[0])
+    assert done == ["convert", "reproduce", "search"]
+
     capsys.readouterr()
     assert main(["weights", name, "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["weights"]
     assert [w["source"] for w in listed if w["installed"]] == [tag]
-
-    protocol = {"llcm": "llcm-ir2vis", "sysu": "sysu-all"}[dataset]
-    run = tmp_path / "run"
-    arguments = ["reproduce", dataset, "--data-root", str(tree), "--output", str(run)]
-    assert main([*arguments, "--eval-only", name, "--protocols", protocol]) == 0
-    results = json.loads((run / "results.json").read_text())
-    assert 0 <= results["protocols"][protocol]["mean"]["r1"] <= 1
-    report = (run / "report.md").read_text()
+    results = json.loads(Path("runs/sysu/results.json").read_text())
+    assert 0 <= results["protocols"]["sysu-all"]["mean"]["r1"] <= 1
+    (installed,) = weights_home().iterdir()
+    digest = sha256(installed / "model.safetensors")
+    assert results["models"][0]["last"]["sha256"] == digest  # it says which weights these are
+    report = Path("runs/sysu/report.md").read_text()
     descriptor = {"yyds": "image and mirrored image", "agw": "image alone"}[tag]
-    assert protocol in report and descriptor in report
-
-    sides = {"llcm": ("test_nir", "test_vis"), "sysu": ("cam3", "cam1")}[dataset]
-    night = sorted((tree / sides[0]).rglob("*.jpg"))[:2]
-    day = sorted((tree / sides[1]).rglob("*.jpg"))[:6]
-    picture = tmp_path / "ranking.png"
-    search = ["search", "--query", *map(str, night), "--query-modality", "infrared", "--gallery"]
-    search += [*map(str, day), "--gallery-modality", "visible", "--model", name, "-k", "3"]
-    assert main([*search, "-o", str(picture)]) == 0, capsys.readouterr().err
-    with Image.open(picture) as image:
+    assert "sysu-all" in report and descriptor in report and digest in report
+    with Image.open("people.png") as image:
         assert image.width > 100 and image.height > 100
 
 
@@ -97,7 +116,10 @@ def test_the_ten_splits_are_evaluated_in_one_command(tmp_path, monkeypatch, caps
                protocol, "--device", "cpu", "--eval-only"]  # fmt: skip
 
     def evaluated(source, output, *options):
+        capsys.readouterr()
         assert main([*command, source, "--output", str(tmp_path / output), *options]) == 0
+        printed = capsys.readouterr().out
+        assert "YYDS" in printed and "89.13" in printed and "difference" in printed
         return json.loads((tmp_path / output / "results.json").read_text())
 
     results = evaluated(f"{name}.yyds", "all")

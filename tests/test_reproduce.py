@@ -329,13 +329,16 @@ def test_results_never_lie_next_to_weights_of_which_they_say_nothing(
     assert read(output)["epochs"] == epochs + 1 and not mixture()
 
 
-def test_another_split_is_trained_when_a_run_is_resumed(tmp_path, monkeypatch):
+def test_another_split_is_trained_when_a_run_is_resumed(tmp_path, monkeypatch, capsys):
     """With --trials 2 --resume after --trials 1 it gave the results of split 1."""
     monkeypatch.setattr("deen_zoo.training.report._draw", lambda *_: None)
     tiny_trees.regdb(tmp_path / "regdb", 4, 2)
     command = ["reproduce", "regdb", "--data-root", str(tmp_path / "regdb"), *FAST, "--epochs", "1"]
     command += ["--protocols", "regdb-ir2vis", "--output", str(tmp_path)]
-    command += ["--set", "data.identities_per_batch=2", "--set", "data.images_per_modality=2"]
+    assert main([*command, "--trials", "1", "--output", str(tmp_path / "few")]) == 2
+    option = "--set data.identities_per_batch=2"
+    assert option in capsys.readouterr().err  # C9: the advice named no option
+    command += [*option.split(), "--set", "data.images_per_modality=2"]
     assert main([*command, "--trials", "1"]) == 0
     one, first = read(tmp_path), tmp_path / "trial-1" / "log.csv"
     before = first.read_bytes()

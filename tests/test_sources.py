@@ -22,7 +22,8 @@ from deen_zoo.errors import UserError
 from deen_zoo.models import catalog
 from deen_zoo.models.convert import SOURCES, convert, recognise
 
-from .reference import CHECKOUTS, OFFICIAL, agw, official_net, tvi_net, yyds_net
+from . import parity, seeded
+from .reference import CHECKOUTS, OFFICIAL, agw, needs, official_net, tvi_net, yyds_net
 
 GOLDEN = Path(__file__).with_name("golden") / "names.json.xz"
 NAMES = json.loads(lzma.decompress(GOLDEN.read_bytes())) if GOLDEN.exists() else {}
@@ -61,6 +62,14 @@ def test_recognised_by_names_and_shapes(key):
     assert (found.source.tag, found.model) == (tag, f"{FAMILIES[tag]}_resnet50_{dataset}")
     # AGW's files and CAJ's cannot be told apart by names: said, unless the file's name tells
     assert found.ambiguous == (("caj",) if tag == "agw" else ())
+
+
+@pytest.mark.parametrize(("dataset", "identities"), [("llcm", 713), ("regdb", 206)])
+def test_agw_files_of_other_datasets_are_told_by_the_classifier(dataset, identities):
+    """Nobody has published one, but AGW's and CAJ's training scripts write them."""
+    wide = torch.zeros(1).expand(identities, 2048)
+    found = recognise({**state_of("agw sysu"), "classifier.weight": wide})
+    assert found.model == f"agw_resnet50_{dataset}"
 
 
 def test_a_file_name_with_both_tags_does_not_tell():
@@ -195,6 +204,43 @@ def checkout_names() -> dict[str, dict[str, list[int]]]:
 )
 def test_committed_names_are_the_checkouts():
     assert checkout_names() == NAMES
+
+
+@needs("YYDS")
+def test_the_other_networks_of_yyds_are_refused():
+    with torch.device("meta"):
+        for mode in ("v1", "v2"):
+            state = yyds_net(395, "sysu", text_mode=mode).state_dict()
+            with pytest.raises(UserError, match=r"nearest is .*YYDS.*surplus: .*text") as error:
+                recognise(state, "sysu_deen_p4_n4_lr_0.1_seed_0_best.t")
+            assert "missing" not in str(error.value)
+
+
+@needs("YYDS")
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["llcm", "regdb"])
+@torch.no_grad()
+def test_yyds_network_gives_the_same_features_converted(dataset, tmp_path):
+    """Saved as by its training, under ``module.``; the features as in its test, to 1e-9."""
+    net = yyds_net(7, dataset)
+    seeded.fill(net, rename=SOURCES["yyds"].names(net.state_dict()))
+    state = {f"module.{name}": tensor for name, tensor in net.state_dict().items()}
+    torch.save({"net": state, "epoch": 1}, tmp_path / "best.t")
+    convert(tmp_path / "best.t", tmp_path / "w", f"deen_resnet50_{dataset}", "yyds")
+    model = deen_zoo.create_model(f"local-dir:{tmp_path / 'w'}", pretrained=True)
+    net.double().eval(), model.double().eval()
+    x = parity.images((128, 64))
+    for modal, modality in ((1, "visible"), (2, "infrared")):
+        outputs = [
+            net({"visible_image": view, "thermal_image": view}, modal)
+            for view in ((x, x.flip(3)) if dataset == "llcm" else (x, x))  # RegDB: no mirrored ones
+        ]
+        kinds = [[out[f"feat_{kind}_bn"] for out in outputs] for kind in ("before", "after")]
+        wanted = torch.cat([part for one, two in kinds for part in ((one + two) / 2).chunk(3)], 1)
+        got = model.forward_embedding(x, modality, flip=model.flip)
+        got = got / 2 if model.flip else got  # the sum and the mean rank alike
+        assert (got - wanted).abs().max() < 1e-9
+        assert (wanted[0] - wanted[1]).norm() > 0.01
 
 
 if __name__ == "__main__":

@@ -86,10 +86,12 @@ class IdentitySampler(Sampler[list[BatchSlot]]):
                 "or leave them out"
             )
         if len(visible) < self.p * world_size:
+            most = len(visible) // world_size
+            option = f" (--set data.identities_per_batch={most})" if most > 1 else ""
             raise UserError(
                 f"{len(visible)} identities, and a batch needs {self.p * world_size} distinct ones "
                 f"({self.p} in each of {world_size} processes): "
-                "use fewer identities per batch, or more data"
+                f"use fewer identities per batch{option}, or more data"
             )
         # images[modality][i]: the indices of the i-th identity's images
         self.images: list[list[NDArray[np.int64]]] = []

@@ -60,6 +60,11 @@ def quantize(
     ov = require("openvino", extra="openvino")
     check_least("images", images, BATCH)
     check_new_folder(output)
+    if strange := [s for s in samples if not isinstance(s, Sample)]:
+        raise UserError(
+            f"a {type(strange[0]).__name__} among the samples: give labelled ones, deen_zoo.data."
+            "Sample, as open_dataset(...).test(...) does"
+        )
     samples = [s._replace(identity=str(as_label(s.identity, "identity"))) for s in samples]
     people = [{str(s.identity) for s in samples if s.modality == kind} for kind in KINDS]
     both = sorted(people[0] & people[1])

@@ -384,6 +384,7 @@ class _Work:
                 model = self.load(source)
                 if not trained_here:
                     self.refuse_known(source, trial, model)
+                    end["sha256"] = end["sha256"] or _digest(model)
                 found = self.measure(source, model, trial)
             for result in found:
                 self.results[which].setdefault(result.protocol, []).append(result)
@@ -487,6 +488,12 @@ def _trained_on(source: str | Path, model: Any = None) -> dict[str, Any]:
     found = own.get("trained_on") if isinstance(own, dict) else None
     found = found or getattr(model, "trained_on", None)
     return found if isinstance(found, dict) else {}
+
+
+def _digest(model: Any) -> str | None:
+    """SHA-256 of the file that weights given by name, or of the Hub, were loaded from."""
+    file = (getattr(model, "pretrained_cfg", None) or {}).get("file")
+    return sha256(file) if file and Path(file).is_file() else None
 
 
 def _checkpoint(settings: Settings, trial: int) -> str:
