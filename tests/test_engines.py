@@ -180,6 +180,11 @@ def test_int8_from_quantize_to_extract(llcm_tree, tmp_path, capsys):
     assert "unlike" in capsys.readouterr().err or make.engine._warned
     with pytest.raises(UserError, match="quantized with flip True"):
         FeatureExtractor(folder, engine="openvino", precision="int8", flip=False)
+    evaluation = ["reproduce", "llcm", "--data-root", str(llcm_tree), "--eval-only", str(folder)]
+    evaluation += ["--engine", "openvino", "--precision", "int8", "--json"]
+    capsys.readouterr()
+    assert main([*evaluation, "--output", str(tmp_path / "run")]) == 0  # it was always refused
+    assert json.loads(capsys.readouterr().out)["precision"] == "int8"
 
 
 def test_calibration_images_are_scaled_as_in_training(tmp_path, monkeypatch):

@@ -36,9 +36,8 @@ from ..distributed import Distributed, join
 from ..errors import UserError, plural
 from ..evaluation import ProtocolResult, evaluate, images_of, merge_trials, published
 from ..evaluation.known import people_digest, refuse_known_people
-from ..evaluation.metrics import label_array
 from ..features.extractor import FeatureExtractor, data_config, extract, weights_sha256
-from ..features.files import FeatureTable
+from ..features.files import FeatureTable, label_column
 from ..io import exclusive, sha256
 from ..models import create_model
 from ..models.base import MODALITIES, NAMES, ReidModel
@@ -141,7 +140,9 @@ def _object(file: Path) -> dict[str, Any]:
 
 def check_early(settings: Settings) -> None:
     """Refuse what would be found only after hours of work."""
-    resolve_precision(choose_device(settings.device), settings.precision)
+    device = choose_device(settings.device)
+    if settings.engine == "torch":
+        resolve_precision(device, settings.precision)
     if settings.task:
         task_class(settings.task)
     for trial in settings.trials:
@@ -409,8 +410,8 @@ class _Work:
                 progress=self.world.main, **options,
             )(used)  # fmt: skip
         labels = {
-            "identity": label_array([sample.identity for sample in used]),
-            "camera": label_array([sample.camera for sample in used]),
+            "identity": label_column([sample.identity for sample in used]),
+            "camera": label_column([sample.camera for sample in used]),
             "infrared": np.array([sample.modality == "infrared" for sample in used]),
         }
         paths = [sample.path for sample in used]
