@@ -619,7 +619,7 @@ def _provenance(settings: Settings, world: Distributed) -> dict[str, Any]:
 
 def _code(settings: Settings) -> dict[str, str]:
     """SHA-256 of the files of one's own model and task: what they do may change between runs."""
-    found = {}
+    found: dict[str, str] = {}
     for option, name in (("--model", settings.model), ("--task", settings.task)):
         if name and ":" in name:
             load_object(name, option)
