@@ -18,9 +18,11 @@ torch.set_num_threads(1)
 keep_freed_memory()  # as every command does
 
 
-def _tree(factory: pytest.TempPathFactory, layout: str, images: int, test: float) -> Path:
+def _tree(
+    factory: pytest.TempPathFactory, layout: str, images: int, test: float, seed: int = 0
+) -> Path:
     root = factory.mktemp("synthetic") / layout
-    synthesize(layout, root, 10, images_per_camera=images, test_fraction=test, workers=1)
+    synthesize(layout, root, 10, seed, images_per_camera=images, test_fraction=test, workers=1)
     return root
 
 
@@ -51,3 +53,9 @@ def regdb_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llcm_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten people, four of them to test on; 2 images in each camera that sees them. Read only."""
     return _tree(tmp_path_factory, "llcm", 2, 0.4)
+
+
+@pytest.fixture(scope="session")
+def strangers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree as ``llcm_tree``, of people whom the shipped weights were not trained on."""
+    return _tree(tmp_path_factory, "llcm", 2, 0.4, seed=1)

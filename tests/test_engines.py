@@ -155,7 +155,7 @@ def test_int8_graphs_of_another_network_or_normalisation_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_int8_from_quantize_to_extract(llcm_tree, tmp_path, capsys):
+def test_int8_from_quantize_to_extract(llcm_tree, strangers, tmp_path, capsys):
     pytest.importorskip("nncf")
     folder = tmp_path / "int8"
     arguments = ["quantize", "test_deen_resnet", str(llcm_tree), str(folder), "--layout", "llcm"]
@@ -180,7 +180,7 @@ def test_int8_from_quantize_to_extract(llcm_tree, tmp_path, capsys):
     assert "unlike" in capsys.readouterr().err or make.engine._warned
     with pytest.raises(UserError, match="quantized with flip True"):
         FeatureExtractor(folder, engine="openvino", precision="int8", flip=False)
-    evaluation = ["reproduce", "llcm", "--data-root", str(llcm_tree), "--eval-only", str(folder)]
+    evaluation = ["reproduce", "llcm", "--data-root", str(strangers), "--eval-only", str(folder)]
     evaluation += ["--engine", "openvino", "--precision", "int8", "--json"]
     capsys.readouterr()
     assert main([*evaluation, "--output", str(tmp_path / "run")]) == 0  # it was always refused

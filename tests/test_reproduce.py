@@ -781,9 +781,9 @@ def test_images_that_no_trial_draws_are_not_computed(sysu_tree, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_openvino_evaluates_the_same(llcm_tree, tmp_path):
+def test_openvino_evaluates_the_same(strangers, tmp_path):
     pytest.importorskip("openvino")
-    command = ["reproduce", "llcm", "--data-root", str(llcm_tree), "--eval-only"]
+    command = ["reproduce", "llcm", "--data-root", str(strangers), "--eval-only"]
     command += ["test_deen_resnet", "--output"]
     found = []
     for engine in ("torch", "openvino"):
