@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
@@ -311,14 +314,25 @@ def read_permutations(root: str | os.PathLike[str]) -> Permutations:
             f"{path}: there is no such file; take it from evaluation/data_split in "
             "github.com/wuancong/SYSU-MM01, or use the seeded draw"
         )
-    scipy_io = require("scipy.io", extra="mat")
+    require("scipy.io", extra="mat")
+    # In a process of its own, which a damaged file can end by a signal: scipy's reader crashes.
+    command = [sys.executable, "-c", _READ_MAT, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     try:
-        cameras = scipy_io.loadmat(path)["rand_perm_cam"].ravel()
         return {
-            (identity, camera): rows.tolist()
-            for camera, identities in enumerate(cameras, start=1)
-            for identity, rows in enumerate(identities.ravel(), start=1)
-            if rows.size
+            (identity, camera): rows
+            for camera, identities in enumerate(json.loads(done.stdout), start=1)
+            for identity, rows in enumerate(identities, start=1)
+            if any(rows)
         }
-    except Exception as error:  # scipy's reader has no class of its own for a file it can't read
-        raise UserError(f"{path}: not the authors' rand_perm_cam.mat ({error})") from error
+    except (ValueError, TypeError) as error:
+        reason = "".join(done.stderr.splitlines()[-1:]) or f"scipy ended with {done.returncode}"
+        raise UserError(f"{path}: not the authors' rand_perm_cam.mat ({reason})") from error
+
+
+_READ_MAT = """
+import json, sys
+from scipy.io import loadmat
+cameras = loadmat(sys.argv[1])["rand_perm_cam"].ravel()
+print(json.dumps([[rows.tolist() for rows in people.ravel()] for people in cameras]))
+"""
