@@ -69,11 +69,14 @@ def evaluate(
     numbers = trial_numbers(protocol, trials)
     rows = _as_tensor(features, samples)
     sides = trial_sides(samples, protocol, numbers, draw, shots, permutations)
+    # Once for all trials, which compare the same queries again and again.
+    used = sorted({i for pair in sides for side in pair for i in side})
+    _check_known([samples[i] for i in used], row.rule)
     done, pairs = [], []
     similarities = _similarities(rows, sides, rerank)
     for number, (queries, gallery), similarity in zip(numbers, sides, similarities, strict=True):
         sampled = [samples[i] for i in queries], [samples[i] for i in gallery]
-        labels = _labels(*sampled, row.rule)
+        labels = _labels(*sampled)
         done.append(Trial(number, *sampled, evaluate_ranking(similarity, *labels, row.rule)))
         if camera_pairs:
             pairs.append(_score_pairs(similarity, labels, row.rule))
@@ -119,12 +122,16 @@ def _as_tensor(features: Any, samples: Sequence[Sample]) -> Tensor:
     return rows
 
 
-def _labels(queries: Sequence[Sample], gallery: Sequence[Sample], rule: str) -> Labels:
-    """Identities of both sides, then cameras of both; those that the rule needs must be known."""
-    for sample in (*queries, *gallery):  # all unknown people would be one person
+def _check_known(samples: Sequence[Sample], rule: str) -> None:
+    """Refuse unknown identities, and cameras that the rule needs: all of them would be one."""
+    for sample in samples:
         for name in ("identity", "camera") if rule != "regdb" else ("identity",):
             if as_label(getattr(sample, name), name) == UNKNOWN:
                 raise UserError(f"{sample.path}: its {name} is not known: label it or leave it out")
+
+
+def _labels(queries: Sequence[Sample], gallery: Sequence[Sample]) -> Labels:
+    """Identities of both sides, then cameras of both."""
     q_ids, g_ids = (label_array([s.identity for s in side]) for side in (queries, gallery))
     q_cameras, g_cameras = (label_array([s.camera for s in side]) for side in (queries, gallery))
     return q_ids, g_ids, q_cameras, g_cameras
