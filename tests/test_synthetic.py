@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from deen_zoo.data import check_dataset, open_dataset
 from deen_zoo.errors import UserError
 from deen_zoo.io import reserved
 from deen_zoo.synthetic import LAYOUTS, Person, contact_sheet, picture, synthesize, tree
+from deen_zoo.synthetic.tree import _signals_wait
 
 DOCS = Path(__file__).parents[1] / "docs"
 NAMES = {
@@ -236,6 +238,24 @@ def test_an_interrupt_while_the_pool_starts_ends_everything(tmp_path: Path) -> N
         _, said = process.communicate(timeout=1000)
         assert process.returncode and said.rstrip().endswith("KeyboardInterrupt")
         assert group_is_gone(process.pid) and not (tmp_path / f"{n}").exists()
+
+
+def test_an_interrupt_that_another_thread_receives_waits_for_the_pool() -> None:
+    """A5: the system gives a signal to any thread, tqdm's monitor or NumPy's too."""
+    end, reached = threading.Event(), threading.Event()
+    other = threading.Thread(target=end.wait)
+    other.start()
+
+    def start() -> None:
+        with _signals_wait():
+            signal.pthread_kill(other.ident, signal.SIGINT)
+            time.sleep(0.2)
+            reached.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    end.set()
+    assert reached.is_set() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_two_processes_do_not_draw_the_same_tree(tmp_path: Path) -> None:

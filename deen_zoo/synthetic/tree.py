@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -161,23 +160,31 @@ def _map(work: partial[int], jobs: list[Job], workers: int) -> Iterable[int]:
 @contextmanager
 def _signals_wait() -> Iterator[None]:
     """Delay interrupts until the block ends: one that came while processes are started would leave
-    some of them behind, and the pool waiting for them."""
-    if sys.platform == "win32":  # has no such signals
+    some of them behind, and the pool waiting for them.
+
+    Not by blocking the signals, which is for this thread alone: the system may give a signal to
+    another one, tqdm's or NumPy's, and Python would raise here all the same.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Python raises in the main one
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    came: list[int] = []
+    before = {n: signal.getsignal(n) or signal.SIG_DFL for n in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number in before:
+            signal.signal(number, lambda number, frame: came.append(number))
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 def _begin_worker() -> None:
     """Leave interrupts to the main process, which stops the workers, and end when it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform != "win32":  # blocked in the process that started this one
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
