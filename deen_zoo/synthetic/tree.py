@@ -175,8 +175,8 @@ def _signals_wait() -> Iterator[None]:
             signal.signal(number, lambda number, frame: came.append(number))
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for held, handler in before.items():
+            signal.signal(held, handler)
         for number in came[:1]:
             signal.raise_signal(number)
 
