@@ -177,8 +177,8 @@ def _signals_wait() -> Iterator[None]:
     finally:
         for held, handler in before.items():
             signal.signal(held, handler)
-        for number in came[:1]:
-            signal.raise_signal(number)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _begin_worker() -> None:
