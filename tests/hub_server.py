@@ -284,7 +284,7 @@ class Client:
     """A process with ``deen_zoo`` and the real Hub client; it runs code and gives ``result``."""
 
     def __init__(self, home: Path, **environment: str):
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "DEEN_ZOO_"))}
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "DEEN_ZOO_HUB"))}
         env |= {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
         # Not the client's 10 seconds: the machine may be busy.

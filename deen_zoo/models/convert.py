@@ -279,7 +279,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # torch raises what its readers raise: struct.error, EOFError, ...
-        raise UserError(f"{path} is not a whole torch checkpoint: {brief(error)}") from error
+        raise UserError(
+            f"{path} is no torch checkpoint, or not all of one ({type(error).__name__}: "
+            f"{brief(error)}): give the file as its repository has it, such as best.t"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     wrappers = ("net", "state_dict", "model", "model_state_dict")
