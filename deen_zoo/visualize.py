@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from .data.images import open_image, resize
-from .errors import UserError
+from .errors import UserError, check_least
 from .features.files import FeatureTable, unknown
 from .features.sources import resolve_sources
 from .io import check_target, write_atomically
@@ -167,10 +167,10 @@ def sample_ranking(
     check_picture(file)
     infrared = table.label("infrared")
     rows, visible = np.flatnonzero(infrared), table.select(~infrared)
-    if not len(rows) or not len(visible) or queries < 1:
-        raise UserError(
-            f"{table.source}: a ranking needs images of both modalities and a query, not {queries}"
-        )
+    if not len(rows) or not len(visible):
+        lacking = "visible" if len(rows) else "infrared"
+        raise UserError(f"{table.source} has no {lacking} images: give a file with some as well")
+    check_least("queries", queries, 1)
     generator = torch.Generator().manual_seed(seed)
     chosen = rows[torch.randperm(len(rows), generator=generator)[:queries].numpy()]
     result = search(table.select(chosen), visible, k)

@@ -58,6 +58,18 @@ def test_json_equals_the_library(write, tmp_path, capsys):
     assert "llcm-ir2vis" in err
 
 
+def test_published_numbers_do_not_stand_next_to_those_of_drawn_people(tmp_path, capsys):
+    """Those of the paper stood below 71 per cent of people who are drawn."""
+    file = write_npz(tmp_path / "features.npz", paths=[str(tmp_path / path) for path in PATHS])
+    command = ["evaluate", str(file), "--protocol", "llcm-ir2vis"]
+    assert main(command) == 0
+    assert "DEEN" in capsys.readouterr().out
+    (tmp_path / "synthetic.json").write_text("{}")
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "DEEN" not in said and "drawn" in said
+
+
 def test_table_options_and_per_query(tmp_path, capsys):
     file, rows = write_npz(tmp_path / "features.npz"), tmp_path / "queries.csv"
     arguments = ["--protocol", "llcm-vis2ir", "--trials", "2", "--shots", "2", "--rerank"]

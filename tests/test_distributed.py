@@ -201,7 +201,8 @@ def command(dataset: str, root: Path, output: Path, per_batch: int, *more: str) 
     return [dataset, "--data-root", str(root), "--output", str(output), "--scratch",
             "--model", "test_deen_resnet", "--device", "cpu", "--threads", "1",
             "--set", f"data.identities_per_batch={per_batch}", "--set",
-            "data.images_per_modality=2", "--set", "model.args.drop_rate=0.0", *more]  # fmt: skip
+            "data.images_per_modality=2", "--set", "model.args.drop_rate=0.0",
+            "--set", "data.image_size=[64, 32]", *more]  # fmt: skip
 
 
 @pytest.mark.slow

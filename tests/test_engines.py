@@ -32,11 +32,30 @@ def images() -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
+def graphs() -> dict[str, object]:
+    """The graphs of the shipped model, which take ten seconds to convert."""
+    return {}
+
+
+@pytest.fixture
+def converted_once(graphs, monkeypatch):
+    convert = engines.convert
+
+    def once(**options):
+        if options["modality"] not in graphs:
+            graphs[options["modality"]] = convert(**options)
+        return graphs[options["modality"]].clone()
+
+    for module in ("engines", "quantize"):
+        monkeypatch.setattr(f"deen_zoo.features.{module}.convert", once)
+
+
+@pytest.fixture(scope="module")
 def make() -> FeatureExtractor:
     return FeatureExtractor("test_deen_resnet", engine="openvino", progress=False)
 
 
-def test_rows_equal_torchs(images, make, monkeypatch):
+def test_rows_equal_torchs(images, make, monkeypatch, converted_once):
     """Of mixed modalities, of one image, of a batch that is not full; converted once."""
     plain = FeatureExtractor("test_deen_resnet", "cpu")
     modality = [KINDS[i % 3] for i in range(len(images))]
@@ -155,7 +174,10 @@ def test_int8_graphs_of_another_network_or_normalisation_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_int8_from_quantize_to_extract(llcm_tree, strangers, tmp_path, capsys):
+def test_int8_from_quantize_to_extract(
+    llcm_tree, strangers, tmp_path, capsys, converted_once, monkeypatch
+):
+    monkeypatch.setattr("deen_zoo.training.report._draw", lambda *_: None)  # no pictures
     pytest.importorskip("nncf")
     folder = tmp_path / "int8"
     arguments = ["quantize", "test_deen_resnet", str(llcm_tree), str(folder), "--layout", "llcm"]
@@ -211,7 +233,7 @@ def test_calibration_images_are_scaled_as_in_training(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_nothing_is_written_below_the_bound(llcm_tree, tmp_path, monkeypatch):
+def test_nothing_is_written_below_the_bound(llcm_tree, tmp_path, monkeypatch, converted_once):
     nncf = pytest.importorskip("nncf")
     monkeypatch.setattr(nncf, "quantize", lambda graph, data, **options: graph)  # half a minute
     dataset = open_dataset("llcm", llcm_tree)

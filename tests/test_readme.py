@@ -190,6 +190,18 @@ def test_examples_in_help_parse():
                 assert known or model.startswith("runs/"), model
 
 
+def test_a_misspelt_option_is_one_line_with_the_nearest(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["reproduce", "llcm", "--eval_only", "x"])
+    said = capsys.readouterr().err
+    assert done.value.code == 2 and said.count("\n") == 1 and "--eval-only" in said
+
+
+def test_without_a_verb_they_are_listed(capsys):
+    assert main([]) == 2
+    assert set(VERBS) <= set(capsys.readouterr().err.split())
+
+
 def test_unknown_verb_is_exit_code_2(capsys):
     with pytest.raises(SystemExit) as done:
         main(["retrieve"])

@@ -52,6 +52,14 @@ def trees(sysu_tree, llcm_tree, tmp_path_factory):
     return {"sysu": sysu_tree, "regdb": regdb, "llcm": llcm_tree}
 
 
+@pytest.fixture(autouse=True)
+def pictures(request, monkeypatch):
+    """Drawing them takes longer than the small runs: few tests here look at them."""
+    looking = ("test_the_whole_command", "test_the_report_and_the_last_lines_say_what_they_mean")
+    if request.node.originalname not in looking:
+        monkeypatch.setattr("deen_zoo.training.report._draw", lambda *_: None)
+
+
 def read(folder):
     return json.loads((folder / "results.json").read_text())
 
@@ -169,6 +177,7 @@ def test_without_data_it_says_where_to_ask(dataset, place, tmp_path, capsys):
     (["llcm", "--task", "nowhere:Task"], "--task nowhere:Task"),
     (["llcm", "--model", "builtins:dict"], "--model builtins:dict"),
     (["llcm", "--set", "optimizer.learning_rate=1"], "optimizer.lr"),
+    (["llcm", "--set", "lr=1"], "did you mean optimizer.lr?"),
     (["llcm", "--set", "model.args.depth=3"], "depth"),
     (["llcm", "--recipe", "mine.toml"], "mine.toml"),
     (["llcm", "--model", "resnet50"], "no model 'resnet50'"),
@@ -638,7 +647,7 @@ def test_broken_images_are_named_or_left_out(trees, tmp_path, capsys):
     assert counts["queries"] == whole - 1
 
 
-def test_the_report_and_the_last_lines_say_what_the_numbers_mean(tmp_path):
+def test_the_report_and_the_last_lines_say_what_they_mean(tmp_path):
     results = example_results(tmp_path)
     theirs = {"method": "DEEN", "source": "the paper", "r1": 0.45, "mAP": 0.6}
     results["protocols"]["llcm-ir2vis"]["published"] = [theirs]
@@ -758,7 +767,7 @@ def test_the_ablation_trains_seven_rows(trees, tmp_path, capsys, monkeypatch):
         assert model.num_branches == branches
 
 
-def test_images_that_no_trial_draws_are_not_computed(sysu_tree, tmp_path, monkeypatch):
+def test_images_that_no_trial_draws_are_not_computed(sysu_tree, tmp_path, monkeypatch, capsys):
     seen = []
     whole = reproduce.extract
 
@@ -774,6 +783,14 @@ def test_images_that_no_trial_draws_are_not_computed(sysu_tree, tmp_path, monkey
     command += ["--eval-only", "test_deen_resnet", "--output", str(tmp_path / "run")]
     assert main(command) == 0
     dataset = open_dataset("sysu", sysu_tree)
+    # The report is of what was evaluated, not of the dataset's usual model, ...
+    assert read(tmp_path / "run")["model"] == "test_deen_resnet"
+    assert (tmp_path / "run" / "report.md").read_text().startswith("# test_deen_resnet on")
+    other = deen_zoo.create_model("test_agw_resnet", num_classes=4)
+    other = deen_zoo.save_pretrained(other, tmp_path / "agw")
+    command[command.index("test_deen_resnet")] = str(other)
+    assert main(command) == 2  # ... and one of other weights does not replace it in silence
+    assert "is of test_deen_resnet: choose another" in capsys.readouterr().err
     wanted = {s.path for name in PROTOCOLS["sysu"]
               for s in dataset.query(name, 0) + dataset.gallery(name, 0)}  # fmt: skip
     assert set(seen[0]) == wanted and len(seen[0]) == len(wanted)

@@ -306,7 +306,7 @@ def test_command_on_images_of_both_sides(llcm_tree, checkpoint, tmp_path, capsys
     assert code == 1 and f"unreadable: {tmp_path}/gallery/broken.jpg" in err
     assert [len(query["hits"]) for query in json.loads(out)["queries"]] == [5, 5]
     code, out, err = command(capsys, *arguments, *modalities[:2])
-    assert code == 2 and "say 'visible', 'infrared' or 'auto'" in err
+    assert code == 2 and "--gallery-modality" in err
 
 
 def test_command_calibrates(people, tmp_path, capsys):
@@ -331,6 +331,7 @@ def test_command_mistakes(people, checkpoint, tmp_path, capsys):
         (["--query", __file__, *gallery], "--query is of images: name the --model"),
         (["--query", "x.jpg", people["infrared"], *gallery], "feature files and images together"),
         (["--query", tmp_path / "no.npz", *gallery], "there is no such file"),
+        (["--query", __file__, *gallery, "--model", checkpoint], "--query-modality"),
     ):
         code, out, err = command(capsys, *arguments)
         assert code == 2 and message in err and err.count("\n") == 1 and not out

@@ -300,11 +300,11 @@ def test_mistakes(table, tmp_path):
     for draw, message in (
         (visualize.similarities, "needs pairs of one person and of two"),
         (visualize.tsne, "two identities with images of both modalities"),
-        (visualize.sample_ranking, "needs images of both modalities"),
+        (visualize.sample_ranking, "has no infrared images"),
     ):
         with pytest.raises(UserError, match=message):
             draw(visible, tmp_path / "x.png")
-    with pytest.raises(UserError, match="and a query, not -2"):
+    with pytest.raises(UserError, match="queries -2"):
         visualize.sample_ranking(table, tmp_path / "x.png", queries=-2)
     with pytest.raises(UserError, match="needs two identities .*, not 1"):
         visualize.tsne(table, tmp_path / "x.png", people=1)

@@ -8,6 +8,7 @@ interrupted, if anything. Only the verb that is asked for is imported.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import math
 import os
@@ -52,7 +53,14 @@ STOPPED = (("interrupted", 130), ("terminated", 143))
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        super().error(_one_line(message))
+        """One line, with the nearest option where one is not known."""
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        self.exit(
+            USER_ERROR,
+            f"{self.prog}: error: {_one_line(message)}; {hint}See '{self.prog} --help'\n",
+        )
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -129,7 +137,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    first = _overview().parse_args(argv)
+    overview = _overview()
+    if not (sys.argv[1:] if argv is None else argv):
+        overview.print_help(sys.stderr)
+        return USER_ERROR
+    first = overview.parse_args(argv)
     module, parser = load_verb(first.verb)
     args = parser.parse_args(first.arguments)
     # Seconds in which a signal just ends us: raised within an import, it could be swallowed there.

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..data.datasets import get_dataset, open_dataset
     from ..data.protocols import get_protocol, read_permutations
+    from ..data.reader import drawn_people
     from ..errors import UserError
     from ..evaluation import KReciprocal, evaluate, terminal_table
     from ..evaluation.known import refuse_known_people
@@ -87,10 +88,14 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.per_query:
         result.write_queries(args.per_query)
+    drawn = dataset.drawn if dataset else drawn_people(samples[0].path)
+    entry = result.to_dict(drawn)
     if args.json:
-        print(json.dumps(result.to_dict(), indent=2))
+        print(json.dumps(entry, indent=2))
         return 0
-    print(terminal_table([result]))
+    print(terminal_table([entry]))
+    if drawn:
+        print("\nThe people are drawn: this says nothing about real cameras.")
     if result.camera_pairs:
         print("\nquery camera, gallery camera, valid queries, r1, mAP")
     for a, b, queries, *scores in result.camera_pairs:

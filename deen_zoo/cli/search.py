@@ -101,6 +101,10 @@ def _tables(args: argparse.Namespace) -> tuple[FeatureTable | None, FeatureTable
         make = extractor(args, **_options(like, args.intensity is None))
         for side in rest:
             modality = getattr(args, f"{side}_modality")
+            if modality is None and not all(source.endswith(".csv") for source in sides[side]):
+                raise UserError(
+                    f"--{side} is of images: say --{side}-modality visible, infrared or auto"
+                )
             tables[side] = make.table(sides[side], modality)
     return tables.get("query"), tables["gallery"]
 

@@ -29,7 +29,7 @@ from .protocols import (
     trial_sides,
 )
 
-__all__ = ["Fault", "ReidDataset", "count", "file_states", "one_modality"]
+__all__ = ["DRAWN", "Fault", "ReidDataset", "count", "drawn_people", "file_states", "one_modality"]
 
 
 class Fault(NamedTuple):
@@ -41,6 +41,12 @@ class Fault(NamedTuple):
 
 
 Listing = tuple[list[Sample], list[Fault]]
+DRAWN = "synthetic.json"  # of a tree of drawn people, who are in no published number
+
+
+def drawn_people(path: str | os.PathLike[str]) -> bool:
+    """Whether an image lies in a tree of drawn people."""
+    return any((folder / DRAWN).exists() for folder in Path(path).absolute().parents)
 
 
 def one_modality(samples: Iterable[Sample]) -> list[tuple[Label, str]]:
@@ -176,13 +182,13 @@ class ReidDataset:
     @property
     def drawn(self) -> bool:
         """Whether these are drawn people, to whom no published number applies."""
-        return Path(self.root, "synthetic.json").exists()
+        return Path(self.root, DRAWN).exists()
 
     @property
     def world(self) -> int | None:
         """Seed of the drawn people's world; None if they are real, or it is not known."""
         try:
-            note = json.loads(Path(self.root, "synthetic.json").read_bytes())
+            note = json.loads(Path(self.root, DRAWN).read_bytes())
         except (OSError, ValueError):
             return None
         return note.get("seed") if isinstance(note, dict) else None

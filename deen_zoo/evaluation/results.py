@@ -123,8 +123,9 @@ class ProtocolResult:
         """DEEN's published numbers of this very measurement; see ``published.json``."""
         return published(self.protocol, "DEEN") if self.name == self.protocol else []
 
-    def to_dict(self) -> dict[str, Any]:
-        """For ``results.json``: plain numbers, fractions."""
+    def to_dict(self, drawn: bool = False) -> dict[str, Any]:
+        """For ``results.json``: plain numbers, fractions; next to published numbers and counts,
+        unless the people are drawn."""
         result = {
             "protocol": self.protocol,
             "name": self.name,
@@ -132,11 +133,11 @@ class ProtocolResult:
             "shots": self.shots,
             "rerank": self.rerank._asdict() if self.rerank else None,
             "counts": self.counts,
-            "expected_counts": self.expected_counts,
+            "expected_counts": {} if drawn else self.expected_counts,
             "mean": self.mean,
             "std": self.std,
             "trials": [{"trial": t.number, **t.metrics} for t in self.trials],
-            "published": self.published,
+            "published": [] if drawn else self.published,
         }
         if self.camera_pairs:
             result["camera_pairs"] = [pair._asdict() for pair in self.camera_pairs]

@@ -209,7 +209,7 @@ def infrared_of(modality: Any, count: int) -> list[bool | None]:
         what = f"modality {wrong[0]!r}" if modality is not None else "no modality"
         raise UserError(
             f"{what}; say 'visible', 'infrared' or 'auto' (three equal channels are "
-            "infrared), or a list with one for each image"
+            "infrared), or in Python a list with one for each image"
         )
     if len(said) != count:
         raise UserError(f"{len(said)} modalities for {count} images; give one for each")

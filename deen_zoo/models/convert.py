@@ -261,6 +261,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path} is a folder: give the checkpoint file in it, such as best.t")
     if not path.is_file():
         raise UserError(f"no such file: {path}; give a checkpoint file, such as best.t")
+    if path.suffix == ".safetensors":
+        raise UserError(
+            f"{path} is no pickle: where a config.json is next to it, give create_model "
+            f"'local-dir:{path.parent}'"
+        )
     try:
         with _numpy_values_allowed():
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -353,7 +358,10 @@ def recognise(
             others.append((sum(map(len, differing.values())), said))
     if not fits:
         nearest = min(others, key=lambda other: other[0])[1]
-        raise UserError(f"{name or 'the checkpoint'} is of no known source: {nearest}")
+        raise UserError(
+            f"{name or 'the checkpoint'} is of no known source ('deen-zoo weights' lists them): "
+            f"{nearest}"
+        )
     named = [fit for fit in fits if re.search(fit.source.file_name, name.lower())]
     best = (named or fits)[0]
     models = sorted({fit.model for fit in fits if fit.source == best.source})

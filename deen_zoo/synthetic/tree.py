@@ -21,6 +21,7 @@ from typing import NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
+from ..data.reader import DRAWN
 from ..errors import UserError, check_choice
 from ..io import check_new_folder, cores, whole_folder
 from .layouts import LAYOUTS, Shot, path_of, split, write_index
@@ -112,7 +113,7 @@ def synthesize(
         infrared = len(paths) - visible
         tree = SyntheticTree(layout, seed, identities, len(test), visible, infrared, each)
         note = {"note": "drawn by deen_zoo; shows no real person", **tree._asdict()}
-        (workshop / "synthetic.json").write_text(json.dumps(note, indent=2) + "\n")
+        (workshop / DRAWN).write_text(json.dumps(note, indent=2) + "\n")
     return tree
 
 

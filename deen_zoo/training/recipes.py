@@ -269,7 +269,8 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         kinds = get_type_hints(type(part)) if isinstance(part, Section) else {}
         if name not in kinds:
             known = list(flat(recipe))
-            near = difflib.get_close_matches(key, known, 1, 0) or known
+            same = [other for other in known if other.partition(".")[2] == key]  # such as lr
+            near = same or difflib.get_close_matches(key, known, 1, 0) or known
             raise UserError(f"there is no setting {key!r}: did you mean {near[0]}? "
                             f"Known are {', '.join(known)}")  # fmt: skip
         sections.setdefault(section, {})[name] = convert(key, value, kinds[name])

@@ -88,7 +88,8 @@ def markdown(folder: Path, results: dict[str, Any]) -> str:
             pictures += [f"![{about}]({place.as_posix()})", "", f"{about}.", ""]
     if pictures:
         lines += ["## Pictures", "", *pictures]
-    lines += ["## Run it again", "", "```", results["command"], "```", ""]
+    about = "In another folder, with `--output`:"
+    lines += ["## Run it again", "", about, "", "```", results["command"], "```", ""]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     data = results["data"]
     lines.append(
@@ -118,7 +119,8 @@ def summary(folder: Path, results: dict[str, Any]) -> str:
             f"{100 * last['r1']:.1f} % after epoch {last['epoch']} (one gallery)."
         )
     if results["drawn"]:
-        lines.append("The people are drawn: this shows that training works, not how well.")
+        shown = "this says nothing" if results["eval_only"] else "it works, which says nothing"
+        lines.append(f"The people are drawn: {shown} about real cameras.")
     lines += [*_differences(results), f"Report with pictures: {folder / 'report.md'}"]
     if not results["eval_only"]:
         checkpoint = folder / results["models"][0]["last"]["checkpoint"]

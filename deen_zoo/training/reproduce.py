@@ -29,7 +29,7 @@ from ..data.datasets import open_dataset
 from ..data.images import check_intensity
 from ..data.loader import TrainLoader
 from ..data.protocols import Sample, get_protocol
-from ..data.reader import ReidDataset
+from ..data.reader import DRAWN, ReidDataset
 from ..data.transforms import ChannelTransform, TrainTransform
 from ..device import choose_device, resolve_precision
 from ..distributed import Distributed, join
@@ -103,6 +103,7 @@ def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str,
             work.evaluate(entry)
         results = {
             **_provenance(settings, world),
+            "model": work.facts.get("model", settings.model),
             "run": run,
             "drawn": dataset.drawn,
             "data": fingerprint,
@@ -150,6 +151,10 @@ def check_early(settings: Settings) -> None:
             _checkpoint(settings, trial)
             if Run(settings.folder(trial)).newest:
                 raise UserError(f"{settings.folder(trial)} holds a run: choose another --output")
+            file = settings.output / "results.json"
+            other = _object(file).get("eval_only") if file.is_file() else settings.eval_only
+            if other != settings.eval_only:
+                raise UserError(f"{file} is of {other}: choose another --output")
         elif not settings.resume and Run(settings.folder(trial)).newest:
             raise UserError(
                 f"{settings.folder(trial)} holds a run: continue it with --resume, or choose "
@@ -217,7 +222,7 @@ def _draw(settings: Settings) -> None:
         UserError: Other files are in that folder, which are left alone, or another number of people
             than was asked for.
     """
-    root, note = settings.data_root, settings.data_root / "synthetic.json"
+    root, note = settings.data_root, settings.data_root / DRAWN
     if (root / ".unfinished").exists():  # 0.1.0 drew in it
         drawn = {folder.partition("/")[0] for folder in settings.kind.folders}
         others = {entry.name for entry in root.iterdir()} - drawn - {".unfinished", note.name}
@@ -425,6 +430,8 @@ class _Work:
             "source": trained_on.get("source", ""),  # of converted weights, in the catalog
             "method": type(model).__name__,  # as published.json names it
         }
+        if settings.eval_only and _own_function(settings) is None:
+            self.facts["model"] = model.pretrained_cfg["architecture"]
         features = rows.new_zeros(len(samples), rows.shape[1])  # the others are never looked at
         features[drawn] = rows
         return [evaluate(features, samples, name, trials=trials[name]) for name in trials]
@@ -433,14 +440,12 @@ class _Work:
         """Of each protocol the last epoch's result and, with it, the best epoch's."""
         out = {}
         for name, results in self.results["last"].items():
-            entry = merge_trials(results).to_dict()
+            entry = merge_trials(results).to_dict(self.dataset.drawn)
             entry |= {"chance": _chance(results), "descriptor": self.facts["descriptor"]}
-            if self.facts["source"]:  # what its own source reports
-                entry["published"] = published(name, weights=self.facts["source"])
-            else:
-                entry["published"] = published(name, self.facts["method"])
-            if self.dataset.drawn:
-                entry |= {"published": [], "expected_counts": {}}
+            if not self.dataset.drawn:
+                source = self.facts["source"] or None  # which has reported numbers of its own
+                method = None if source else self.facts["method"]
+                entry["published"] = published(name, method, weights=source)
             if name in self.results["best"]:
                 best = merge_trials(self.results["best"][name])
                 entry["best"] = {"mean": best.mean, "std": best.std}
