@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -122,6 +123,7 @@ def _end_process(number: int, frame: FrameType | None) -> NoReturn:
 def _raise(number: int, frame: FrameType | None) -> NoReturn:
     global _received
     _received = KeyboardInterrupt() if number == signal.SIGINT else Terminated()
+    logging.disable()  # torch logs whatever ends its tracing, this too, with a traceback
     raise _received
 
 

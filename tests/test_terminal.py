@@ -142,6 +142,23 @@ def test_a_signal_within_a_finalizer_is_not_lost(number):
     assert done.stderr == ""
 
 
+@linux
+def test_a_signal_is_not_logged_by_what_it_ends():
+    """torch logged Ctrl-C within torch.export as an error of its own, with a traceback."""
+    code = (
+        "import logging, os\n"
+        "from deen_zoo import terminal\n"
+        "terminal.interrupt_work()\n"
+        "try:\n"
+        "    os.kill(os.getpid(), 2)\n"
+        "    while True: pass\n"
+        "except KeyboardInterrupt:\n"
+        "    logging.getLogger('torch').exception('failed')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_closed_locale(tmp_path):
     """E: ``LC_ALL=C`` died on the sign of a standard deviation."""
     file = rows(tmp_path / "f.npz")
