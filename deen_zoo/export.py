@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError, check_choice, require
+from .features.engines import traced
 from .features.extractor import data_config
 from .io import check_target, reserved
 from .models import ReidModel
@@ -234,11 +235,8 @@ def _write_program(function: nn.Module, example: Inputs, path: Path, note: Note)
 
 
 def _write_torchscript(function: nn.Module, example: Inputs, path: Path, note: Note) -> Run:
-    with torch.no_grad():
-        inputs = tuple(example.values())
-        traced: Any = torch.jit.trace(function, inputs, check_trace=False)  # type: ignore[no-untyped-call]
-    traced = torch.jit.freeze(traced)  # without the other methods of the model
-    torch.jit.save(traced, path, _extra_files={"deen_zoo": json.dumps(note)})
+    frozen = torch.jit.freeze(traced(function, tuple(example.values())))  # forward alone
+    torch.jit.save(frozen, path, _extra_files={"deen_zoo": json.dumps(note)})
     module: Any = torch.jit.load(path)  # type: ignore[no-untyped-call]
     return lambda inputs: module(*inputs.values())
 
@@ -246,7 +244,8 @@ def _write_torchscript(function: nn.Module, example: Inputs, path: Path, note: N
 def _write_openvino(function: nn.Module, example: Inputs, path: Path, note: Note) -> Run:
     import openvino
 
-    model = openvino.convert_model(_program(function, example))
+    inputs = tuple(example.values())
+    model = openvino.convert_model(traced(function, inputs), example_input=inputs)
     for port, name in zip([*model.inputs, *model.outputs], [*example, note["output"]], strict=True):
         port.get_tensor().set_names({name})
     model.set_rt_info(json.dumps(note), ["deen_zoo"])

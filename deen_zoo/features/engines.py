@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,12 @@ class TorchEngine:
         return rows.float().cpu()
 
 
+@torch.no_grad()
+def traced(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
+    """A TorchScript trace: OpenVINO converts it in half the time of a ``torch.export`` program."""
+    return torch.jit.trace(module, example, check_trace=False)  # type: ignore[no-untyped-call]
+
+
 def convert(
     model: Any,
     modality: str,
@@ -102,9 +109,9 @@ def convert(
     preprocess = require("openvino.preprocess", extra="openvino")
     module = model.for_modality(modality, flip=flip, normalize=False, descriptor=descriptor)
     example = (torch.zeros(2, 3, *size),)
-    with torch.inference_mode(False), torch.no_grad():
-        program = torch.export.export(module, example, dynamic_shapes=({0: torch.export.Dim.AUTO},))
-    graph = ov.convert_model(program)
+    with torch.inference_mode(False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sizes become constants, as they should
+        graph = ov.convert_model(traced(module, example), example_input=example)
     graph.reshape([BATCH, 3, *size])
     steps = preprocess.PrePostProcessor(graph)
     image = steps.input()
