@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data.protocols import as_label
-from .errors import UserError
+from .errors import UserError, plural
 from .features.files import (
     FeatureTable,
     blocks,
@@ -73,12 +73,16 @@ class SearchResult:
         return out
 
     def __str__(self) -> str:
-        return self.table()
+        """The table of the first ten queries."""
+        more = len(self.query) - 10
+        rest = f"\n... {plural(more, 'more query')}, see .table()" if more > 0 else ""
+        return self.table(queries=10) + rest
 
-    def table(self, threshold: float = -math.inf) -> str:
-        """Lines of rank, score and path under each query; ``+`` marks the same identity."""
+    def table(self, threshold: float = -math.inf, queries: int | None = None) -> str:
+        """Lines of rank, score and path under each of the first ``queries`` (None: all); ``+``
+        marks the same identity."""
         lines = []
-        for query in self.to_dict(threshold):
+        for query in self.to_dict(threshold)[:queries]:
             lines.append(query["path"])
             for hit in query["hits"]:
                 mark = {True: "+", False: "-"}.get(hit.get("correct"), " ")

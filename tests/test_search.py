@@ -249,6 +249,15 @@ def command(capsys, *arguments) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
+def test_of_many_queries_the_first_ten_are_printed(people):
+    """The five lines of README printed 350."""
+    gallery = module.read_feature_table(people["visible"])
+    result = module.search(gallery, gallery, k=2)
+    lines = str(result).splitlines()
+    assert len(gallery) > 10 and len(lines) == 10 * 3 + 1 and str(len(gallery) - 10) in lines[-1]
+    assert len(result.table().splitlines()) == 3 * len(gallery)
+
+
 def test_command_on_feature_files(people, capsys):
     sides = ("--query", people["infrared"], "--gallery", people["visible"])
     result = search(people["infrared"], people["visible"], 4)
@@ -256,7 +265,7 @@ def test_command_on_feature_files(people, capsys):
     assert code == 0 and "searching" in err
     assert json.loads(out)["queries"] == result.to_dict()
     assert json.loads(out)["provenance"]["descriptor"] == "bn"
-    assert command(capsys, *sides, "-k", 4)[1].rstrip() == str(result)
+    assert command(capsys, *sides, "-k", 4)[1].rstrip() == result.table()
     limit = float(result.scores.median())
     code, out, _ = command(capsys, *sides, "-k", 4, "--json", "--threshold", limit)
     assert json.loads(out)["queries"] == result.to_dict(limit)
