@@ -119,8 +119,8 @@ def summary(folder: Path, results: dict[str, Any]) -> str:
             f"{100 * last['r1']:.1f} % after epoch {last['epoch']} (one gallery)."
         )
     if results["drawn"]:
-        shown = "this says nothing" if results["eval_only"] else "it works, which says nothing"
-        lines.append(f"The people are drawn: {shown} about real cameras.")
+        shown = "" if results["eval_only"] else "shows that training works, and "
+        lines.append(f"The people are drawn: this {shown}says nothing about real cameras.")
     lines += [*_differences(results), f"Report with pictures: {folder / 'report.md'}"]
     if not results["eval_only"]:
         checkpoint = folder / results["models"][0]["last"]["checkpoint"]
