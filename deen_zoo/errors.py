@@ -1,4 +1,4 @@
-"""The errors a user can mend.
+"""The errors that a user can correct.
 
 Everything that goes wrong because of what the user gave (an argument, a file, a folder, a
 missing extra) is a :class:`UserError` with a one-line message: what came, what is valid, what to
@@ -14,7 +14,7 @@ from types import ModuleType
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; its message is one line."""
+    """A mistake that the user can correct; its message is one line."""
 
 
 class MissingExtraError(UserError, ImportError):

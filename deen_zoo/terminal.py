@@ -83,7 +83,7 @@ def prepare() -> None:
             if opened != number:
                 os.dup2(opened, number)
                 os.close(opened)
-            stream = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115
+            stream = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115, it stays open
             setattr(sys, name, stream)
     _handle(_end_process)
     if hasattr(os, "register_at_fork"):

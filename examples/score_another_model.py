@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[ProtocolResult]]:
             features = extract(name, samples)
             results[name] = [evaluate(features, samples, protocol) for protocol in PROTOCOLS]
             rows = [result.to_dict() | beside for result in results[name]]
-            print(f"{name}, {features.shape[1]} numbers an image:\n\n{terminal_table(rows)}\n")
+            print(f"{name}, {features.shape[1]} numbers per image:\n\n{terminal_table(rows)}\n")
             if args.output:
                 args.output.mkdir(parents=True, exist_ok=True)
                 file = args.output / f"{name}.npz"

@@ -52,7 +52,11 @@ def draw_people(folder: str) -> tuple[str, str]:
 def open_database(folder: str, file: str) -> Any:
     """A LanceDB table of a Parquet file's columns."""
     rows = require("pyarrow.parquet", "parquet").read_table(file).replace_schema_metadata(None)
-    return require("lancedb", "clients").connect(folder).create_table("gallery", rows)
+    return (
+        require("lancedb", "clients")
+        .connect(folder)
+        .create_table("gallery", rows, mode="overwrite")
+    )
 
 
 def nearest(database: Any, row: Any, k: int, where: str = "") -> list[dict[str, Any]]:

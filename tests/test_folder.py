@@ -147,7 +147,7 @@ def test_own_data_mistakes(tmp_path, capsys):
         assert message in capsys.readouterr().err
         (tmp_path / "data").mkdir(exist_ok=True)
     (tmp_path / "images.csv").write_text("path,modality\nx.jpg,visible\n")
-    with pytest.raises(UserError, match=r"images\.csv: 1 rows have no identity, as"):
+    with pytest.raises(UserError, match=r"images\.csv: 1 row without an identity"):
         open_folder(tmp_path)
 
 

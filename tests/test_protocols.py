@@ -308,7 +308,7 @@ BAD = {
     "rows": (dict(features=FEATURES[:-1]), "rows of features for"),
     "integers": (dict(features=np.ones((len(WORLD), 4), int)), "floats"),
     "vector": (dict(features=FEATURES[:, 0]), "floats"),
-    "nan": (dict(features=NAN), f"features of 1 images have NaN.*{WORLD[3].path}"),
+    "nan": (dict(features=NAN), f"1 image are NaN.*{WORLD[3].path}"),
     "no_identity": (dict(samples=changed(identity=-1)), f"{WORLD[0].path}: its identity is not"),
     "no_camera": (dict(samples=changed(camera=-1)), f"{WORLD[0].path}: its camera is not known"),
     "modality": (dict(samples=changed(modality="thermal")), "modality 'thermal'"),

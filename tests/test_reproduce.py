@@ -170,6 +170,9 @@ def test_without_data_it_says_where_to_ask(dataset, place, tmp_path, capsys):
     (["llcm", "--threads", "0"], "--threads 0: give 1 or more"),
     (["llcm", "--save-every", "0"], "--save-every 0: give 1 or more"),
     (["llcm", "--ablation", "--eval-only", "x"], "does not go with --eval-only"),
+    (["llcm", "--scratch", "--eval-only", "x"], "not with --eval-only"),
+    (["llcm", "--people", "9"], "--people"),
+    (["unknown"], "choose from sysu, regdb, llcm"),
     (["llcm", "--seed", "0", "1"], "several seeds go with --ablation"),
     (["llcm", "--seed", "0", "0", "--ablation"], "0 0"),  # A7, as the next four: hours later
     (["regdb", "--trials", "1", "1"], "each once"),
@@ -187,7 +190,8 @@ def test_without_data_it_says_where_to_ask(dataset, place, tmp_path, capsys):
 ])  # fmt: skip
 def test_mistakes_are_one_line(arguments, says, trees, tmp_path, capsys):
     dataset, *rest = arguments
-    options = ["--data-root", str(trees[dataset]), "--output", str(tmp_path / "out"), *FAST[4:6]]
+    root = str(trees.get(dataset, tmp_path))
+    options = ["--data-root", root, "--output", str(tmp_path / "out"), *FAST[4:6]]
     assert main(["reproduce", dataset, *options, *rest]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("deen-zoo reproduce: error: ") and says in error

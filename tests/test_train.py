@@ -308,13 +308,19 @@ def test_clipping_bounds_the_gradient(llcm_tree, tmp_path):
         norms.clear()
 
 
-def test_compile_is_a_flag(llcm_tree, tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda task: compiled.append(task) or task)
+def test_compiled_training_is_the_same(llcm_tree, tmp_path, monkeypatch):
+    """Traced as torch.compile does it, and then run by PyTorch: generating code takes minutes."""
+    compiled, whole = [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda task: compiled.append(task) or whole(task, backend="eager")
+    )
+    losses = []
     for flag in (False, True):
         task, optimizer, loader, run = start(llcm_tree, tmp_path / str(flag))
         train(task, optimizer, loader, run, CPU, 1, compile=flag)
         assert compiled == [task] * flag
+        losses.append(run.history[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_a_run_is_resumed_with_the_same_settings_only(llcm_tree, tmp_path):

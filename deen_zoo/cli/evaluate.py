@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from ..data.protocols import get_protocol, read_permutations
     from ..data.reader import drawn_people
     from ..errors import UserError
-    from ..evaluation import KReciprocal, evaluate, terminal_table
+    from ..evaluation import KReciprocal, evaluate, published, terminal_table
     from ..evaluation.known import refuse_known_people
     from ..features.files import read_feature_table
     from ..io import check_target
@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
         result.write_queries(args.per_query)
     drawn = dataset.drawn if dataset else drawn_people(samples[0].path)
     entry = result.to_dict(drawn)
+    if entry["published"] and (source := table.trained_on.get("source")):
+        entry["published"] = published(args.protocol, weights=source)  # of these very weights
     if args.json:
         print(json.dumps(entry, indent=2))
         return 0

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, plural
 from .images import is_foreign_name, is_image_name
 from .protocols import INFRARED, UNKNOWN, VISIBLE, Label, Sample, as_label
 from .reader import Fault, Listing, ReidDataset
@@ -43,7 +43,7 @@ def list_images(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
         for name in names:
             if is_image_name(name) or is_foreign_name(name):
                 (images if is_image_name(name) else others).append(os.path.join(here, name))
-    key = lambda path: path.split(os.sep)  # noqa: E731
+    key = lambda path: path.split(os.sep)  # noqa: E731, used twice below
     return sorted(images, key=key), sorted(others, key=key)
 
 
@@ -137,7 +137,8 @@ def _read_folder(root: Path) -> tuple[list[Sample], list[Fault], list[str]]:
         samples = read_csv(table)
         unknown = [sample.path for sample in samples if sample.identity == UNKNOWN]
         if unknown:
-            raise UserError(f"{table}: {len(unknown)} rows have no identity, as {unknown[0]}")
+            rows = plural(len(unknown), "row")
+            raise UserError(f"{table}: {rows} without an identity, such as {unknown[0]}")
         samples = [
             s._replace(camera=_NUMBER[s.modality]) if s.camera == UNKNOWN else s for s in samples
         ]

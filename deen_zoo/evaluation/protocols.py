@@ -20,7 +20,7 @@ from ..data.protocols import (
     trial_numbers,
     trial_sides,
 )
-from ..errors import UserError
+from ..errors import UserError, plural
 from .metrics import as_codes, evaluate_ranking, label_array
 from .rerank import KReciprocal, k_reciprocal_distance
 from .results import CameraPair, ProtocolResult, Trial
@@ -116,7 +116,7 @@ def _as_tensor(features: Any, samples: Sequence[Sample]) -> Tensor:
     if not finite.all():
         first = int((~finite).nonzero()[0])
         raise UserError(
-            f"features of {int((~finite).sum())} images have NaN or infinite entries, first of "
+            f"features of {plural(int((~finite).sum()), 'image')} are NaN or infinite, first of "
             f"{samples[first].path}"
         )
     return rows

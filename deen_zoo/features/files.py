@@ -493,7 +493,7 @@ def _read(path: Path) -> FeatureTable:
 
 def _read_tensors(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
-        arrays: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        arrays: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no dict
         metadata = dict(file.metadata() or {})
     arrays |= {"paths": metadata.pop("paths")} if "paths" in metadata else {}
     for name in ("identity", "camera"):

@@ -1,4 +1,4 @@
-"""The DEEN models; importing this registers them with timm."""
+"""The models; importing this registers them with timm."""
 
 from __future__ import annotations
 

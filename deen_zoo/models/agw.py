@@ -28,9 +28,9 @@ from .base import (
     kept_args,
     register_reid_model,
     reid_cfg,
-    resnet_parts,
 )
 from .pretrained import build_model
+from .resnet import resnet_parts
 
 __all__ = ["AGW"]
 

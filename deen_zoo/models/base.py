@@ -5,14 +5,12 @@ single family, whose entrypoints are registered with :func:`register_reid_model`
 """
 
 import contextlib
-import copy
 import functools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import timm
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -21,7 +19,6 @@ from timm.models._features import feature_take_indices
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ["MODALITIES", "BNNeck", "ReidModel", "kept_args", "register_reid_model", "reid_cfg"]
-__all__ += ["resnet_parts"]
 
 MODALITIES = ("visible", "infrared")
 Modality = str | torch.Tensor | None
@@ -93,14 +90,15 @@ class ReidModel(nn.Module):
         descriptors: Width of each descriptor by name; the first, ``"official"``, is the one that
             the family's results were published with.
         flip: Whether the published results add the descriptor of the mirrored image.
-        task: ``"module:Class"`` of the family's training task.
+        task: ``"module:Class"`` of the family's training task; None for DEEN's, whose terms that
+            need branches vanish without them.
         model_args: What ``config.json`` keeps to build the model again.
         trained_on: What the weights were trained on and where they are from, where that is known:
             ``source``, ``dataset``, ``split``, ...; kept in ``config.json``.
     """
 
     flip = True
-    task: str = ""
+    task: str | None = None
     trained_on: dict[str, Any] | None = None
     modality: str | None  # TorchScript reads this
 
@@ -442,70 +440,6 @@ class BNNeck(nn.BatchNorm1d):
         del self.bias
         self.register_buffer("bias", bias)
         nn.init.normal_(self.weight, 1.0, 0.01)
-
-
-def resnet_parts(
-    backbone: str,
-    backbone_args: dict[str, Any] | None,
-    pretrained: bool,
-    drop: dict[str, float],
-    num_stages: int = 4,
-    **kwargs: Any,
-) -> tuple[Any, Any, list[Any], list[int]]:
-    """Stems and stages of a timm ResNet, without the stride of the fourth stage.
-
-    ``drop`` holds ``drop_path_rate`` and ``drop_block_rate``; ``kwargs`` are more of the ResNet's
-    arguments. If ``pretrained``, both stems start from the same weights.
-
-    Returns:
-        The visible and the infrared stem, the stages, and the channels of the stems' maps and of
-        each stage's.
-
-    Raises:
-        ValueError: The backbone is not a ResNet.
-    """
-    from .pretrained import backbone_weights
-
-    args = dict(backbone_args or {})
-    taken = {"in_chans", "num_classes", "global_pool", "output_stride"} & set(args)
-    if taken:
-        raise ValueError(f"backbone_args cannot have {', '.join(sorted(taken))}: the model sets it")
-    if pretrained and "pretrained_cfg_overlay" not in args:
-        args["pretrained_cfg_overlay"] = dict(file=backbone_weights(backbone))
-    args.update((key, rate) for key, rate in drop.items() if rate)
-    net = timm.create_model(backbone, pretrained=pretrained, num_classes=0, **args, **kwargs)
-    if not isinstance(net, timm.models.ResNet):
-        raise ValueError(
-            f"backbone must be a timm ResNet such as 'resnet50': "
-            f"{backbone} is a {type(net).__name__}"
-        )
-    names = ("conv1", "bn1", "act1", "maxpool")
-    visible = nn.Sequential(OrderedDict((name, getattr(net, name)) for name in names))
-    infrared = copy.deepcopy(visible)
-    if not pretrained:
-        for module in infrared.modules():
-            if isinstance(module, nn.Conv2d):  # as timm's ResNet starts
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    stages = [getattr(net, f"layer{i}") for i in range(1, num_stages + 1)]
-    if num_stages == 4:
-        without_stride(stages[3], backbone)
-    info: list[Any] = net.feature_info[: num_stages + 1]
-    return visible, infrared, stages, [stage["num_chs"] for stage in info]
-
-
-def without_stride(blocks: nn.Module, backbone: str) -> None:
-    """Take the stride out of a ResNet stage; timm's ``output_stride=16`` would also dilate it."""
-    for name, module in list(blocks.named_modules()):
-        if isinstance(module, nn.Conv2d):
-            module.stride = (1, 1)
-        elif isinstance(module, (nn.AvgPool2d, nn.MaxPool2d)):
-            parent, _, child = name.rpartition(".")
-            setattr(blocks.get_submodule(parent), child, nn.Identity())
-        elif getattr(module, "stride", 1) not in (1, 2, (1, 1)) or hasattr(module, "filt"):
-            raise ValueError(
-                f"backbone {backbone} strides by {type(module).__name__}, which cannot be "
-                f"undone: choose a plain ResNet such as resnet50"
-            )
 
 
 # gradient checkpointing

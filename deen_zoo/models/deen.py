@@ -28,9 +28,9 @@ from .base import (
     kept_args,
     register_reid_model,
     reid_cfg,
-    resnet_parts,
 )
 from .pretrained import TINY_WEIGHTS, build_model
+from .resnet import resnet_parts
 
 __all__ = ["DEEN"]
 
@@ -147,7 +147,7 @@ class PNL(nn.Module):
 @register_notrace_function
 def triple_product(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """``a @ b @ c`` of (N, i, j), (N, j, k), (N, k, l), bracketed for the fewer multiplications."""
-    i, j, k, l = a.shape[1], a.shape[2], c.shape[1], c.shape[2]  # noqa: E741
+    i, j, k, l = a.shape[1], a.shape[2], c.shape[1], c.shape[2]  # noqa: E741, as in the docstring
     if i * j * k + i * k * l <= j * k * l + i * j * l:
         return a @ b @ c
     return a @ (b @ c)

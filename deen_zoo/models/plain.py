@@ -26,7 +26,6 @@ class PlainModel(ReidModel):
     """
 
     flip = False
-    task = "deen_zoo.training.tasks:DEENTask"  # whose other terms need branches, and vanish
 
     def __init__(
         self,

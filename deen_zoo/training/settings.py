@@ -33,7 +33,7 @@ class Settings:
     The fields are described where they are declared, and by ``deen-zoo reproduce --help``.
     """
 
-    dataset: str = option("the dataset; synthetic draws its own people", choices=tuple(DATASETS))
+    dataset: str = option(f"{', '.join(DATASETS)}, which draws its own people, or a registered one")
     output: Path = option("folder of the run (default: runs/DATASET)", metavar="FOLDER")
     data_root: Path = option("folder of the dataset", metavar="FOLDER")
     recipe: Recipe = option(
@@ -122,11 +122,7 @@ class Settings:
         counts = {"epochs": 1, "batch_size": 1, "threads": 1, "save_every": 1, "people": 4}
         for name, least in counts.items():
             check_least(f"--{name.replace('_', '-')}", given.get(name, least), least)
-        engine, int8 = given.get("engine", "torch"), given.get("precision") == "int8"
-        if engine != "torch" and not given.get("eval_only"):
-            raise UserError(f"--engine {engine} evaluates: give it with --eval-only CHECKPOINT")
-        if int8 and engine == "torch":
-            raise UserError("--precision int8 is OpenVINO's: give --engine openvino --eval-only")
+        _check_together(kind, given)
         known = kind.protocols()
         for name in given.get("protocols", ()):
             if name not in known:
@@ -159,6 +155,22 @@ class Settings:
     def folder(self, trial: int) -> Path:
         """Where a split's model is kept."""
         return self.output / f"trial-{trial}" if len(self.kind.splits) > 1 else self.output
+
+
+def _check_together(kind: type[ReidDataset], given: dict[str, Any]) -> None:
+    """Refuse settings that would do nothing next to the others."""
+    if given.get("people") and not kind.synthetic:
+        raise UserError(f"--people draws them, and {kind.name} has its own: leave it out")
+    for name in ("scratch", "compile", "save_every", "epochs"):
+        if given.get(name) and given.get("eval_only"):
+            raise UserError(f"--{name.replace('_', '-')} is of training: not with --eval-only")
+    if given.get("cache") and given.get("engine", "torch") != "torch":
+        raise UserError("--cache is of the torch engine: leave it out with --engine openvino")
+    engine, int8 = given.get("engine", "torch"), given.get("precision") == "int8"
+    if engine != "torch" and not given.get("eval_only"):
+        raise UserError(f"--engine {engine} evaluates: give it with --eval-only CHECKPOINT")
+    if int8 and engine == "torch":
+        raise UserError("--precision int8 is OpenVINO's: give --engine openvino --eval-only")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

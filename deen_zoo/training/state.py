@@ -26,7 +26,7 @@ from safetensors.torch import save
 from torch import nn
 
 from ..distributed import Distributed
-from ..errors import UserError
+from ..errors import UserError, plural
 from ..io import whole_folder, write_atomically
 from ..models import save_pretrained
 from .sections import flatten
@@ -129,8 +129,8 @@ class Run:
         """Raise UserError if more epochs are finished."""
         if self.epoch > epochs:
             raise UserError(
-                f"{self.folder} holds a run of {self.epoch} epochs: give --epochs {self.epoch} or "
-                "more"
+                f"{self.folder} holds a run of {plural(self.epoch, 'epoch')}: give --epochs "
+                f"{self.epoch} or more"
             )
 
     def write_log(self) -> None:
