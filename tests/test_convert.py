@@ -110,13 +110,13 @@ def test_convert_writes_a_folder_that_timm_loads(regdb, checkpoint, tmp_path, ca
     assert "exists already" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_file_of_ours_is_said_to_be_one(tmp_path, capsys):
     (tmp_path / "model.safetensors").write_bytes(b"{}")
     assert main(["convert", str(tmp_path / "model.safetensors"), "--install"]) == 2
     assert f"local-dir:{tmp_path}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_folder_loads_in_a_process_that_only_imported_deen_zoo(checkpoint, tmp_path):
     folder = tmp_path / "weights"
     main(["convert", str(checkpoint), str(folder), "--model", "deen_resnet50_regdb"])

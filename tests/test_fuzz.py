@@ -301,7 +301,7 @@ def test_any_bytes(name: str, read: Callable[[Path], Any], tmp_path: Path) -> No
     whole = file.read_bytes()
     read(file)  # it is a whole one
 
-    @settings(TRY, max_examples=10 if file.suffix == ".mat" else 40)  # that reads in a process
+    @TRY
     @given(st.data())
     def survives(data: st.DataObject) -> None:
         file.write_bytes(damaged(data, whole))

@@ -146,15 +146,16 @@ def check_early(settings: Settings) -> None:
         resolve_precision(device, settings.precision)
     if settings.task:
         task_class(settings.task)
+    file = settings.output / "results.json"
+    if settings.eval_only and file.is_file():
+        other = _object(file).get("eval_only")
+        if other != settings.eval_only:
+            raise UserError(f"{file} is of {other}: choose another --output")
     for trial in settings.trials:
         if settings.eval_only:
             _checkpoint(settings, trial)
             if Run(settings.folder(trial)).newest:
                 raise UserError(f"{settings.folder(trial)} holds a run: choose another --output")
-            file = settings.output / "results.json"
-            other = _object(file).get("eval_only") if file.is_file() else settings.eval_only
-            if other != settings.eval_only:
-                raise UserError(f"{file} is of {other}: choose another --output")
         elif not settings.resume and Run(settings.folder(trial)).newest:
             raise UserError(
                 f"{settings.folder(trial)} holds a run: continue it with --resume, or choose "
