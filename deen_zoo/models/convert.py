@@ -359,8 +359,8 @@ def recognise(
     if not fits:
         nearest = min(others, key=lambda other: other[0])[1]
         raise UserError(
-            f"{name or 'the checkpoint'} is of no known source: {nearest}; 'deen-zoo weights' lists "
-            "those that are known"
+            f"{name or 'the checkpoint'} is of no known source: {nearest}; 'deen-zoo weights' "
+            "lists the known ones"
         )
     named = [fit for fit in fits if re.search(fit.source.file_name, name.lower())]
     best = (named or fits)[0]
