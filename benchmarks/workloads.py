@@ -362,9 +362,11 @@ def start(contestant: str, spec: Spec) -> Callable[[], None]:
     return run
 
 
-def bfloat16_peak(size: int = 8192, device: str = "cuda", rounds: int = 10) -> float:
-    """Operations a second of a product of two (size, size) bfloat16 matrices."""
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+def product_rate(
+    dtype: torch.dtype = torch.bfloat16, size: int = 8192, device: str = "cuda", rounds: int = 10
+) -> float:
+    """Operations per second of a product of two (size, size) matrices, the best round's."""
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(rounds):
         synchronize(device)

@@ -345,7 +345,7 @@ def gpu(plan: Plan) -> list[Row]:
     reference = found.get("reference")
     note = agreement(found[name], reference)
     if not found[name].failed:
-        peak = workloads.bfloat16_peak()
+        peak = workloads.product_rate()
         share = workloads.operations(replace(plan.spec, images=images)) / found[name].median / peak
         note += f"; {share:.0%} of the {peak / 1e12:.0f} TFLOP/s of a large bfloat16 product"
     row = speed(f"descriptors on a GPU, batches of {images}", name, "images/s", images, found,

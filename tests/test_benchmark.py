@@ -128,8 +128,27 @@ def test_workloads_do_their_work(spec):
     first, second = step(), step()
     assert first > 0 and second > 0 and first != second  # the weights have changed
     assert workloads.reading("2 threads", replace(spec, images=4))() == workloads.FILES
-    assert workloads.operations(spec) > 1e8 and 1e8 < workloads.bfloat16_peak(256, "cpu", 2) < 1e14
+    assert workloads.operations(spec) > 1e8
+    assert 1e8 < workloads.product_rate(torch.bfloat16, 256, "cpu", 2) < 1e14
     assert peak_memory() > 1e8
+
+
+@pytest.mark.slow
+def test_parts_of_a_work_are_told_apart(spec):
+    pytest.importorskip("openvino")
+    from benchmarks import profiling
+
+    for found in (
+        profiling.training(replace(spec, images=8), "float32"),
+        profiling.describing(spec, "float32"),
+    ):
+        parts, seconds, operations = found
+        convolutions = sum(part for name, part in parts.items() if "convolutions" in name)
+        assert 0.3 < convolutions / sum(parts.values()) < 1
+        assert seconds > 0 and operations > 1e8
+    parts, seconds = profiling.reading(spec)
+    assert min(parts.values()) > 0 and seconds == sum(parts.values())
+    assert profiling.shares({"some": 1.0, "most": 3.0}) == "most 75%, some 25%"
 
 
 @pytest.mark.slow
