@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # The rooms, from the ground up: an import only ever points to a room before its own.
 ROOMS = [
-    "errors", "terminal", "io", "device", "distributed", "models", "data", "synthetic",
+    "errors", "terminal", "io", "device", "distributed", "data", "models", "synthetic",
     "evaluation",
     "features", "search", "visualize", "export", "training", "model_card", "hub", "cli",
     "reproduce", "__main__",

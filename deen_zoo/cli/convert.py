@@ -12,6 +12,8 @@ EXAMPLES = """  deen-zoo convert sysu_deen_p4_n4_lr_0.1_seed_0_best.t --install
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's options."""
+    from ..data.datasets import several_splits
+
     parser.add_argument("file", help="the checkpoint, such as best.t; it is never executed")
     parser.add_argument("folder", nargs="?", help="where to write; it must be empty or absent")
     parser.add_argument(
@@ -29,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split",
         type=int,
-        help="RegDB: the split it was trained on, 1 to 10 (default: read off the file's name)",
+        help=f"of {several_splits()}, the one it was trained on (default: as the file's name says)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 

@@ -17,6 +17,7 @@ A feature file has features (images, D), paths, identity, camera, infrared; any 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..data.datasets import several_splits
     from ..data.protocols import PROTOCOLS
 
     add = parser.add_argument
@@ -25,10 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--protocol", required=True, choices=PROTOCOLS, metavar="PROTOCOL", help=names)
     add("--data-root", metavar="ROOT", help="the dataset, to read labels or official draws from")
     add("--trials", type=int, metavar="N", help="how many gallery draws (default: 10)")
-    add("--split", type=int, default=1, metavar="N", help="RegDB: the split of the features' model")
-    about = "galleries as the reference draws them, or by the SYSU authors' rand_perm_cam.mat"
+    about = f"of {several_splits()}, that of the features' model"
+    add("--split", type=int, default=1, metavar="N", help=about)
+    official = ", ".join(name for name, row in PROTOCOLS.items() if row.official_draw)
+    about = f"galleries as the reference draws them, or the dataset's authors ({official})"
     add("--draw", choices=("seeded", "official"), default="seeded", help=about)
-    about = "gallery images of each identity and camera; SYSU's multi-shot setting has 10"
+    about = "gallery images of each identity and camera; the multi-shot setting has 10"
     add("--shots", type=int, default=1, metavar="N", help=about)
     about = "with k-reciprocal re-ranking, under its own name (k1 20, k2 6, lambda 0.3)"
     add("--rerank", action="store_true", help=about)
@@ -38,24 +41,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..data.datasets import get_dataset, open_dataset
+    from ..data.datasets import get_dataset, open_dataset, several_splits
     from ..data.protocols import get_protocol, read_permutations
     from ..data.reader import drawn_people
     from ..errors import UserError
-    from ..evaluation import KReciprocal, evaluate, published, terminal_table
+    from ..evaluation import KReciprocal, evaluate, terminal_table
     from ..evaluation.known import refuse_known_people
     from ..features.files import read_feature_table
     from ..io import check_target
 
     protocol = get_protocol(args.protocol)
     if protocol.sampled and args.split != 1:
-        raise UserError(f"--split is for RegDB; {args.protocol} has one split and --trials draws")
+        raise UserError(
+            f"--split is for {several_splits()}; {args.protocol} has one split and --trials draws"
+        )
     if not protocol.sampled and args.trials not in (None, 1):
         raise UserError(f"--trials is for drawn galleries; {args.protocol} draws none: say --split")
     if args.draw == "official" and not args.data_root:
-        raise UserError(
-            "--draw official reads exp/rand_perm_cam.mat of SYSU-MM01: give --data-root"
-        )
+        raise UserError("--draw official is read from the dataset's own folder: give --data-root")
     if args.per_query:
         check_target(args.per_query)
     table = read_feature_table(*args.features)
@@ -89,9 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if args.per_query:
         result.write_queries(args.per_query)
     drawn = dataset.drawn if dataset else drawn_people(samples[0].path)
-    entry = result.to_dict(drawn)
-    if entry["published"] and (source := table.trained_on.get("source")):
-        entry["published"] = published(args.protocol, weights=source)  # of these very weights
+    entry = result.to_dict(drawn, weights=str(table.trained_on.get("source", "")))
     if args.json:
         print(json.dumps(entry, indent=2))
         return 0

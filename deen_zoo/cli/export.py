@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 
 EXAMPLES = """\
@@ -43,10 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..export import export_model
-    from ..models import create_model
+    from ..models import open_model
 
-    folder = os.path.isdir(args.model)
-    model = create_model(f"local-dir:{args.model}" if folder else args.model, pretrained=True)
+    model = open_model(args.model)
     print(f"exporting {args.model} to {args.path} ...", file=sys.stderr, flush=True)
     report = export_model(
         model, args.path, modality=args.modality, output=args.output, descriptor=args.descriptor,

@@ -64,7 +64,7 @@ def name_unreadable(unreadable: dict[str, str]) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..data.datasets import DATASETS
+    from ..data.datasets import DATASETS, several_splits
 
     add = parser.add_argument
     add("source", nargs="+", metavar="SOURCE", help="images, folders (at any depth), CSV files")
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--modality", choices=("visible", "infrared", "auto"), help="auto: grey is infrared")
     about = "SOURCE is the root of such a tree: its test images, with labels"
     add("--layout", choices=tuple(DATASETS), help=about)
-    add("--split", type=int, default=1, metavar="N", help="RegDB's, 1 to 10")
+    add("--split", type=int, default=1, metavar="N", help=f"one of {several_splits()}")
     add_model_arguments(parser, required=True)
     add("--descriptor", default="official", metavar="NAME", help="bn, pool, original, ...")
     add("--dtype", choices=("float32", "float16"), default="float32", help="of the rows")
@@ -123,4 +123,4 @@ def _samples(args: argparse.Namespace) -> Any:
     if len(args.source) != 1:
         raise UserError(f"--layout {args.layout} takes one root, not {len(args.source)} sources")
     dataset = open_dataset(args.layout, args.source[0])
-    return dataset.test("visible", args.split) + dataset.test("infrared", args.split)
+    return dataset.test(split=args.split)

@@ -18,14 +18,14 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..data.datasets import DATASETS
+    from ..data.datasets import DATASETS, several_splits
 
     add = parser.add_argument
     add("model", metavar="MODEL", help="a name or a checkpoint folder")
     add("images", metavar="FOLDER", help="labelled images of both modalities")
     add("output", metavar="OUT", help="the checkpoint folder to write")
     add("--layout", choices=tuple(DATASETS), default="own", help="of FOLDER")
-    add("--split", type=int, default=1, metavar="N", help="RegDB's, 1 to 10")
+    add("--split", type=int, default=1, metavar="N", help=f"one of {several_splits()}")
     add("--calibration-images", type=int, default=128, metavar="N", help="of each modality")
     about = "least share of queries whose first hit stays"
     add("--same-first-hit", type=float, default=0.985, metavar="SHARE", help=about)
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from ..features.quantize import quantize
 
     dataset = open_dataset(args.layout, args.images)
-    samples = dataset.test("visible", args.split) + dataset.test("infrared", args.split)
+    samples = dataset.test(split=args.split)
     print(f"quantizing {args.model} ...", file=sys.stderr, flush=True)
     report = quantize(
         args.model,

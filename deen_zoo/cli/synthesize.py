@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("root", metavar="ROOT", help="folder to write: new, or empty")
     add("--identities", type=int, default=32, metavar="N", help="people")
     add("--seed", type=seed, default=0, help="number of the world")
-    about = "images of each person in each camera that sees them (sysu 4, regdb 10, llcm 2)"
+    usual = ", ".join(f"{name} {spec.images_per_camera}" for name, spec in LAYOUTS.items())
+    about = f"images of each person in each camera that sees them ({usual})"
     add("--images-per-camera", type=int, metavar="N", help=about)
     about = "share of the people to test on (as in the real dataset)"
     add("--test-fraction", type=float, metavar="F", help=about)

@@ -76,6 +76,16 @@ def get_dataset(name: str) -> type[ReidDataset]:
     return DATASETS[name]
 
 
+def several_splits() -> str:
+    """The datasets that have several splits and their numbers, in words.
+
+    >>> several_splits()
+    "RegDB's splits 1 to 10"
+    """
+    kinds = [kind for kind in DATASETS.values() if len(kind.splits) > 1]
+    return ", ".join(f"{k.title}'s splits {k.splits[0]} to {k.splits[-1]}" for k in kinds)
+
+
 @register_dataset
 class SysuMM01(ReidDataset):
     """``cam1..cam6/0001/0001.jpg``, cameras 3 and 6 infrared; identities of splits in ``exp``."""

@@ -197,11 +197,12 @@ class ReidDataset:
         """Training images, visible ones first."""
         return self._usable(*self.read_train(split), "training")
 
-    def test(self, modality: str, split: int = 1) -> list[Sample]:
-        """All test images of a modality, in the reference's order."""
-        check_choice("modality", modality, (VISIBLE, INFRARED))
+    def test(self, modality: str | None = None, split: int = 1) -> list[Sample]:
+        """All test images, visible ones first, or of one modality, in the reference's order."""
+        kinds = (VISIBLE, INFRARED) if modality is None else (modality,)
+        check_choice("modality", kinds[0], (VISIBLE, INFRARED))
         samples = self._usable(*self.read_test(split), "test")
-        return [sample for sample in samples if sample.modality == modality]
+        return [sample for kind in kinds for sample in samples if sample.modality == kind]
 
     def query(self, protocol: str, trial: int | None = None) -> list[Sample]:
         """The queries of a trial of a protocol (the first one when None).

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..data.protocols import PROTOCOLS
+
 
 @functools.cache
 def _table() -> dict[str, Any]:
@@ -18,7 +20,7 @@ def _table() -> dict[str, Any]:
 def _fractions(entry: dict[str, Any]) -> dict[str, Any]:
     """Per cent to fractions, exactly as many digits as were printed; the source in words."""
     plain = {k: round(v / 100, 6) if isinstance(v, float) else v for k, v in entry.items()}
-    return plain | {"source": _table()["sources"][entry["source"]]}
+    return plain | {"source": _table()["sources"][entry["source"]]} if "source" in entry else plain
 
 
 def published(
@@ -31,8 +33,8 @@ def published(
         protocol: Its name.
         method: Of this method alone; None for all, in the order of their table.
         weights: What the source of public weights reports of those (a source of the catalog, such
-            as ``"yyds"``), in place of what papers and tables report; entries then have
-            ``"weights"``, and a report gives the difference. Those of the reference itself,
+            as ``"yyds"``), in place of what papers and tables report of the method; entries then
+            have ``"weights"``, and a report gives the difference. Those of the reference itself,
             ``"llcm-official"``, have DEEN's rows of papers and tables: no file says of which row
             it is.
 
@@ -41,15 +43,18 @@ def published(
     >>> [entry["mINP"] for entry in published("llcm-ir2vis", weights="yyds")]
     [0.5987]
     """
-    if weights == "llcm-official":
-        method, weights = "DEEN", None
+    methods = _table()["weights_of_a_method"]
+    if weights in methods:
+        method, weights = methods[weights], None
+    elif weights:
+        method = None
     others = [] if weights else _table()["weights"]
     return [
         _fractions(entry) | ({"weights": weights} if weights else {})
         for entry in _table()["results"]
         if entry["protocol"] == protocol
         and method in (None, entry["method"])
-        and weights in (None, entry["source"])
+        and (not weights or weights == entry["source"])
         and entry["source"] not in others
     ]
 
@@ -63,20 +68,18 @@ def published_by(weights: str, dataset: str) -> list[dict[str, Any]]:
     return [
         _fractions(entry)
         for entry in _table()["results"]
-        if entry["source"] == weights and entry["protocol"].startswith(f"{dataset}-")
+        if entry["source"] == weights and PROTOCOLS[entry["protocol"]].dataset == dataset
     ]
 
 
 def published_ablation() -> list[dict[str, Any]]:
-    """The poster's Table 4: which of dee, cpm, ort and mfa are on, and for ``"llcm-ir2vis"`` and
-    ``"sysu-all"`` r1 and mAP as fractions.
+    """The poster's Table 4: which of dee, cpm, ort and mfa are on, and r1 and mAP as fractions by
+    protocol.
 
     >>> published_ablation()[0]["sysu-all"]
     {'r1': 0.607, 'mAP': 0.577}
     """
-    rows = []
-    for row in _table()["ablation"]:
-        scores = {p: row[p] for p in ("llcm-ir2vis", "sysu-all")}
-        fractions = {p: {k: round(v / 100, 6) for k, v in s.items()} for p, s in scores.items()}
-        rows.append({**_fractions(row), **fractions})
-    return rows
+    return [
+        _fractions(row) | {p: _fractions(s) for p, s in row.items() if isinstance(s, dict)}
+        for row in _table()["ablation"]
+    ]

@@ -121,11 +121,20 @@ class ProtocolResult:
     @property
     def published(self) -> list[dict[str, Any]]:
         """DEEN's published numbers of this very measurement; see ``published.json``."""
-        return published(self.protocol, "DEEN") if self.name == self.protocol else []
+        return self._published("DEEN")
 
-    def to_dict(self, drawn: bool = False) -> dict[str, Any]:
-        """For ``results.json``: plain numbers, fractions; next to published numbers and counts,
-        unless the people are drawn."""
+    def _published(self, method: str, weights: str | None = None) -> list[dict[str, Any]]:
+        return published(self.protocol, method, weights) if self.name == self.protocol else []
+
+    def to_dict(
+        self, drawn: bool = False, method: str = "DEEN", weights: str | None = None
+    ) -> dict[str, Any]:
+        """For ``results.json``: plain numbers, fractions; next to counts and published numbers,
+        unless the people are drawn.
+
+        Those are of the method, or, where the weights are converted, what their source reports
+        (:func:`~deen_zoo.evaluation.published`); another measurement than the published has none.
+        """
         result = {
             "protocol": self.protocol,
             "name": self.name,
@@ -137,7 +146,7 @@ class ProtocolResult:
             "mean": self.mean,
             "std": self.std,
             "trials": [{"trial": t.number, **t.metrics} for t in self.trials],
-            "published": [] if drawn else self.published,
+            "published": [] if drawn else self._published(method, weights),
         }
         if self.camera_pairs:
             result["camera_pairs"] = [pair._asdict() for pair in self.camera_pairs]

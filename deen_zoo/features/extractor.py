@@ -30,7 +30,7 @@ from ..device import choose_device, resolve_precision
 from ..distributed import Distributed
 from ..errors import UserError, check_choice, check_least
 from ..io import exclusive
-from ..models import create_model
+from ..models import open_model
 from ..models.pretrained import weights_bytes
 from .engines import ENGINES, OpenVINOEngine, TorchEngine
 from .files import (
@@ -232,8 +232,7 @@ class FeatureExtractor:
             resolve_precision(self.device, precision)
         folder = Path(model) if isinstance(model, (str, os.PathLike)) else None
         if folder:
-            name = os.fspath(model)
-            model = create_model(f"local-dir:{name}" if folder.is_dir() else name, pretrained)
+            model = open_model(folder, pretrained)
         check_choice("engine", engine, ENGINES)
         check_choice("descriptor", descriptor, model.descriptors)
         check_choice("dtype", dtype, DTYPES)

@@ -164,7 +164,7 @@ class FeatureTable:
         Raises:
             UserError: A test image has no row.
         """
-        samples = dataset.test("visible", split) + dataset.test("infrared", split)
+        samples = dataset.test(split=split)
         root = Path(dataset.root).resolve()
         rows: dict[str, int] = {}
         for i, path in enumerate(self.paths):

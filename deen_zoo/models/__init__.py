@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 from typing import Any, cast
 
 import timm
@@ -62,6 +63,12 @@ def create_model(
         )
     model: Any = timm.create_model(name, pretrained=pretrained, **kwargs)
     return cast(ReidModel, model)
+
+
+def open_model(source: str | os.PathLike[str], pretrained: bool = True) -> ReidModel:
+    """The model of a checkpoint folder, or of a name as :func:`create_model` takes it."""
+    name = os.fspath(source)
+    return create_model(f"local-dir:{name}" if os.path.isdir(name) else name, pretrained)
 
 
 def list_models(filter: str = "") -> list[str]:

@@ -24,9 +24,11 @@ import numpy as np
 import timm
 import torch
 
+from ..data.datasets import get_dataset, several_splits
+from ..data.reader import ReidDataset
 from ..errors import UserError, check_choice
 from ..io import check_new_folder, sha256, whole_folder
-from . import create_model, save_pretrained
+from . import create_model, list_models, save_pretrained
 from .catalog import weights_home
 from .pretrained import WEIGHTS, brief, in_words, misfits
 
@@ -95,11 +97,11 @@ class Source:
     Attributes:
         tag: Short name, the tag of installed weights, as in ``deen_resnet50_sysu.yyds``.
         title: In words.
-        family: Models are ``<family>_resnet50_<dataset>``.
+        family: Models are ``<family>_resnet50_<dataset>``, of every dataset that has one.
         rules: Names of parts of the network; those without a rule stay as they are.
         unused: Pattern of names that the network never runs.
         args: Model arguments that differ from the defaults of the family.
-        regdb_args: The same, for RegDB alone.
+        args_of: The same, for some of the models alone, by their names.
         file_name: Pattern that tells this source from others whose files have the same names.
     """
 
@@ -109,23 +111,23 @@ class Source:
     rules: Rules
     unused: str = "(?!)"
     args: Mapping[str, Any] = field(default_factory=dict)
-    regdb_args: Mapping[str, Any] = field(default_factory=dict)
+    args_of: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     file_name: str = "(?!)"
 
     @property
     def models(self) -> list[str]:
         """The models that its files can be of."""
-        return [f"{self.family}_resnet50_{dataset}" for dataset in ("sysu", "llcm", "regdb")]
+        return list_models(f"{self.family}_resnet50_*")
 
     def arguments(self, model: str) -> dict[str, Any]:
         """Model arguments of one of its files."""
-        return {**self.args, **(self.regdb_args if model.endswith("regdb") else {})}
+        return {**self.args, **self.args_of.get(model, {})}
 
     def names(self, theirs: Iterable[str]) -> dict[str, str]:
         """{theirs: ours} for all names of a file but those that its network never runs."""
         theirs = list(theirs)
         three_stages = "MFA2.CNL.g.weight" in theirs and "MFA3.CNL.g.weight" not in theirs
-        # The reference's RegDB files keep the stage that RegDB does without.
+        # The reference's files of three stages keep the fourth, which they do without.
         unused = self.unused + (r"|base_resnet\.base\.layer4\..+" if three_stages else "")
         last = "2" if three_stages else "3"
         return {n: self._ours(n, last) for n in theirs if not re.fullmatch(unused, n)}
@@ -161,7 +163,7 @@ SOURCES = {
         ),
         Source(
             "yyds", "DEEN baseline of YYDS (dyhBUPT/YYDS)", "deen", _BARE_STEMS | _DEEN,
-            regdb_args={"flip": False},  # its test of RegDB, unlike its others
+            args_of={"deen_resnet50_regdb": {"flip": False}},  # its test there, unlike its others
         ),
         Source(
             "agw", "AGW (mangye16/Cross-Modal-Re-ID-baseline)", "agw", _AGW, _UNUSED_RESNETS,
@@ -224,7 +226,8 @@ class ConversionReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        unknown = self.dataset == "regdb" and self.split is None
+        kind = _dataset(self.model)
+        unknown = len(kind.splits) > 1 and self.split is None
         split = f", split {self.split}" if self.split else ""
         mean = "" if self.mAP is None else f", mAP {self.mAP:.4f}"
         rows = {
@@ -238,7 +241,8 @@ class ConversionReport:
             "sha256": self.sha256,
             "written to": self.folder,
             "split": unknown
-            and "unknown, and a RegDB model must be tested on its own split: give --split 1 to 10",
+            and f"unknown, and a {kind.title} model must be tested on its own split: give --split "
+            f"{kind.splits[0]} to {kind.splits[-1]}",
             "half precision": self.half_precision
             and f"{self.half_precision} tensors, stored as float32",
             "recorded in it": self.rank1 is not None
@@ -246,6 +250,11 @@ class ConversionReport:
             "as its best epoch; not measured here)",
         }
         return "\n".join(f"{name:<18}{text}" for name, text in rows.items() if text)
+
+
+def _dataset(model: str) -> type[ReidDataset]:
+    """The dataset that a model's name ends with."""
+    return get_dataset(model.rpartition("_")[2])
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -421,7 +430,8 @@ def convert(
             ``create_model(model, pretrained=True)`` finds it from then on.
         model: Which model it is; found out if empty.
         source: Which source it is of, a key of :data:`SOURCES`; found out if empty.
-        split: Of RegDB's ten, the one it was trained on; read off the file's name if None.
+        split: Of a dataset with several, such as RegDB's ten, the one that it was trained on; read
+            off the file's name if None.
 
     Raises:
         UserError: The file is refused; nothing has been written.
@@ -430,11 +440,12 @@ def convert(
     content = read_checkpoint(file)
     found = recognise(content["net"], file.name, model, source)
     weights, half = _sound(found.state, file)
-    dataset = found.model.rpartition("_")[2]
-    if split is None and dataset == "regdb" and (match := re.search(r"trial_(\d+)", file.name)):
+    kind = _dataset(found.model)
+    splits = kind.splits if len(kind.splits) > 1 else ()
+    if split is None and splits and (match := re.search(r"trial_(\d+)", file.name)):
         split = int(match[1])
-    if split is not None and (dataset != "regdb" or not 1 <= split <= 10):
-        raise UserError(f"split {split} of {dataset}: only RegDB has splits, 1 to 10")
+    if split is not None and split not in splits:
+        raise UserError(f"split {split} of {kind.title}: there are only {several_splits()}")
     tag = found.source.tag + (f"-split{split}" if split else "")
     target = weights_home() / f"{found.model}.{tag}" if folder is None else check_new_folder(folder)
 
@@ -443,7 +454,7 @@ def convert(
     counters = {n: t for n, t in net.state_dict().items() if n.endswith("num_batches_tracked")}
     weights = {**counters, **weights}
     net.load_state_dict(weights)
-    net.trained_on = {"source": found.source.tag, "dataset": dataset}
+    net.trained_on = {"source": found.source.tag, "dataset": kind.name}
     if split is not None:
         net.trained_on["split"] = split
     with whole_folder(target) as partial:
@@ -458,7 +469,7 @@ def convert(
         source=found.source.tag,
         same_names=found.ambiguous,
         model=found.model,
-        dataset=dataset,
+        dataset=kind.name,
         split=split,
         identities=identities,
         source_keys=len(content["net"]),

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ..data.reader import DRAWN
 from ..errors import UserError, check_choice
 from ..io import check_new_folder, cores, whole_folder
-from .layouts import LAYOUTS, Shot, path_of, split, write_index
+from .layouts import LAYOUTS, Shot, split
 from .picture import draw
 from .world import Camera, Person, Pose, stream
 
@@ -60,12 +60,12 @@ def synthesize(
     was interrupted or killed is not there, and is drawn again.
 
     Args:
-        layout: ``"sysu"``, ``"regdb"`` or ``"llcm"``.
+        layout: One of :data:`~deen_zoo.synthetic.LAYOUTS`, by its dataset's name.
         root: A folder that does not exist yet, or is empty.
         identities: How many people, from 4 up to 9,999.
         seed: Number of the world: the same people, cameras and pictures for the same number.
         images_per_camera: Images of each identity in each camera (and modality) that sees it;
-            4, 10 and 2 by default for the three layouts.
+            by default 4 for SYSU-MM01, 10 for RegDB and 2 for LLCM.
         test_fraction: Share of the identities to test on; by default as in the real dataset
             (96 of 491, a half, 351 of 1,064). At least two identities stay on either side.
         workers: Processes that draw; the number of available CPU cores by default. Where processes
@@ -91,12 +91,13 @@ def synthesize(
         "workers": (workers, 1, 256),
     }
     _check(layout, target, ranges)
-    each = images_per_camera or LAYOUTS[layout].images_per_camera
-    fraction = LAYOUTS[layout].test_fraction if test_fraction is None else test_fraction
+    spec = LAYOUTS[layout]
+    each = images_per_camera or spec.images_per_camera
+    fraction = spec.test_fraction if test_fraction is None else test_fraction
     everyone = range(1, identities + 1)
     test = split(seed, everyone, min(max(2, round(identities * fraction)), identities - 2))
     shots = [_sightings(layout, seed, identity, each, identity in test) for identity in everyone]
-    paths = {s: path_of(layout, seed, s, s.identity in test) for person in shots for s in person}
+    paths = {s: spec.path(seed, s, s.identity in test) for person in shots for s in person}
 
     with whole_folder(target) as workshop:
         jobs = [[(shot, f"{workshop}/{paths[shot]}") for shot in person] for person in shots]
@@ -108,7 +109,7 @@ def synthesize(
         with tqdm(total=len(paths), unit="image", desc="drawing", disable=off) as bar:
             for done in _map(partial(_draw_person, layout, seed), jobs, workers):
                 bar.update(done)
-        write_index[layout](workshop, seed, paths, test)
+        spec.write_index(workshop, seed, paths, test)
         visible = sum(shot.modality == "visible" for shot in paths)
         infrared = len(paths) - visible
         tree = SyntheticTree(layout, seed, identities, len(test), visible, infrared, each)
@@ -134,8 +135,8 @@ def _sightings(layout: str, seed: int, identity: int, each: int, test: bool) -> 
     shots = []
     for modality, cameras in (("visible", spec.visible), ("infrared", spec.infrared)):
         seen = [c for c in cameras if rng.random() < spec.sighted or c == cameras[0]]
-        if layout == "llcm" and modality == "infrared" and test:
-            seen = [c for c in seen if c != 3]  # the real test_nir has no camera 3
+        if test:
+            seen = [c for c in seen if c in spec.test_cameras.get(modality, cameras)]
         if len(seen) < 2 < len(cameras):
             seen.append(cameras[1])
         shots += [Shot(identity, c, modality, take) for c in seen for take in range(each)]

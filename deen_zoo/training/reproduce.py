@@ -34,13 +34,13 @@ from ..data.transforms import ChannelTransform, TrainTransform
 from ..device import choose_device, resolve_precision
 from ..distributed import Distributed, join
 from ..errors import UserError, plural
-from ..evaluation import ProtocolResult, evaluate, images_of, merge_trials, published
+from ..evaluation import ProtocolResult, evaluate, images_of, merge_trials
 from ..evaluation.known import people_digest, refuse_known_people
 from ..features.extractor import FeatureExtractor, data_config, extract, weights_sha256
 from ..features.files import FeatureTable, label_column
 from ..io import exclusive, sha256
-from ..models import create_model
-from ..models.base import MODALITIES, NAMES, ReidModel
+from ..models import create_model, open_model
+from ..models.base import NAMES, ReidModel
 from ..models.catalog import installed_splits
 from ..models.pretrained import WEIGHTS, load_weights, read_config
 from ..synthetic import synthesize
@@ -60,7 +60,7 @@ def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str,
 
     The output folder holds ``results.json``, ``report.md``, pictures, ``log.csv``, the saved state
     in ``states``, and two checkpoint folders: ``checkpoint`` (the last epoch) and ``best`` (the
-    best on the test set). RegDB has the last five for each split, in ``trial-1`` and so on.
+    best on the test set). Each of several splits has the last five in ``trial-1`` and so on.
 
     Args:
         settings: From :meth:`Settings.create`.
@@ -97,8 +97,8 @@ def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str,
         if settings.resume and not settings.eval_only:
             world.once(lambda: _check_states(settings, record))
         models, work = [], _Work(settings, dataset, world)
-        for trial in settings.trials:
-            entry = work.given(trial) if settings.eval_only else work.train(trial, record)
+        for split in settings.trials:
+            entry = work.given(split) if settings.eval_only else work.train(split, record)
             models.append(entry)
             work.evaluate(entry)
         results = {
@@ -126,8 +126,8 @@ def _finished(settings: Settings, run: dict[str, Any]) -> dict[str, Any] | None:
 
 def _check_states(settings: Settings, record: dict[str, Any]) -> None:
     """Refuse to resume any of the splits with other settings, before one of them is trained."""
-    for trial in settings.trials:
-        Run(settings.folder(trial), record | {"trial": trial}).check(settings.epochs)
+    for split in settings.trials:
+        Run(settings.folder(split), record | {"trial": split}).check(settings.epochs)
 
 
 def _object(file: Path) -> dict[str, Any]:
@@ -151,14 +151,14 @@ def check_early(settings: Settings) -> None:
         other = _object(file).get("eval_only")
         if other != settings.eval_only:
             raise UserError(f"{file} is of {other}: choose another --output")
-    for trial in settings.trials:
+    for split in settings.trials:
         if settings.eval_only:
-            _checkpoint(settings, trial)
-            if Run(settings.folder(trial)).newest:
-                raise UserError(f"{settings.folder(trial)} holds a run: choose another --output")
-        elif not settings.resume and Run(settings.folder(trial)).newest:
+            _checkpoint(settings, split)
+            if Run(settings.folder(split)).newest:
+                raise UserError(f"{settings.folder(split)} holds a run: choose another --output")
+        elif not settings.resume and Run(settings.folder(split)).newest:
             raise UserError(
-                f"{settings.folder(trial)} holds a run: continue it with --resume, or choose "
+                f"{settings.folder(split)} holds a run: continue it with --resume, or choose "
                 "another --output"
             )
 
@@ -198,9 +198,9 @@ def _check_data(settings: Settings, world: Distributed) -> ReidDataset:
 
 def _check_matches(settings: Settings, dataset: ReidDataset) -> None:
     """Refuse a test set in which nobody is on both sides, before hours of training."""
-    for trial in settings.trials:
+    for split in settings.trials:
         for name in settings.protocols:
-            number = _first_number(name, trial)
+            number = _first_number(name, split)
             sides = dataset.query(name, number), dataset.gallery(name, number)
             people = [{sample.identity for sample in side} for side in sides]
             if people[0].isdisjoint(people[1]):
@@ -266,21 +266,21 @@ class _Work:
         self.facts: dict[str, str] = {}
         self.results: dict[str, Results] = {"last": {}, "best": {}}
 
-    def train(self, trial: int, record: dict[str, Any]) -> dict[str, Any]:
+    def train(self, split: int, record: dict[str, Any]) -> dict[str, Any]:
         """Train a split's model and write its checkpoint folders: its entry in results.json."""
         settings, world, recipe = self.settings, self.world, self.settings.recipe
-        samples = self.dataset.train(trial)
+        samples = self.dataset.train(split)
         people = {sample.identity for sample in samples}
         trained_on = {
             "dataset": settings.dataset,
             **({"drawn": True} if self.dataset.drawn else {}),
-            "split": trial,
+            "split": split,
             "seed": settings.seed,
             "intensity": recipe.data.intensity or "full",
             "identities": len(people),
             "identities_sha256": people_digest(people),
         }
-        run = Run(settings.folder(trial), record | {"trial": trial}, trained_on)
+        run = Run(settings.folder(split), record | {"trial": split}, trained_on)
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(settings.seed)
         model = _build(settings, len(people))
@@ -302,7 +302,7 @@ class _Work:
             **options,
         )
         protocol = settings.protocols[0]
-        number = _first_number(protocol, trial)
+        number = _first_number(protocol, split)
         sides = self.dataset.query(protocol, number) + self.dataset.gallery(protocol, number)
 
         def test() -> dict[str, float]:
@@ -323,7 +323,7 @@ class _Work:
             compile=settings.compile,
             save_every=settings.save_every,
         )
-        return world.once(lambda: self.checkpoints(model, run, trial))
+        return world.once(lambda: self.checkpoints(model, run, split))
 
     def transform(self, model: Any) -> TrainTransform:
         """The recipe's augmentation, normalised as the model has it."""
@@ -333,9 +333,9 @@ class _Work:
         kind = ChannelTransform if data.augmentation == "caj" else TrainTransform
         return kind(**same, erasing_area=area, mean=config["mean"], std=config["std"])
 
-    def checkpoints(self, model: Any, run: Run, trial: int) -> dict[str, Any]:
+    def checkpoints(self, model: Any, run: Run, split: int) -> dict[str, Any]:
         """Write the checkpoint folders of the last and the best epoch."""
-        entry: dict[str, Any] = {"trial": trial, "history": run.history}
+        entry: dict[str, Any] = {"trial": split, "history": run.history}
         self.forget(run.folder / "checkpoint", weights_sha256(model))
         run.write_checkpoint(model, run.folder / "checkpoint")
         epochs = {"last": (run.epoch, run.folder / "checkpoint")}
@@ -360,28 +360,28 @@ class _Work:
             for name in ("results.json", "report.md"):
                 (self.settings.output / name).unlink(missing_ok=True)
 
-    def given(self, trial: int) -> dict[str, Any]:
+    def given(self, split: int) -> dict[str, Any]:
         """The entry in results.json of weights that were not trained here."""
-        source = _checkpoint(self.settings, trial)
-        self.refuse_known(source, trial)
+        source = _checkpoint(self.settings, split)
+        self.refuse_known(source, split)
         weights = Path(source) / WEIGHTS
         digest = sha256(weights) if weights.is_file() else None
         last = {"checkpoint": source, "epoch": None, "sha256": digest}
-        return {"trial": trial, "history": [], "last": last}
+        return {"trial": split, "history": [], "last": last}
 
-    def refuse_known(self, source: str | Path, trial: int, model: Any = None) -> None:
+    def refuse_known(self, source: str | Path, split: int, model: Any = None) -> None:
         """Refuse weights that were trained on people whom the split tests.
 
         A folder says so before it is loaded; installed weights and those of the Hub when they are.
         """
         data = self.dataset
-        tested = {sample.identity for kind in MODALITIES for sample in data.test(kind, trial)}
+        tested = {sample.identity for sample in data.test(split=split)}
         trained_on = _trained_on(source, model)
-        refuse_known_people(trained_on, source, type(data), trial, tested, data)
+        refuse_known_people(trained_on, source, type(data), split, tested, data)
 
     def evaluate(self, entry: dict[str, Any]) -> None:
         """Run every protocol with a split's last and best epoch."""
-        trial, trained_here = entry["trial"], bool(entry["history"])
+        split, trained_here = entry["trial"], bool(entry["history"])
         found: list[ProtocolResult] = []
         for which in (which for which in self.results if which in entry):
             end = entry[which]
@@ -390,18 +390,18 @@ class _Work:
                 source = self.settings.output / source if trained_here else source
                 model = self.load(source)
                 if not trained_here:
-                    self.refuse_known(source, trial, model)
+                    self.refuse_known(source, split, model)
                     end["sha256"] = end["sha256"] or _digest(model)
-                found = self.measure(source, model, trial)
+                found = self.measure(source, model, split)
             for result in found:
                 self.results[which].setdefault(result.protocol, []).append(result)
 
-    def measure(self, source: str | Path, model: Any, trial: int) -> list[ProtocolResult]:
+    def measure(self, source: str | Path, model: Any, split: int) -> list[ProtocolResult]:
         """Every protocol of a split; each image that any trial compares is described once."""
         settings, data = self.settings, self.dataset
-        samples = data.test("visible", trial) + data.test("infrared", trial)
+        samples = data.test(split=split)
         row = {name: get_protocol(name) for name in settings.protocols}
-        trials = {name: None if row[name].sampled else [trial] for name in row}
+        trials = {name: None if row[name].sampled else [split] for name in row}
         drawn = sorted({i for name in trials for i in images_of(samples, name, trials[name])})
         used = [samples[i] for i in drawn]
         trained_on = _trained_on(source, model)
@@ -428,7 +428,7 @@ class _Work:
             descriptor += f", 16-bit images scaled by {options['intensity']}"
         self.facts = {
             "descriptor": descriptor,
-            "source": trained_on.get("source", ""),  # of converted weights, in the catalog
+            "source": str(trained_on.get("source", "")),  # of converted weights, in the catalog
             "method": type(model).__name__,  # as published.json names it
         }
         if settings.eval_only and _own_function(settings) is None:
@@ -441,12 +441,9 @@ class _Work:
         """Of each protocol the last epoch's result and, with it, the best epoch's."""
         out = {}
         for name, results in self.results["last"].items():
-            entry = merge_trials(results).to_dict(self.dataset.drawn)
+            method, source = self.facts["method"], self.facts["source"]
+            entry = merge_trials(results).to_dict(self.dataset.drawn, method, source)
             entry |= {"chance": _chance(results), "descriptor": self.facts["descriptor"]}
-            if not self.dataset.drawn:
-                source = self.facts["source"] or None  # which has reported numbers of its own
-                method = None if source else self.facts["method"]
-                entry["published"] = published(name, method, weights=source)
             if name in self.results["best"]:
                 best = merge_trials(self.results["best"][name])
                 entry["best"] = {"mean": best.mean, "std": best.std}
@@ -462,8 +459,7 @@ class _Work:
             model = _build(self.settings, classes)
             load_weights(model, source)
         else:
-            name = f"local-dir:{source}" if Path(source).is_dir() else str(source)
-            model = create_model(name, pretrained=True)
+            model = open_model(source)
         return model.to(self.world.device).to(memory_format=torch.channels_last)
 
     def reading(self, model: Any, trained_on: dict[str, Any]) -> dict[str, Any]:
@@ -503,27 +499,28 @@ def _digest(model: Any) -> str | None:
     return sha256(file) if file and Path(file).is_file() else None
 
 
-def _checkpoint(settings: Settings, trial: int) -> str:
+def _checkpoint(settings: Settings, split: int) -> str:
     """The checkpoint to evaluate on a split: ``eval_only``, or what is of that split in it.
 
-    A run on RegDB holds a checkpoint of each split; installed weights may be of several.
+    A run on several splits holds a checkpoint of each; installed weights may be of several.
     """
     source = str(settings.eval_only)
     splits = installed_splits(source)
     if splits:
-        if trial not in splits:
+        if split not in splits:
             have = " ".join(map(str, splits))
             raise UserError(
-                f"{source}: no weights of split {trial} are installed: install them with "
+                f"{source}: no weights of split {split} are installed: install them with "
                 f"'deen-zoo convert FILE --install', or evaluate those there are, --trials {have}"
             )
-        return str(splits[trial])
+        return str(splits[split])
     if len(settings.trials) > 1:
-        folder = Path(source) / f"trial-{trial}" / "checkpoint"
+        folder = Path(source) / f"trial-{split}" / "checkpoint"
         if not folder.is_dir():
             raise UserError(
-                f"{folder}: there is no such folder; each split of RegDB has a model of its own: "
-                "give the output folder of a run, or --trials with the one split of a checkpoint"
+                f"{folder}: there is no such folder; each split of {settings.kind.title} has a "
+                "model of its own: give the output folder of a run, or --trials with the one split "
+                "of a checkpoint"
             )
         return str(folder)
     return source

@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..data.datasets import DATASETS, get_dataset
+from ..data.datasets import DATASETS, get_dataset, several_splits
 from ..data.reader import ReidDataset
 from ..errors import UserError, check_least
 from .recipes import RECIPES, Recipe, describe, get_recipe, shown
@@ -42,7 +42,9 @@ class Settings:
     )
     model: str = option("a model by name, or package.module:function (default: the dataset's)")
     epochs: int = option("stop after so many epochs (default: the recipe's)", type=int)
-    trials: tuple[int, ...] = option("RegDB's splits, 1 to 10", type=int, nargs="+", metavar="N")
+    trials: tuple[int, ...] = option(
+        f"some of {several_splits()}", type=int, nargs="+", metavar="N"
+    )
     protocols: tuple[str, ...] = option(
         "protocols of the dataset; the first one chooses the best epoch (default: all)",
         nargs="+",
@@ -113,7 +115,7 @@ class Settings:
                 raise UserError(f"{name} {folder}: it is a file; give a folder")
         trials = tuple(given.get("trials", kind.splits))
         if "trials" in given and len(kind.splits) == 1:
-            raise UserError(f"--trials chooses among RegDB's splits; {dataset} has one")
+            raise UserError(f"--trials chooses among {several_splits()}; {dataset} has one")
         if len(set(trials)) < len(trials) or not set(trials) <= set(kind.splits):
             raise UserError(
                 f"--trials {' '.join(map(str, trials))}: choose from {kind.splits[0]} to "
@@ -152,9 +154,9 @@ class Settings:
         """The dataset's class, which holds all its facts."""
         return get_dataset(self.dataset)
 
-    def folder(self, trial: int) -> Path:
+    def folder(self, split: int) -> Path:
         """Where a split's model is kept."""
-        return self.output / f"trial-{trial}" if len(self.kind.splits) > 1 else self.output
+        return self.output / f"trial-{split}" if len(self.kind.splits) > 1 else self.output
 
 
 def _check_together(kind: type[ReidDataset], given: dict[str, Any]) -> None:
