@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deen_zoo import FeatureExtractor, create_model
-from deen_zoo.data.images import read_image
+from deen_zoo.data import read_image
 from deen_zoo.data.loader import TrainBatch, map_batches
 from deen_zoo.data.protocols import Sample
 from deen_zoo.data.transforms import IMAGENET_MEAN, IMAGENET_STD

@@ -9,7 +9,6 @@ import copy
 import json
 import math
 import os
-import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from .errors import UserError, check_choice, require
 from .features.engines import traced
 from .features.extractor import data_config
-from .io import check_target, reserved
+from .io import check_target, reserved, whole_file
 from .models import ReidModel
 
 __all__ = ["FORMATS", "MODALITIES", "OUTPUTS", "ExportReport", "export_model"]
@@ -77,20 +76,16 @@ class ExportReport:
 class _Function(nn.Module):
     """What is exported: a function of ``images``, and of ``modality`` where it is an input."""
 
-    def __init__(
-        self, model: ReidModel, output: str, modality: str, descriptor: str, flip: bool,
-        normalize: bool,
-    ) -> None:  # fmt: skip
+    def __init__(self, model: ReidModel, note: Note) -> None:
         super().__init__()
-        self.model, self.output, self.modality = model, output, modality
-        self.flip, self.normalize, self.descriptor = flip, normalize, descriptor
+        self.model, self.note = model, note
 
     def forward(self, images: Tensor, modality: Tensor | None = None) -> Tensor:
-        told = self.modality if modality is None else modality
-        if self.output == "logits":
+        note, told = self.note, self.note["modality"] if modality is None else modality
+        if note["output"] == "logits":
             return self.model.forward(images, told)
-        rows = self.model.forward_embedding(images, told, self.flip, self.descriptor)
-        return nn.functional.normalize(rows) if self.normalize else rows
+        rows = self.model.forward_embedding(images, told, note["flip"], note["descriptor"])
+        return nn.functional.normalize(rows) if note["normalize"] else rows
 
 
 def export_model(
@@ -99,9 +94,9 @@ def export_model(
     *,
     modality: str,
     output: str = "embedding",
-    descriptor: str = "official",
+    descriptor: str | None = None,
     flip: bool | None = None,
-    normalize: bool = True,
+    normalize: bool | None = None,
     size: tuple[int, int] | None = None,
     tolerance: float = 1e-4,
 ) -> ExportReport:
@@ -117,10 +112,10 @@ def export_model(
             (TorchScript) or ``.pt2`` (``torch.export``).
         modality: ``"visible"`` or ``"infrared"``, which leaves the other stem out; or ``"input"``:
             the file takes a second input ``modality`` (N,) bool, True for infrared.
-        output: ``"embedding"`` or ``"logits"``.
-        descriptor: Which embedding, one of ``model.descriptors``.
+        output: ``"embedding"`` or ``"logits"``, to which the next three do not apply.
+        descriptor: Which embedding, one of ``model.descriptors``; ``"official"`` when None.
         flip: Add the descriptor of the mirrored images; None as the model's results were measured.
-        normalize: Scale each embedding to length 1.
+        normalize: Scale each embedding to length 1, also when None.
         size: (H, W) of the images; the model's own when None.
         tolerance: Greatest difference from torch that passes, relative where outputs exceed 1.
 
@@ -129,8 +124,11 @@ def export_model(
         MissingExtraError: What the format needs is not installed.
     """
     path = Path(path)
-    _check(model, path, output, modality, descriptor)
-    flip = model.flip if flip is None else flip
+    options: Note = {"descriptor": descriptor, "flip": flip, "normalize": normalize}
+    _check(model, path, output, modality, options)
+    if output == "embedding":
+        usual: Note = {"descriptor": "official", "flip": model.flip, "normalize": True}
+        options = {k: usual[k] if value is None else value for k, value in options.items()}
     whole: Any = model
     config = data_config(whole)
     height, width = size or config["input_size"][1:]
@@ -138,50 +136,45 @@ def export_model(
     note = {
         "model": getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__),
         "output": output,
-        "descriptor": descriptor if output == "embedding" else None,
         "modality": modality,
-        "flip": flip,
-        "normalize": normalize,
+        **options,
         "preprocessing": {**config, "input_size": (model.in_chans, height, width)},
     }
     plain = copy.deepcopy(model).cpu().float().eval()
-    function = _Function(plain, output, modality, descriptor, flip, normalize).eval()
+    function = _Function(plain, note).eval()
     try:
         with torch.inference_mode():
             wanted = {name: function(**inputs) for name, inputs in checks.items()}
     except ValueError as error:  # MFA does not take every size
         raise UserError(f"size {height} {width}: {error}") from error
-    partial = path.with_name(f"{path.name}.partial")
-    with reserved(path):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about the exporters' own internals
-                example = list(checks.values())[-1]
-                run = WRITERS[path.suffix](function, example, partial / path.name, note)
-            with torch.inference_mode():
-                differences = {k: _difference(run(x), wanted[k]) for k, x in checks.items()}
-            _judge(path, differences, tolerance)
-            written = sorted(partial.iterdir())  # OpenVINO's .bin before the .xml that asks for it
-            size_bytes = sum(file.stat().st_size for file in written)
-            for file in written:
-                os.replace(file, path.with_name(file.name))
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with reserved(path), whole_file(path) as partial:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the exporters' own internals
+            example = list(checks.values())[-1]
+            run = WRITERS[path.suffix](function, example, partial, note)
+        with torch.inference_mode():
+            differences = {k: _difference(run(x), wanted[k]) for k, x in checks.items()}
+        _judge(path, differences, tolerance)
+        size_bytes = sum(file.stat().st_size for file in partial.parent.iterdir())
     return ExportReport(str(path), note, size_bytes, differences)
 
 
-def _check(model: ReidModel, path: Path, output: str, modality: str, descriptor: str) -> None:
+def _check(model: ReidModel, path: Path, output: str, modality: str, options: Note) -> None:
     check_choice("output", output, OUTPUTS)
     check_choice("modality", modality, MODALITIES)
-    check_choice("descriptor", descriptor, model.descriptors)
+    check_choice("descriptor", options["descriptor"] or "official", model.descriptors)
     check_choice("ending", path.suffix, FORMATS)
     check_target(path)
     for module in FORMATS[path.suffix]:
         require(module, "openvino" if module == "openvino" else "export")
     if output == "logits" and not model.num_classes:
         raise UserError("this model has no classifier: export the embedding")
+    given = [f"{name} {value}" for name, value in options.items() if value is not None]
+    if output == "logits" and given:
+        raise UserError(
+            f"{', '.join(given)} with output 'logits': these options are of embeddings alone; "
+            "leave them out, or export the embedding"
+        )
 
 
 def _checks(modality: str, shape: tuple[int, int, int]) -> dict[str, Inputs]:
@@ -218,17 +211,16 @@ def _difference(got: Tensor, wanted: Tensor) -> float:
     return math.inf if math.isnan(difference) else difference
 
 
-def _program(function: nn.Module, example: Inputs) -> Any:
+def _shapes(example: Inputs) -> Any:
+    """Batches of any size, the same for all inputs."""
     batch = torch.export.Dim("batch")
-    return torch.export.export(
-        function, (), example, dynamic_shapes={name: {0: batch} for name in example}
-    )
+    return {name: {0: batch} for name in example}
 
 
 def _write_program(function: nn.Module, example: Inputs, path: Path, note: Note) -> Run:
+    program = torch.export.export(function, (), example, dynamic_shapes=_shapes(example))
     with open(path, "wb") as file:
-        extra = {"deen_zoo": json.dumps(note)}
-        torch.export.save(_program(function, example), file, extra_files=extra)
+        torch.export.save(program, file, extra_files={"deen_zoo": json.dumps(note)})
     with open(path, "rb") as file:
         module = torch.export.load(file).module()
     return lambda inputs: module(**inputs)
@@ -260,11 +252,10 @@ def _write_openvino(function: nn.Module, example: Inputs, path: Path, note: Note
 def _write_onnx(function: nn.Module, example: Inputs, path: Path, note: Note) -> Run:
     import onnxruntime
 
-    batch = torch.export.Dim("batch")
     try:
         program: Any = torch.onnx.export(
             function, (), kwargs=example, input_names=list(example), output_names=[note["output"]],
-            dynamic_shapes={name: {0: batch} for name in example}, dynamo=True, verbose=False,
+            dynamic_shapes=_shapes(example), dynamo=True, verbose=False,
         )  # fmt: skip
     except Exception as error:  # older torch lacks arguments, or fits no current onnxscript
         raise UserError(

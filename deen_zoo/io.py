@@ -6,14 +6,15 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
 
-__all__ = ["check_new_folder", "check_target", "cores", "exclusive", "reserved", "sha256"]
-__all__ += ["whole_folder", "write_atomically"]
+__all__ = ["check_new_folder", "check_target", "cores", "exclusive", "file_states", "reserved"]
+__all__ += ["sha256", "whole_file", "whole_folder", "write_atomically"]
 
 
 def cores() -> int:
@@ -29,21 +30,45 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
     Raises:
         OSError: It cannot be written; the message names the file, and the old one is as it was.
     """
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
     # Names of files need not be UTF-8: their bytes are written as they are.
     data = content.encode(errors="surrogateescape") if isinstance(content, str) else content
     try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            partial.write_bytes(data)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        kept = "; the file of that name is still the previous one" if path.exists() else ""
+        kept = "; the file of that name is still the previous one" if Path(path).exists() else ""
         raise OSError(f"cannot write {path}: {error.strerror or error}{kept}") from error
+
+
+@contextlib.contextmanager
+def whole_file(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path to write to whose file becomes ``target`` when the block ends without an exception.
+
+    It lies in a folder of its own, and all that is written there comes next to ``target``, the last
+    by name last: a format may have several files.
+    """
+    target = Path(target)
+    folder = target.with_name(f"{target.name}.partial")
+    _remove(folder)
+    try:
+        folder.mkdir()
+        yield folder / target.name
+        written = sorted(folder.iterdir())
+        for path in written:
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        for path in written:
+            os.replace(path, target.with_name(path.name))
+    finally:
+        _remove(folder)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:
@@ -74,6 +99,19 @@ def sha256(path: str | os.PathLike[str], digest: Any = None) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return str(digest.hexdigest())
+
+
+def file_states(files: Mapping[str, str]) -> str:
+    """SHA-256 of names, and of the sizes and modification times of the files at their paths."""
+    digest = hashlib.sha256()
+    for name, path in files.items():
+        try:
+            status = os.stat(path)
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        except (OSError, ValueError):  # ValueError: no name that a file can have
+            state = "missing"
+        digest.update(f"{name}\0{state}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -123,15 +161,16 @@ def reserved(target: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exclusive(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+def exclusive(path: str | os.PathLike[str], what: str, wait: bool = False) -> Iterator[None]:
     """Hold the lock file ``path`` while the block runs; the system frees it if the process dies.
 
     Args:
         path: The lock file, made if missing and left in place.
         what: What it protects, for the message, such as ``"the run in runs/llcm"``.
+        wait: Wait for another process that holds it, and say so on stderr.
 
     Raises:
-        UserError: Another process holds it.
+        UserError: Another process holds it, and ``wait`` is False.
     """
     from filelock import FileLock, Timeout
 
@@ -140,7 +179,10 @@ def exclusive(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"another process is using {what}: wait for it, or stop it") from None
+        if not wait:
+            raise UserError(f"another process is using {what}: wait for it, or stop it") from None
+        print(f"waiting for another process that is using {what}", file=sys.stderr, flush=True)
+        lock.acquire()
     try:
         yield
     finally:

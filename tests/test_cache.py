@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from deen_zoo.data import cache as cache_module
-from deen_zoo.data.cache import open_cache
-from deen_zoo.data.images import open_image, read_image
+from deen_zoo.data.cache import open_cache, read_image
+from deen_zoo.data.images import open_image
 from deen_zoo.data.loader import TrainLoader
 from deen_zoo.data.protocols import Sample
 from deen_zoo.data.transforms import TrainTransform

@@ -70,7 +70,9 @@ def weights(path):
 def test_logits_of_another_size(model, tmp_path):
     export_model(model, tmp_path / "deen.pt", output="logits", size=(64, 64), modality="visible")
     x = torch.randn(2, 3, 64, 64)
-    got = torch.jit.load(tmp_path / "deen.pt")(x)
+    extra = {"deen_zoo": ""}
+    got = torch.jit.load(tmp_path / "deen.pt", _extra_files=extra)(x)
+    assert json.loads(extra["deen_zoo"])["normalize"] is None  # it said that logits are normalised
     with torch.no_grad():
         torch.testing.assert_close(got, model(x, "visible"), rtol=0, atol=1e-4)
 
@@ -170,6 +172,10 @@ def test_mistakes(model, tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=name):
             export_model(model, tmp_path / path, **{"modality": "visible", **kwargs})
+    for option in ({"descriptor": "bn"}, {"flip": False}, {"normalize": True}):
+        with pytest.raises(UserError, match=f"{next(iter(option))}.*leave.*embedding"):
+            export_model(model, tmp_path / "a.pt", modality="input", output="logits", **option)
+    assert not list(tmp_path.iterdir())
     headless = deen_zoo.create_model("test_deen_resnet", num_classes=0)
     with pytest.raises(UserError, match="no classifier"):
         export_model(headless, tmp_path / "deen.onnx", modality="input", output="logits")
@@ -189,6 +195,10 @@ def test_command(model, tmp_path, capsys):
     assert set(report["differences"]) == {"1 infrared", "7 infrared"}
     assert main(["export", str(folder), str(tmp_path / "deen.txt"), "--modality=visible"]) == 2
     assert ".onnx" in capsys.readouterr().err
+    for option in ("--no-flip", "--raw", "--normalize", "--no-normalize", "--descriptor=bn"):
+        logits = ["--modality", "visible", "--output", "logits", option]
+        assert main(["export", str(folder), str(tmp_path / "logits.pt"), *logits]) == 2
+        assert "leave" in capsys.readouterr().err and not (tmp_path / "logits.pt").exists()
     x, _ = batch(model, 3)
     for options, change in (([], {}), (["--raw", "--no-flip"], {"flip": False, "normalize": False}),
                             (["--no-normalize"], {"normalize": False})):  # fmt: skip

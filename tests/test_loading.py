@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deen_zoo.data.images import read_image
+from deen_zoo.data import read_image
 from deen_zoo.data.loader import TrainLoader, map_batches
 from deen_zoo.data.protocols import Sample
 from deen_zoo.data.transforms import TrainTransform

@@ -20,22 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a name, a checkpoint folder, or hf-hub:ORG/NAME")
     add("path", metavar="OUT", help="OUT.onnx, OUT.xml (OpenVINO), OUT.pt (TorchScript), OUT.pt2")
-    add(
-        "--modality",
-        choices=("visible", "infrared", "input"),
-        required=True,
-        help="of the images, which leaves the other stem out; or a second input of the file",
-    )
+    about = "of the images, which leaves the other stem out; or a second input of the file"
+    add("--modality", choices=("visible", "infrared", "input"), required=True, help=about)
     add("--output", choices=("embedding", "logits"), default="embedding")
-    add("--descriptor", default="official", help="which embedding")
-    add("--no-flip", action="store_true", help="without the mirrored image: half the time")
-    add(
-        "--normalize",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="scale embeddings to length 1, as extract does (default)",
-    )
-    add("--raw", dest="normalize", action="store_false", help="the same as --no-normalize")
+    add("--descriptor", help="which embedding (default: official)")
+    about = "without the mirrored image: half the time"
+    add("--no-flip", dest="flip", action="store_const", const=False, help=about)
+    about = "scale embeddings to length 1, as extract does (default)"
+    add("--normalize", action=argparse.BooleanOptionalAction, help=about)
+    about = "the same as --no-normalize"
+    add("--raw", dest="normalize", action="store_const", const=False, help=about)
     add("--size", nargs=2, type=int, metavar=("H", "W"), help="of the images, if not the model's")
     add("--json", action="store_true", help="print the report as JSON")
 
@@ -48,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"exporting {args.model} to {args.path} ...", file=sys.stderr, flush=True)
     report = export_model(
         model, args.path, modality=args.modality, output=args.output, descriptor=args.descriptor,
-        flip=False if args.no_flip else None, normalize=args.normalize,
+        flip=args.flip, normalize=args.normalize,
         size=tuple(args.size) if args.size else None,
     )  # fmt: skip
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .cache import DecodedCache, open_cache
+from .cache import DecodedCache, open_cache, read_image
 from .check import CheckReport, check_dataset
 from .datasets import get_dataset, open_dataset, register_dataset, register_protocol
-from .images import is_image_name, open_image, read_image
+from .images import is_image_name, open_image
 from .protocols import PROTOCOLS, Protocol, Sample, draw_gallery, read_permutations
 from .reader import Fault, ReidDataset
 

@@ -20,11 +20,10 @@ import numpy as np
 import PIL
 
 from ..errors import UserError
-from ..io import cores, whole_folder
+from ..io import cores, exclusive, file_states, whole_folder
 from .images import Intensity, Pixels, check_intensity, open_image, resize
-from .reader import file_states
 
-__all__ = ["DecodedCache", "open_cache"]
+__all__ = ["DecodedCache", "open_cache", "read_image"]
 
 CHUNK = 256  # images decoded before they are written: 42 MB at 384x144
 _HEADER = 128  # bytes before the pixels in the .npy file
@@ -68,6 +67,24 @@ class DecodedCache:
             ) from error
 
 
+def read_image(
+    path: str | os.PathLike[str],
+    size: tuple[int, int],
+    cache: DecodedCache | None = None,
+    intensity: Intensity = "full",
+) -> Pixels:
+    """Read an image, squashed to size = (height, width) by LANCZOS: uint8 (H, W, 3), RGB.
+
+    ``cache`` holds decoded images of that size and intensity (see :func:`open_image`); those that
+    it lacks are read from their files.
+
+    Raises:
+        UserError: The file is missing or broken; the message names it.
+    """
+    cached = cache.read(os.fspath(path)) if cache is not None else None
+    return resize(open_image(path, intensity), size) if cached is None else cached
+
+
 def open_cache(
     folder: str | os.PathLike[str],
     paths: Iterable[str],
@@ -90,24 +107,13 @@ def open_cache(
     Raises:
         UserError: The disk is too small.
     """
-    from filelock import FileLock, Timeout
-
     folder, paths, intensity = Path(folder), sorted(set(paths)), check_intensity(intensity)
     state = _fingerprint(paths, intensity)
     target = folder / f"decoded-{size[0]}x{size[1]}-{state[:16]}"
     if not _is_whole(target, len(paths), size):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "decoded.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            _say(f"waiting for another process that builds a decoded cache in {folder}")
-            lock.acquire()
-        try:
+        with exclusive(folder / "decoded.lock", f"the decoded caches in {folder}", wait=True):
             if not _is_whole(target, len(paths), size):
                 _build(target, paths, size, intensity)
-        finally:
-            lock.release()
     return DecodedCache(target, paths, size, intensity)
 
 
@@ -145,11 +151,12 @@ def _build(target: Path, paths: Sequence[str], size: tuple[int, int], intensity:
             f"{need / 1e9:.1f} GB and {target.parent} has {free / 1e9:.1f} GB free: make room "
             "(old caches there may go), choose another folder, or go without it"
         )
-    _say(f"decoding {len(paths):,} images once, {need / 1e9:.1f} GB, into {target}")
+    what = f"decoding {len(paths):,} images once, {need / 1e9:.1f} GB, into {target}"
+    print(what, file=sys.stderr, flush=True)
 
     def decode(path: str) -> Pixels | None:
         try:
-            return resize(open_image(path, intensity), size)
+            return read_image(path, size, intensity=intensity)
         except UserError:
             return None  # whoever asks for it reads the file and gets the reason
 
@@ -177,8 +184,5 @@ def _build(target: Path, paths: Sequence[str], size: tuple[int, int], intensity:
             file.flush()
             os.fsync(file.fileno())
         (partial / "index.json").write_text(json.dumps({"size": size, "broken": broken}))
-    _say(f"decoded {len(paths) - len(broken):,} images; {len(broken)} broken files left out")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    whole = len(paths) - len(broken)
+    print(f"decoded {whole:,} images; {len(broken)} broken files left out", file=sys.stderr)

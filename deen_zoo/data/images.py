@@ -8,7 +8,7 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +16,8 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ..errors import UserError
 
-if TYPE_CHECKING:
-    from .cache import DecodedCache
-
 __all__ = ["IMAGE_EXTENSIONS", "Intensity", "Pixels", "check_intensity", "deep_colour"]
-__all__ += ["is_foreign_name", "is_image_name", "one_channel", "open_image", "read_image"]
-__all__ += ["resize", "to_rgb"]
+__all__ += ["is_foreign_name", "is_image_name", "one_channel", "open_image", "resize", "to_rgb"]
 
 Pixels = npt.NDArray[np.uint8]
 Intensity = str | tuple[float, float]
@@ -85,24 +81,6 @@ def check_intensity(intensity: Intensity) -> Intensity:
         f"intensity {intensity!r}: choose {', '.join(_INTENSITIES)}, or give two counts LOW,HIGH "
         "from 0 to 65535"
     )
-
-
-def read_image(
-    path: str | os.PathLike[str],
-    size: tuple[int, int],
-    cache: DecodedCache | None = None,
-    intensity: Intensity = "full",
-) -> Pixels:
-    """Read an image, squashed to size = (height, width) by LANCZOS: uint8 (H, W, 3), RGB.
-
-    ``cache`` holds decoded images of that size and intensity (see :func:`open_image`); those that
-    it lacks are read from their files.
-
-    Raises:
-        UserError: The file is missing or broken; the message names it.
-    """
-    cached = cache.read(os.fspath(path)) if cache is not None else None
-    return resize(open_image(path, intensity), size) if cached is None else cached
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> Pixels:

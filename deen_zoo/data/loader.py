@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..errors import UserError, check_least
 from ..io import cores
-from .cache import DecodedCache
-from .images import Intensity, check_intensity, read_image
+from .cache import DecodedCache, read_image
+from .images import Intensity, check_intensity
 from .protocols import Sample, as_label, label_order
 from .sampler import BatchSlot, IdentitySampler, generator
 from .transforms import TrainTransform

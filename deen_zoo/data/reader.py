@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from ..errors import UserError, check_choice, plural
+from ..io import file_states
 from .images import is_foreign_name, is_image_name
 from .protocols import (
     INFRARED,
@@ -29,7 +30,7 @@ from .protocols import (
     trial_sides,
 )
 
-__all__ = ["DRAWN", "Fault", "ReidDataset", "count", "drawn_people", "file_states", "one_modality"]
+__all__ = ["DRAWN", "Fault", "ReidDataset", "count", "drawn_people", "one_modality"]
 
 
 class Fault(NamedTuple):
@@ -71,19 +72,6 @@ def count(samples: Sequence[Sample]) -> dict[str, int]:
     order = sorted(found, key=lambda key: (key[0] != VISIBLE, label_order(key[1])))
     return counts | {f"{modality} camera {camera}": found[modality, camera]
                      for modality, camera in order}  # fmt: skip
-
-
-def file_states(files: Mapping[str, str]) -> str:
-    """SHA-256 of names, and of the sizes and modification times of the files at their paths."""
-    digest = hashlib.sha256()
-    for name, path in files.items():
-        try:
-            status = os.stat(path)
-            state = f"{status.st_size} {status.st_mtime_ns}"
-        except (OSError, ValueError):  # ValueError: no name that a file can have
-            state = "missing"
-        digest.update(f"{name}\0{state}\0".encode(errors="surrogateescape"))
-    return digest.hexdigest()
 
 
 class ReidDataset:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..device import autocast
 from ..errors import UserError, require
-from ..io import whole_folder
+from ..io import exclusive, whole_folder
 from ..models.catalog import weights_home
 
 __all__ = ["BATCH", "ENGINES", "OpenVINOEngine", "TorchEngine", "convert", "pixel_statistics"]
@@ -243,11 +243,8 @@ class OpenVINOEngine:
 
     def _convert(self, kind: str, file: Path) -> None:
         """Write a graph; of several processes that want it the others wait."""
-        from filelock import FileLock
-
         ov = require("openvino", extra="openvino")
-        self._home.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._home / f"{kind}.lock"):
+        with exclusive(self._home / f"{kind}.lock", f"the graphs in {self._home}", wait=True):
             if not file.exists():
                 with whole_folder(self._home / kind) as folder:
                     graph = convert(modality=kind, **self._options)

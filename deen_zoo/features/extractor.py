@@ -29,7 +29,7 @@ from ..data.transforms import EvalTransform, eval_transform
 from ..device import choose_device, resolve_precision
 from ..distributed import Distributed
 from ..errors import UserError, check_choice, check_least
-from ..io import exclusive
+from ..io import exclusive, file_states
 from ..models import open_model
 from ..models.pretrained import weights_bytes
 from .engines import ENGINES, OpenVINOEngine, TorchEngine
@@ -508,15 +508,12 @@ class _Parts(Sequence[FeatureTable]):
 
     @staticmethod
     def _digest(source: Source, rows: range, provenance: dict[str, str]) -> str:
-        digest = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode())
-        for i in rows:
-            item, state = str(source.items[i]), "missing"
-            with contextlib.suppress(OSError, ValueError):  # no name that a file can have
-                status = os.stat(item)
-                state = f"{status.st_size} {status.st_mtime_ns}"
-            row = (item, source.infrared[i], source.labels[i], state)
-            digest.update(f"{row}\n".encode(errors="surrogateescape"))
-        return digest.hexdigest()[:16]
+        files = {
+            f"{source.items[i]} {source.infrared[i]} {source.labels[i]}": str(source.items[i])
+            for i in rows
+        }
+        text = json.dumps(provenance, sort_keys=True) + file_states(files)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def missing(self) -> list[int]:
         """The parts that are not there, damaged, or without an image that can be read now."""

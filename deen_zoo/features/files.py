@@ -50,7 +50,7 @@ from ..data.images import Intensity, check_intensity
 from ..data.protocols import Sample, as_label
 from ..data.reader import ReidDataset
 from ..errors import UserError, require
-from ..io import check_target
+from ..io import check_target, whole_file
 
 __all__ = ["FeatureTable", "check_comparable", "check_output", "label_column"]
 __all__ += ["read_feature_table", "write_feature_table"]
@@ -392,7 +392,7 @@ def write_feature_table(
 ) -> None:
     """Write tables, which share their provenance, as one feature file, row after row.
 
-    The file appears whole or not at all. Several tables are joined in a scratch file next to it: a
+    The file appears whole or not at all. Several tables are joined in a scratch file near it: a
     sequence that reads them one at a time (it is iterated three times) takes the memory of one.
 
     Raises:
@@ -401,25 +401,23 @@ def write_feature_table(
         OSError: The disk is full.
     """
     file = check_output(file)
-    partial, scratch = (file.with_name(f"{file.name}.{end}") for end in ("partial", "rows"))
     if not (allow_empty or any(len(table) for table in tables)):
         reasons = [reason for table in tables for reason in table.unreadable.values()]
         reason = reasons[0] if reasons else "there is none"
         raise UserError(f"{file}: none of the images can be read: {reason}")
     try:
-        table = _join(tables, str(file), scratch if len(tables) > 1 else None)
-        labels = {
-            name: values
-            for name, values in table.labels.items()
-            if name == "infrared" or not unknown(values).all()
-        }
-        WRITERS[file.suffix](partial, replace(table, labels=labels))
-        os.replace(partial, file)
+        with whole_file(file) as partial:
+            scratch = partial.with_name("rows")
+            table = _join(tables, str(file), scratch if len(tables) > 1 else None)
+            labels = {
+                name: values
+                for name, values in table.labels.items()
+                if name == "infrared" or not unknown(values).all()
+            }
+            WRITERS[file.suffix](partial, replace(table, labels=labels))
+            scratch.unlink(missing_ok=True)
     except SafetensorError as error:  # such as a full disk
         raise OSError(f"cannot write {file}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-        scratch.unlink(missing_ok=True)
 
 
 def _write_safetensors(file: Path, table: FeatureTable) -> None:

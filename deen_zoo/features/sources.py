@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.cache import DecodedCache
+from ..data.cache import DecodedCache, read_image
 from ..data.folder import UNKNOWN, list_images, read_csv
-from ..data.images import Intensity, Pixels, deep_colour, read_image, resize, to_rgb
+from ..data.images import Intensity, Pixels, deep_colour, resize, to_rgb
 from ..data.protocols import Label, Sample
 from ..errors import UserError
 from .files import label_column
