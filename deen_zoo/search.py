@@ -65,11 +65,10 @@ class SearchResult:
             hits = []
             for rank, (score, i) in enumerate(zip(*found, strict=True)):
                 if score >= threshold:
-                    hit = {"rank": rank + 1, "score": score, **_described(self.gallery, i)}
-                    hits.append(
-                        hit if correct is None else {**hit, "correct": bool(correct[q, rank])}
-                    )
-            out.append({**_described(self.query, q), "hits": hits})
+                    hit = {"rank": rank + 1, "score": score, **self.gallery.describe(i)}
+                    hit |= {} if correct is None else {"correct": bool(correct[q, rank])}
+                    hits.append(hit)
+            out.append({**self.query.describe(q), "hits": hits})
         return out
 
     def __str__(self) -> str:
@@ -90,16 +89,6 @@ class SearchResult:
             if not query["hits"]:
                 lines.append(f"      none of a score of {threshold:.4f} or more")
         return "\n".join(map(one_line, lines))
-
-
-def _described(table: FeatureTable, row: int) -> dict[str, Any]:
-    out: dict[str, Any] = {"path": table.paths[row]}
-    for name, values in table.labels.items():
-        if name == "infrared":
-            out["modality"] = "infrared" if values[row] else "visible"
-        elif not unknown(values[row : row + 1]).any():
-            out[name] = values[row].item()
-    return out
 
 
 def _as_text(table: FeatureTable) -> Any:

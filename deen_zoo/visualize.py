@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .data.images import open_image, resize
 from .errors import UserError, check_least
-from .features.files import FeatureTable, unknown
+from .features.files import FeatureTable
 from .features.sources import resolve_sources
 from .io import check_target, write_atomically
 from .search import SearchResult, calibrate, search
@@ -131,7 +131,8 @@ def ranking_sheet(
         for rank, axes in enumerate(grid[0, 2:], start=1):
             axes.set_title(str(rank), loc="center")
         for line, q in zip(grid, rows, strict=True):
-            _show(line[0], result.query, q, _modality(result.query, q), size, INK, 1.2)
+            modality = result.query.describe(q).get("modality", "")
+            _show(line[0], result.query, q, modality, size, INK, 1.2)
             hits = zip(result.indices[q].tolist(), result.scores[q].tolist(), strict=True)
             for rank, (i, score) in enumerate(hits):
                 if i < 0:
@@ -405,12 +406,6 @@ def _scaled(heat: Tensor, size: tuple[int, int]) -> np.ndarray[Any, Any]:
     return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
-def _modality(table: FeatureTable, row: int) -> str:
-    if "infrared" not in table.labels:
-        return ""
-    return "infrared" if table.labels["infrared"][row] else "visible"
-
-
 def _show(
     axes: Any, table: FeatureTable, row: int, label: str, size: tuple[int, int], color: str,
     width: float, faded: bool = False,
@@ -420,8 +415,7 @@ def _show(
     axes.imshow(resize(image, size), alpha=0.35 if faded else 1.0)
     axes.set_frame_on(True)
     axes.spines[:].set(visible=True, color=color, linewidth=width)
-    name, identities = Path(table.paths[row]).stem, table.labels.get("identity")
-    if identities is not None and not unknown(identities[row : row + 1]).any():
-        name = f"person {identities[row]}"
+    about = table.describe(row)
+    name = f"person {about['identity']}" if "identity" in about else Path(about["path"]).stem
     short = name if len(name) <= 12 else f"{name[:8]}…{name[-3:]}"  # as wide as the image
     axes.set_xlabel(f"{label}\n{short}", fontsize=7.5, labelpad=3)

@@ -533,10 +533,12 @@ def test_pruned_stages_give_a_row_per_image():
 @pytest.mark.slow
 @pytest.mark.skipif("TIMM_CHECKOUT" not in os.environ, reason="needs a checkout of timm")
 def test_timms_own_tests():
-    """timm's tests/test_models.py as it is, over our models. Its test of recorded outputs reads
-    them from timm's organisation on the Hub, for every model whose name begins with test_."""
+    """timm's tests/test_models.py as it is, over a model of each family: TVI-LFM's has no tiny one,
+    and takes 12 s. Left out is test_model_inference: for each name that begins with test_ it
+    downloads recorded outputs from timm's organisation on the Hub, which has none of ours, and
+    wants ImageNet's class 24, an owl, of a network whose classes are people."""
     file = Path(os.environ["TIMM_CHECKOUT"]) / "tests" / "test_models.py"
-    names = " or ".join(n for n in deen_zoo.list_models() if n.startswith("test_"))
+    names = " or ".join((TINY, "test_agw_resnet", "tvilfm_resnet50_regdb"))
     options = ["-p", "deen_zoo.models", "-p", "no:cacheprovider", "-n", "0", "-q"]
     options += ["--import-mode=importlib", f"--rootdir={file.parent}", "-c", os.devnull]
     done = subprocess.run(
@@ -545,7 +547,7 @@ def test_timms_own_tests():
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 10
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 3 * 8
 
 
 # drop-in use with the real thing

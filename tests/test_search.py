@@ -320,6 +320,9 @@ def test_command_on_images_of_both_sides(llcm_tree, checkpoint, tmp_path, capsys
 
 def test_command_calibrates(people, tmp_path, capsys):
     sides = ("--query", people["infrared"], "--gallery", people["visible"], "--calibrate", 0.05)
+    for unused in (("-o", tmp_path / "ranking.png"), ("--threshold", 0.5)):
+        code, out, said = command(capsys, *sides, *unused)
+        assert (code, out) == (2, "") and "leave out --output and --threshold" in said
     found = calibrate(people["infrared"], people["visible"], 0.05)
     code, out, _ = command(capsys, *sides, "--json")
     assert code == 0 and json.loads(out) == vars(found)

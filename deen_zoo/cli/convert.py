@@ -11,33 +11,22 @@ EXAMPLES = """  deen-zoo convert sysu_deen_p4_n4_lr_0.1_seed_0_best.t --install
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's options."""
     from ..data.datasets import several_splits
 
-    parser.add_argument("file", help="the checkpoint, such as best.t; it is never executed")
-    parser.add_argument("folder", nargs="?", help="where to write; it must be empty or absent")
-    parser.add_argument(
-        "--install",
-        action="store_true",
-        help="put it where create_model(MODEL, pretrained=True) finds it, instead of a folder",
-    )
-    parser.add_argument("--model", default="", help="which model it is (default: found out)")
-    parser.add_argument(
-        "--source",
-        default="",
-        help="whose file it is, such as agw or caj, whose files have the same names "
-        "(default: found out)",
-    )
-    parser.add_argument(
-        "--split",
-        type=int,
-        help=f"of {several_splits()}, the one it was trained on (default: as the file's name says)",
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add = parser.add_argument
+    add("file", help="the checkpoint, such as best.t; it is never executed")
+    add("folder", nargs="?", help="where to write; it must be empty or absent")
+    about = "put it where create_model(MODEL, pretrained=True) finds it, instead of a folder"
+    add("--install", action="store_true", help=about)
+    add("--model", default="", help="which model it is (default: found out)")
+    about = "whose file it is: agw and caj have files of the same names (default: found out)"
+    add("--source", default="", help=about)
+    about = f"of {several_splits()}, the one it was trained on (default: as the file's name says)"
+    add("--split", type=int, help=about)
+    add("--json", action="store_true", help="print the report as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, verify, report."""
     from ..errors import UserError
     from ..models.convert import convert
 

@@ -79,16 +79,10 @@ def run(args: argparse.Namespace) -> int:
     rerank = KReciprocal() if args.rerank else None
     print(f"{args.protocol}: {len(samples)} images ...", file=sys.stderr, flush=True)
     result = evaluate(
-        features,
-        samples,
-        args.protocol,
-        trials=args.trials if protocol.sampled else [args.split],
-        draw=args.draw,
-        shots=args.shots,
-        permutations=permutations,
-        rerank=rerank,
+        features, samples, args.protocol, trials=args.trials if protocol.sampled else [args.split],
+        draw=args.draw, shots=args.shots, permutations=permutations, rerank=rerank,
         camera_pairs=args.camera_pairs,
-    )
+    )  # fmt: skip
     if args.per_query:
         result.write_queries(args.per_query)
     drawn = dataset.drawn if dataset else drawn_people(samples[0].path)

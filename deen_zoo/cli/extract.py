@@ -92,13 +92,9 @@ def run(args: argparse.Namespace) -> int:
     source = _samples(args) if args.layout else args.source
     with join(choose_device(args.device)) as world:
         make = extractor(
-            args,
-            device=str(world.device),
-            flip=False if args.no_flip else None,
-            descriptor=args.descriptor,
-            dtype=args.dtype,
-            normalize=not args.raw,
-        )
+            args, device=str(world.device), flip=False if args.no_flip else None,
+            descriptor=args.descriptor, dtype=args.dtype, normalize=not args.raw,
+        )  # fmt: skip
         if world.main:
             print(f"extracting to {args.output} ...", file=sys.stderr, flush=True)
         table = make.write(source, args.output, args.modality, world)

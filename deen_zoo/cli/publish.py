@@ -34,14 +34,8 @@ def run(args: argparse.Namespace) -> int:
     from ..hub import publish
 
     print(f"{args.folder}: loading and checking ...", file=sys.stderr, flush=True)
-    done = publish(
-        args.folder,
-        args.repo,
-        results=args.results,
-        tag=args.tag,
-        private=args.private,
-        dry_run=args.dry_run,
-    )
+    options = {name: getattr(args, name) for name in ("results", "tag", "private", "dry_run")}
+    done = publish(args.folder, args.repo, **options)
     if args.json:
         print(json.dumps(asdict(done), indent=2))
         return 0

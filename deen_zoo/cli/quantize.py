@@ -41,15 +41,8 @@ def run(args: argparse.Namespace) -> int:
     dataset = open_dataset(args.layout, args.images)
     samples = dataset.test(split=args.split)
     print(f"quantizing {args.model} ...", file=sys.stderr, flush=True)
-    report = quantize(
-        args.model,
-        samples,
-        args.output,
-        args.calibration_images,
-        args.same_first_hit,
-        args.map_drop,
-        args.threads,
-    )
+    options = (args.calibration_images, args.same_first_hit, args.map_drop, args.threads)
+    report = quantize(args.model, samples, args.output, *options)
     if args.json:
         print(json.dumps({"folder": args.output, **report}))
     else:

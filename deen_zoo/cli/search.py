@@ -52,6 +52,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.query is None and args.calibrate is None:
         raise UserError("--query is missing: name the images or the feature file to search for")
+    if args.calibrate is not None and (args.output or args.threshold > -math.inf):
+        raise UserError(
+            "--calibrate gives a threshold and no ranking: leave out --output and --threshold"
+        )
     if args.output:
         from ..visualize import check_picture, ranking_sheet
 
@@ -98,7 +102,10 @@ def _tables(args: argparse.Namespace) -> tuple[FeatureTable | None, FeatureTable
         if args.model is None:
             raise UserError(f"--{rest[0]} is of images: name the --model to extract them with")
         like = next((table.provenance for table in tables.values()), {})
-        make = extractor(args, **_options(like, args.intensity is None))
+        options: dict[str, Any] = {k: like[k] for k in ("descriptor", "intensity") if k in like}
+        options |= {k: like[k] == "true" for k in ("flip", "normalize") if k in like}
+        options |= {"intensity": args.intensity} if args.intensity else {}
+        make = extractor(args, **options)
         for side in rest:
             modality = getattr(args, f"{side}_modality")
             if modality is None and not all(source.endswith(".csv") for source in sides[side]):
@@ -107,16 +114,6 @@ def _tables(args: argparse.Namespace) -> tuple[FeatureTable | None, FeatureTable
                 )
             tables[side] = make.table(sides[side], modality)
     return tables.get("query"), tables["gallery"]
-
-
-def _options(provenance: dict[str, str], intensity: bool) -> dict[str, Any]:
-    out: dict[str, Any] = {
-        name: provenance[name] == "true" for name in ("flip", "normalize") if name in provenance
-    }
-    for name in ("descriptor", *(["intensity"] if intensity else [])):
-        if name in provenance:
-            out[name] = provenance[name]
-    return out
 
 
 def _print(args: argparse.Namespace, found: Any) -> None:

@@ -41,15 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.sheet and Path(args.sheet).absolute().parent != Path(args.root).absolute():
         check_target(args.sheet)
-    tree = synthesize(
-        args.layout,
-        args.root,
-        identities=args.identities,
-        seed=args.seed,
-        images_per_camera=args.images_per_camera,
-        test_fraction=args.test_fraction,
-        workers=args.workers,
-    )
+    names = ("identities", "seed", "images_per_camera", "test_fraction", "workers")
+    tree = synthesize(args.layout, args.root, **{name: getattr(args, name) for name in names})
     if args.sheet:
         sheet = contact_sheet(args.layout, args.seed, min(args.identities, 6))
         picture = io.BytesIO()

@@ -11,13 +11,11 @@ EXAMPLES = """  deen-zoo weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's options."""
     parser.add_argument("model", nargs="?", help="only weights of this model (default: all)")
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the catalog."""
     from ..errors import UserError
     from ..evaluation.published import published_by
     from ..models.catalog import entries, installed, weights_home

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import __version__
 from ..device import autocast
 from ..errors import UserError, require
 from ..io import exclusive, whole_folder
@@ -148,8 +149,6 @@ class OpenVINOEngine:
     def __init__(
         self, options: dict[str, Any], precision: str, key: str, folder: Path | None
     ) -> None:
-        from .. import __version__
-
         ov = require("openvino", extra="openvino")
         self.precision = "float32" if precision == "auto" else precision
         if self.precision not in HINTS:

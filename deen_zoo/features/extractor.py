@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from .. import __version__
 from ..data.cache import DecodedCache
 from ..data.images import Intensity, check_intensity, open_image
 from ..data.loader import map_batches
@@ -256,7 +257,7 @@ class FeatureExtractor:
             "engine": engine,
             "dtype": dtype,
             "intensity": str(self.intensity),
-            "deen_zoo": _version(),
+            "deen_zoo": __version__,
         }
         if getattr(model, "trained_on", None):
             self.provenance["trained_on"] = json.dumps(model.trained_on, sort_keys=True)
@@ -540,9 +541,3 @@ class _Parts(Sequence[FeatureTable]):
 
     def __getitem__(self, k: Any) -> Any:
         return read_feature_table(self.files[k])
-
-
-def _version() -> str:
-    from .. import __version__
-
-    return __version__

@@ -124,6 +124,16 @@ class FeatureTable:
             self, features=self.features[torch.from_numpy(rows)], paths=paths, labels=labels
         )
 
+    def describe(self, row: int) -> dict[str, Any]:
+        """Path, ``modality``, ``identity`` and ``camera`` of a row, as far as they are known."""
+        out: dict[str, Any] = {"path": self.paths[row]}
+        for name, values in self.labels.items():
+            if name == "infrared":
+                out["modality"] = "infrared" if values[row] else "visible"
+            elif not unknown(values[row : row + 1]).any():
+                out[name] = values[row].item()
+        return out
+
     def label(self, name: str) -> Column:
         """(N,) identities, cameras or whether infrared.
 
