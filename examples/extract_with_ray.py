@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--kill-one", metavar="FILE", default="", help="one actor makes this file and dies: a test")
     args = parser.parse_args(argv)
     ray, data = require("ray", "clients"), require("ray.data", "clients")
+    start = time.perf_counter()
     # One more for the tasks that read and write.
     ray.init(num_cpus=args.actors + 1, include_dashboard=False, log_to_driver=False)
     try:
@@ -76,11 +78,17 @@ def main(argv: list[str] | None = None) -> None:
             batch_size=args.batch_size,
             batch_format="pyarrow",
         )
+        ready = time.perf_counter()
         rows.write_parquet(args.output)
+        end = time.perf_counter()
         count = data.read_parquet(args.output).count()
     finally:
         ray.shutdown()
     print(f"{count} rows: {args.output}")
+    print(
+        f"{end - start:.1f} s, {count / (end - start):.0f} rows/s; {ready - start:.1f} s of them "
+        "until Ray had started"
+    )
 
 
 if __name__ == "__main__":

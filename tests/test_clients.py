@@ -7,6 +7,7 @@ table says what else there is.
 from __future__ import annotations
 
 import contextlib
+import csv
 import importlib.util
 import json
 import os
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -88,8 +90,6 @@ def test_transformers_trains_and_gives_it_back(crops, tmp_path) -> None:
     """C2: Trainer fine-tunes the folder; what it saves opens here and in timm, with its rows."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    import timm
-
     start = deen_zoo.create_model(
         "test_deen_resnet", pretrained=True, num_classes=3, modality="infrared"
     )
@@ -119,8 +119,6 @@ def test_transformers_trains_and_gives_it_back(crops, tmp_path) -> None:
 def test_transformers_pipelines(crops, tmp_path) -> None:
     """AutoModel and the pipelines give the model's own numbers, from the files themselves."""
     transformers = pytest.importorskip("transformers")
-    import timm
-
     model = deen_zoo.create_model("test_deen_resnet", pretrained=True, modality="infrared").eval()
     folder = str(deen_zoo.save_pretrained(model, tmp_path / "folder"))
     pixels = torch.stack([to_pixels(path) for path in crops])
@@ -185,12 +183,13 @@ def test_open_metric_learning(model, crops, rows) -> None:
 
 
 def test_wildlife_tools(model, crops, rows) -> None:
-    """Its dataset, feature extractor and similarity."""
+    """Its dataset, feature extractor, similarity and classifier (with pandas below 3)."""
     pytest.importorskip("wildlife_tools")
     import pandas as pd
     from torchvision.transforms import Compose, Normalize, ToTensor
     from wildlife_tools.data import WildlifeDataset
     from wildlife_tools.features import DeepFeatures
+    from wildlife_tools.inference import KnnClassifier
     from wildlife_tools.similarity import CosineSimilarity
 
     frame = pd.DataFrame({"path": crops, "identity": list("ababab")})
@@ -199,6 +198,8 @@ def test_wildlife_tools(model, crops, rows) -> None:
     np.testing.assert_allclose(got, rows, atol=1e-5)
     similarity = CosineSimilarity()(got[:2], got[2:])["cosine"]
     np.testing.assert_allclose(similarity, rows[:2] @ rows[2:].T, atol=1e-5)
+    found = KnnClassifier(k=1, database_labels=np.array(list("cdef")))(similarity)
+    assert found.tolist() == ["cdef"[i] for i in (rows[:2] @ rows[2:].T).argmax(1)]
 
 
 def side_by_side(crops: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -226,7 +227,7 @@ def test_roboflow_reid(model, crops, rows) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".xml"])
-def test_boxmot(suffix, model, crops, rows, tmp_path, monkeypatch) -> None:
+def test_boxmot(suffix, model, crops, rows, llcm_tree, tmp_path, monkeypatch) -> None:
     """Its re-identification backend and a tracker, from an exported file with its sidecar."""
     boxmot = pytest.importorskip("boxmot")
     from boxmot.reid.core import ReID
@@ -246,6 +247,24 @@ def test_boxmot(suffix, model, crops, rows, tmp_path, monkeypatch) -> None:
     for _ in range(3):
         tracks = tracker.update(detections, frame)
     assert len(set(tracks[:, 4])) == len(crops)
+    check_resizing(client, model, llcm_tree)
+
+
+def check_resizing(client: Any, model: torch.nn.Module, tree: Path) -> None:
+    """How far bilinear resizing moves the rows: the figures of docs/deploy.md."""
+    paths = sorted(map(str, (tree / "test_nir").rglob("*.jpg")))
+    ours = deen_zoo.FeatureExtractor(model, "cpu")(paths, modality="infrared").numpy()
+    theirs = []
+    for path in paths:
+        frame = np.asarray(open_image(path).convert("RGB"))[..., ::-1].copy()
+        box = np.array([[0, 0, frame.shape[1], frame.shape[0]]], np.float32)
+        theirs.append(client(frame, boxes=box)[0])
+    cosines = ours @ np.stack(theirs).T
+    same = cosines.diagonal()
+    others = cosines[~np.eye(len(paths), dtype=bool)]
+    assert len(paths) == 28 and (cosines.argmax(1) == np.arange(28)).all()
+    assert [same.mean(), same.min()] == pytest.approx([0.997, 0.991], abs=0.004)
+    assert others.max() == pytest.approx(0.976, abs=0.01)
 
 
 def sidecar_of_the_docs() -> str:
@@ -301,25 +320,14 @@ def test_timm_scripts(name, model, pictures, crops, tmp_path) -> None:
     common = "--model test_deen_resnet --device cpu -b 3"
     infrared = "--model-kwargs modality=infrared"
     if name == "train.py":
-        timm_script(name, f"{pictures} {common} -j 0 --epochs 1 --num-classes 2 --drop-path 0.1 "
+        learn = "--pretrained --epochs 6 --opt adamw --lr 3e-3 --warmup-epochs 0 --no-aug"
+        timm_script(name, f"{pictures} {common} -j 0 --num-classes 2 --drop-path 0.1 {learn} "
                     f"--input-size 3 128 64 --output {tmp_path} {infrared}", tmp_path)  # fmt: skip
         (run,) = (path for path in tmp_path.iterdir() if path.is_dir())
-        assert (run / "summary.csv").read_text().count("\n") == 2  # its head and one epoch
-        checkpoint = torch.load(run / "last.pth.tar", weights_only=False)
-        ours = deen_zoo.create_model("test_deen_resnet", num_classes=2)
-        ours.load_state_dict(checkpoint["state_dict"])
+        check_training(run, crops)
         return
-    if name == "benchmark.py":
-        out = timm_script(name, f"{common} --bench infer --num-warm-iter 1 --num-bench-iter 10 "
-                          f"{infrared}", tmp_path)  # fmt: skip
-        result = json.loads(out.partition("--result")[2])
-        assert result["infer_samples_per_sec"] > 0
-        return
-    if name == "profile":
-        pytest.importorskip("fvcore")
-        out = timm_script("benchmark.py", f"{common} --bench profile {infrared}", tmp_path)
-        result = json.loads(out.partition("--result")[2])
-        assert result["infer_gmacs"] == pytest.approx(convolutions(model) / 1e9, rel=0.2)
+    if name in ("benchmark.py", "profile"):
+        check_benchmark(name == "profile", f"{common} {infrared}", tmp_path, model)
         return
     if name == "onnx_export.py":
         onnxruntime = pytest.importorskip("onnxruntime")
@@ -358,7 +366,52 @@ def test_timm_scripts(name, model, pictures, crops, tmp_path) -> None:
         assert row["index"] == int(wanted[i].argmax())
 
 
-def convolutions(model: torch.nn.Module) -> int:
+def check_training(run: Path, crops: list[str]) -> None:
+    """What timm's train.py leaves: a falling loss, and weights that score what it says."""
+    with open(run / "summary.csv", newline="") as file:
+        epochs = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    assert [row["epoch"] for row in epochs] == list(range(6))
+    assert all(np.isfinite(list(row.values())).all() for row in epochs)
+    for loss in ("train_loss", "eval_loss"):
+        assert epochs[-1][loss] < 0.9 * epochs[0][loss]
+    best = max(epochs, key=lambda row: (row["eval_top1"], -row["epoch"]))
+    pixels = torch.stack([to_pixels(path) for path in crops])
+    people = torch.arange(len(crops)) % 2
+    for file, row in (("last.pth.tar", epochs[-1]), ("model_best.pth.tar", best)):
+        theirs = timm.create_model("test_deen_resnet", num_classes=2, checkpoint_path=run / file)
+        folder = deen_zoo.save_pretrained(theirs, run / "folder")
+        ours = deen_zoo.create_model(f"local-dir:{folder}", pretrained=True)
+        for trained in (theirs.eval(), ours.eval()):
+            with torch.inference_mode():
+                logits = trained(pixels, "infrared")
+            loss = torch.nn.functional.cross_entropy(logits, people)
+            assert float(loss) == pytest.approx(row["eval_loss"], abs=1e-4)
+            right = float((logits.argmax(1) == people).float().mean())
+            assert 100 * right == pytest.approx(row["eval_top1"], abs=0.01)
+
+
+def check_benchmark(profile: bool, settings: str, folder: Path, model: torch.nn.Module) -> None:
+    """What timm's benchmark.py measures: rates and times of the same steps, the model's size."""
+    bench = "--bench both --num-warm-iter 1 --num-bench-iter 5"
+    if profile:
+        pytest.importorskip("fvcore")
+        bench = "--bench profile --input-size 3 384 144"  # the figure has two decimal places
+    out = timm_script("benchmark.py", f"{settings} {bench}", folder)
+    result = json.loads(out.partition("--result")[2])
+    parameters = sum(values.numel() for values in model.parameters())
+    assert result["param_count"] == round(parameters / 1e6, 2)
+    if profile:
+        computed = convolutions(model, (384, 144)) / 1e9
+        assert computed < result["infer_gmacs"] < 1.1 * computed + 0.01
+        return
+    for mode in ("infer", "train"):
+        assert result[f"{mode}_batch_size"] == 3 and result[f"{mode}_img_size"] == 64
+        rate, milliseconds = (result[f"{mode}_{x}"] for x in ("samples_per_sec", "step_time"))
+        # 3 images a step; the rate also counts the time between the steps.
+        assert 0 < rate < 1.05 * 3000 / milliseconds < np.inf
+
+
+def convolutions(model: torch.nn.Module, size: tuple[int, int] = (128, 64)) -> int:
     """Multiplications of an image's convolutions, counted where they are computed."""
     counts: list[int] = []
 
@@ -367,7 +420,7 @@ def convolutions(model: torch.nn.Module) -> int:
 
     hooks = [m.register_forward_hook(note) for m in model.modules() if type(m) is torch.nn.Conv2d]
     with torch.inference_mode():
-        model(torch.zeros(1, 3, 128, 64), "infrared")
+        model(torch.zeros(1, 3, *size), "infrared")
     for hook in hooks:
         hook.remove()
     return sum(counts)
@@ -451,6 +504,10 @@ def test_duckdb(tables) -> None:
     """).fetchall()
     queries = read_feature_table(infrared).paths
     assert dict(found) == dict(zip(queries, (first for (first,) in wanted), strict=True))
+    row = read_feature_table(infrared).features[0].tolist()
+    query = f"""SELECT path FROM '{visible}' ORDER BY
+        array_inner_product(features::FLOAT[{width}], ?::FLOAT[{width}]) DESC LIMIT 5"""
+    assert [path for (path,) in duckdb.execute(query, [row]).fetchall()] == exact(tables, 5)[2][0]
     table = read_feature_table(visible)
     arrow = table.to_arrow()  # which SQL reads by this name
     some = FeatureTable.from_arrow(duckdb.sql("FROM arrow WHERE camera < 4").to_arrow_table())
@@ -495,15 +552,21 @@ def test_javascript(tables) -> None:
         const rows = new Float32Array(buffer, start + from, n * d);
         const [a, b] = header.identity.data_offsets;
         const people = new BigInt64Array(buffer, start + a, n);
-        let sum = 0; for (const x of rows) sum += x * x;
-        console.log(JSON.stringify([n, d, sum, Array.from(people, Number)]));
+        const score = (i, j) => {
+            let sum = 0; for (let k = 0; k < d; k++) sum += rows[i * d + k] * rows[j * d + k];
+            return sum;
+        };
+        const scores = Array.from({length: n}, (_, i) => score(0, i));
+        const mapped = rows.buffer === buffer && people.buffer === buffer;
+        console.log(JSON.stringify([n, d, mapped, scores, Array.from(people, Number)]));
     """
     file = tables[0].with_suffix(".safetensors")
     done = subprocess.run([node, "-e", code, str(file)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    n, d, norm, people = json.loads(done.stdout)
+    n, d, mapped, scores, people = json.loads(done.stdout)
     table = read_feature_table(file)
-    assert [n, d] == list(table.features.shape) and norm == pytest.approx(n, rel=1e-5)
+    assert [n, d] == list(table.features.shape) and mapped
+    np.testing.assert_allclose(scores, table.features @ table.features[0], atol=1e-5)
     assert people == table.label("identity").tolist()
 
 
@@ -526,6 +589,39 @@ def test_a_vector_database(tmp_path) -> None:
     for _ in range(2):  # the second time it was there already
         plain = example.main(["--gallery", files[0], "--query", files[1], *kept])
     assert [hit["path"] for hit in plain.filtered] != wanted  # the filter does something
+    database = example.open_database(str(tmp_path / "rows"), files[0])
+    database.add(queries.slice(0, 1).replace_schema_metadata(None))  # rows come and go
+    (best,) = example.nearest(database, np.float32(query), 1)
+    assert best["path"] == queries["path"][0].as_py() and abs(best["_distance"]) < 1e-5
+    database.delete(f"path = '{best['path']}'")
+    (best,) = example.nearest(database, np.float32(query), 1)
+    assert best["path"] == found.exact[0]
+
+
+def test_an_index_of_a_vector_database(tmp_path, capsys) -> None:
+    """With an index the rows' own scores come, and nearly always the exact search's first hits."""
+    lancedb = pytest.importorskip("lancedb")
+    example = example_of("search_in_a_database")
+    found = example.main(["--rows", "3000", "--index", "--output", str(tmp_path)])
+    database = lancedb.connect(tmp_path).open_table("gallery")
+    assert [index.index_type for index in database.list_indices()] == ["IvfPq"]
+    same = sum(a == b for a, b in zip(found.database, found.exact, strict=True))
+    said = capsys.readouterr().out
+    assert same > 28 and f"{same} of 32 first hits" in said
+    assert re.search(r"rows/s written, 1,\d+ bytes per row\n.* built in \d", said)
+    (tmp_path / "drawn").mkdir()
+    gallery, queries = map(
+        read_feature_table, example.draw_rows(str(tmp_path / "drawn"), 3000, 256)
+    )
+    query = queries.features[0].numpy()
+    plan = database.search(query, vector_column_name="features").distance_type("dot").explain_plan()
+    assert "ANN" in plan  # the index is used
+    scores = {
+        path: float(row @ query)
+        for path, row in zip(gallery.paths, gallery.features.numpy(), strict=True)
+    }
+    for hit in found.filtered:
+        assert 1 - hit["_distance"] == pytest.approx(scores[hit["path"]], abs=1e-5)
 
 
 @pytest.mark.parametrize("storage", ["a folder", "an object store"])
@@ -547,7 +643,7 @@ def test_ray(storage, tmp_path, llcm_tree, monkeypatch) -> None:
             target.mkdir()
             for item in client.list_objects_v2(Bucket="crops", Prefix="rows/")["Contents"]:
                 client.download_file("crops", item["Key"], target / Path(item["Key"]).name)
-    assert killed.exists() and f"{len(paths)} rows" in done.stdout
+    assert killed.exists() and f"{len(paths)} rows" in done.stdout and "rows/s" in done.stdout
     table = read_feature_table(*target.glob("*.parquet"))  # which refuses an image that comes twice
     assert sorted(table.paths) == [prefix + path for path in paths]
     wanted = deen_zoo.FeatureExtractor("test_deen_resnet", "cpu").table(paths, modality="infrared")
