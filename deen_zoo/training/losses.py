@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UserError, check_choice
+from ..errors import UserError
 
 __all__ = [
     "batch_hard_triplet_loss",
@@ -24,8 +24,6 @@ __all__ = [
     "orthogonality_loss",
     "weighted_triplet_loss",
 ]
-
-FORMS = ("official", "paper")
 
 
 def identity_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -71,7 +69,8 @@ def cpm_loss(
     labels: Tensor,
     infrared_mask: Tensor,
     margin: float = 0.2,
-    form: str = "official",
+    *,
+    one_hinge: bool = False,
 ) -> Tensor:
     """Center-guided pair mining loss, summed over the generated branches.
 
@@ -80,12 +79,12 @@ def cpm_loss(
     margin, and k the identity whose centre is nearest. For the visible generated centres, with
     ``pull = D(c_n^j, c_v+^j)`` and ``push = D(c_v^j, c_v+^j)``, identity j costs
 
-    - paper (poster, below Figure 3): ``[pull - push - D(c_v^j, c_v^k) + m]_+``
-    - official (the reference's ``CPMLoss``): ``[pull - push' + m]_+ + 0.5 * ([pull - D(c_v+^j,
+    - with ``one_hinge`` (poster, below Figure 3): ``[pull - push - D(c_v^j, c_v^k) + m]_+``
+    - without (the reference's ``CPMLoss``): ``[pull - push' + m]_+ + 0.5 * ([pull - D(c_v+^j,
       c_v+^k) + m]_+ + [pull - D(c_v^j, c_v^k) + m]_+)`` where no gradient flows through ``push'``
 
     and the same with the modalities exchanged. The mean over identities is summed over the two
-    modalities (paper) or averaged over them (official).
+    modalities (with ``one_hinge``) or averaged over them (without).
 
     Args:
         original: (N, C) pooled features of the original branch, not normalised.
@@ -93,12 +92,11 @@ def cpm_loss(
         labels: (N,) identities, at least two, each with images of both modalities.
         infrared_mask: (N,) bool, True for an infrared image.
         margin: In units of D.
-        form: ``"official"`` or ``"paper"``.
+        one_hinge: The paper's loss instead of the reference's.
 
     Raises:
-        UserError: Fewer than two identities, or one that lacks a modality; or no such form.
+        UserError: Fewer than two identities, or one that lacks a modality.
     """
-    check_choice("form of the CPM loss", form, FORMS)
     average = _averages(labels, infrared_mask, original.dtype)
     average = average.to(original.device, non_blocking=True)
     n, channels = original.shape
@@ -108,7 +106,7 @@ def cpm_loss(
     pull = _norm(centres.flip(0) - expanded)  # (G, 2, P)
     push = _norm(centres - expanded)
     between = _nearest(centres)
-    if form == "paper":
+    if one_hinge:
         return F.relu(pull - push - between + margin).mean(2).sum()
     hinges = (
         F.relu(pull - push.detach() + margin)

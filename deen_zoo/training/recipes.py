@@ -21,7 +21,17 @@ from ..data.images import check_intensity
 from ..errors import UserError, require
 from .sections import Section, convert, flatten, parse, setting
 
-__all__ = ["RECIPES", "AGWLoss", "DEENLoss", "Recipe", "describe", "flat", "get_recipe", "override"]
+__all__ = [
+    "RECIPES",
+    "AGWLoss",
+    "DEENLoss",
+    "DEENModel",
+    "Recipe",
+    "describe",
+    "flat",
+    "get_recipe",
+]
+__all__ += ["override"]
 
 
 @dataclass(frozen=True)
@@ -108,10 +118,6 @@ class Model(Section):
     """Arguments of the model; none is the model's own default."""
 
     backbone: str | None = setting(None, "any timm ResNet, with its weight tag")
-    dee: bool | None = setting(None, "generate DEEN's two extra branches")
-    dee_mean: bool | None = setting(None, "average DEE's dilated convolutions; the paper sums them")
-    mfa: bool | None = setting(None, "fuse the stages")
-    mfa_softmax: bool | None = setting(None, "softmax on MFA's attention, as in the paper")
     args: dict[str, Any] = setting({}, "other arguments of the model, as model.args.NAME")
 
     @property
@@ -119,6 +125,16 @@ class Model(Section):
         """Keyword arguments for the model's constructor."""
         named = {key: value for key, value in asdict(self).items() if key != "args"}
         return {key: value for key, value in named.items() if value is not None} | self.args
+
+
+@dataclass(frozen=True)
+class DEENModel(Model):
+    """Arguments of DEEN; none is the model's own default."""
+
+    dee: bool | None = setting(None, "generate DEEN's two extra branches")
+    dee_mean: bool | None = setting(None, "average DEE's dilated convolutions; the paper sums them")
+    mfa: bool | None = setting(None, "fuse the stages")
+    mfa_softmax: bool | None = setting(None, "softmax on MFA's attention, as in the paper")
 
 
 @dataclass(frozen=True)
@@ -133,7 +149,7 @@ class Recipe:
         optimizer: SGD.
         schedule: Epochs and the learning rate over them.
         loss: The task's own settings: an instance of its ``Loss``.
-        model: Arguments of the model.
+        model: Arguments of the model, of one family where they are :class:`DEENModel`'s.
     """
 
     name: str
@@ -142,7 +158,7 @@ class Recipe:
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     loss: Section = DEENLoss()
-    model: Model = Model()
+    model: Model = DEENModel()
 
     def lr(self, epoch: int) -> float:
         """Learning rate of an epoch, counted from 0.
@@ -162,6 +178,7 @@ _AGW = Recipe(  # train.py of AGW
     data=Data(identities_per_batch=8, grayscale=0.0, erasing=0.0),
     schedule=Schedule(epochs=81, decay=((20, 0.1), (50, 0.01)), test_every=2),
     loss=AGWLoss(),
+    model=Model(),
 )
 _CAJ = replace(  # train_ext.py of CAJ, with the options of its README
     _AGW,
@@ -201,7 +218,7 @@ RECIPES = {
             optimizer=Optimizer(nesterov=False),
             schedule=Schedule(epochs=150, decay=((20, 0.1), (60, 0.01), (120, 0.001))),
             loss=DEENLoss(cpm_variant="paper", orthogonality=0.1),
-            model=Model(dee_mean=False, mfa_softmax=True),
+            model=DEENModel(dee_mean=False, mfa_softmax=True),
         ),
         _SYNTHETIC,
         _AGW,

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
 
-__all__ = ["Section", "convert", "flatten", "parse", "setting"]
+__all__ = ["Section", "check_range", "convert", "flatten", "parse", "setting"]
 
 
-def setting(default: Any, help: str, least: float | None = None, most: float | None = None) -> Any:
-    """A field of a :class:`Section`: its default, its description, and the range of its numbers."""
-    metadata = {"help": help, "least": least, "most": most}
+def setting(
+    default: Any, help: str, least: float = -math.inf, most: float = math.inf, **argument: Any
+) -> Any:
+    """A field of a :class:`Section`, or an option of the command.
+
+    Args:
+        default: Its default; ``MISSING`` for none.
+        help: Its description.
+        least: The least of its numbers.
+        most: The greatest of its numbers.
+        **argument: To ``add_argument``, if it is an option.
+    """
+    metadata = {"help": help, "range": (least, most), "argument": argument}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -34,13 +44,16 @@ class Section:
         for item in fields(self):
             value = convert(item.name, getattr(self, item.name), kinds[item.name])
             object.__setattr__(self, item.name, value)  # lists of a TOML file become tuples
-            least, most = item.metadata.get("least"), item.metadata.get("most")
-            for number in value if isinstance(value, tuple) else (value,):
-                low = -math.inf if least is None else least
-                high = math.inf if most is None else most
-                if isinstance(number, int | float) and not low <= number <= high:
-                    bounds = f"{least} or more" if most is None else f"{least} to {most}"
-                    raise UserError(f"{item.name} is {value}: give {bounds}")
+            check_range(item.name, value, item)
+
+
+def check_range(name: str, value: Any, item: Field[Any]) -> None:
+    """Raise UserError if a number, or one of a tuple, is out of the range that its setting has."""
+    least, most = item.metadata["range"]
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int | float) and not least <= number <= most:
+            bounds = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise UserError(f"{name} {value}: give {bounds}")
 
 
 def parse(text: str) -> Any:

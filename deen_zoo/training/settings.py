@@ -5,25 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..data.datasets import DATASETS, get_dataset, several_splits
 from ..data.reader import ReidDataset
-from ..errors import UserError, check_least
+from ..errors import UserError
 from .recipes import RECIPES, Recipe, describe, get_recipe, shown
+from .sections import check_range, setting
 
 __all__ = ["Settings", "add_options"]
 
 PEOPLE = 96  # in a synthetic world that is drawn
 TRY_WITHOUT_DATA = "without data, try 'deen-zoo reproduce synthetic'"
-
-
-def option(help: str, default: Any = MISSING, **argument: Any) -> Any:
-    """A field that is an option of ``deen-zoo reproduce`` as well."""
-    metadata = {"help": help, "argument": argument}
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -33,56 +28,62 @@ class Settings:
     The fields are described where they are declared, and by ``deen-zoo reproduce --help``.
     """
 
-    dataset: str = option(f"{', '.join(DATASETS)}, which draws its own people, or a registered one")
-    output: Path = option("folder of the run (default: runs/DATASET)", metavar="FOLDER")
-    data_root: Path = option("folder of the dataset", metavar="FOLDER")
-    recipe: Recipe = option(
+    dataset: str = setting(
+        MISSING, f"{', '.join(DATASETS)}, which draws its own people, or a registered one"
+    )
+    output: Path = setting(MISSING, "folder of the run (default: runs/DATASET)", metavar="FOLDER")
+    data_root: Path = setting(MISSING, "folder of the dataset", metavar="FOLDER")
+    recipe: Recipe = setting(
+        MISSING,
         f"{', '.join(RECIPES)}, or a TOML file (default: official; synthetic has its own)",
         metavar="NAME|FILE.toml",
     )
-    model: str = option("a model by name, or package.module:function (default: the dataset's)")
-    epochs: int = option("stop after so many epochs (default: the recipe's)", type=int)
-    trials: tuple[int, ...] = option(
-        f"some of {several_splits()}", type=int, nargs="+", metavar="N"
+    model: str = setting(
+        MISSING, "a model by name, or package.module:function (default: the dataset's)"
     )
-    protocols: tuple[str, ...] = option(
+    epochs: int = setting(MISSING, "stop after so many epochs (default: the recipe's)", 1, type=int)
+    trials: tuple[int, ...] = setting(
+        MISSING, f"some of {several_splits()}", type=int, nargs="+", metavar="N"
+    )
+    protocols: tuple[str, ...] = setting(
+        MISSING,
         "protocols of the dataset; the first one chooses the best epoch (default: all)",
         nargs="+",
         metavar="NAME",
     )
-    cache: Path | None = option("keep decoded images there", metavar="FOLDER")
-    task: str | None = option(
-        "package.module:Class, the losses (default: what the model's family names)", None
+    cache: Path | None = setting(MISSING, "keep decoded images there", metavar="FOLDER")
+    task: str | None = setting(
+        None, "package.module:Class, the losses (default: what the model's family names)"
     )
-    scratch: bool = option("start from random weights, not from ImageNet's", False)
-    people: int | None = option(
-        f"people in a synthetic world that is drawn (default: {PEOPLE})", None, type=int
+    scratch: bool = setting(False, "start from random weights, not from ImageNet's")
+    people: int | None = setting(
+        None, f"people in a synthetic world that is drawn (default: {PEOPLE})", 4, type=int
     )
-    seed: int = option("seed of the weights, the batches and the augmentation", 0)
-    device: str = option("auto, cpu, cuda, cuda:1, ...", "auto")
-    precision: str = option(
-        "precision of the arithmetic; auto is bfloat16 on a GPU that has it",
+    seed: int = setting(0, "seed of the weights, the batches and the augmentation")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    precision: str = setting(
         "auto",
+        "precision of the arithmetic; auto is bfloat16 on a GPU that has it",
         choices=("auto", "float32", "bfloat16", "int8"),
     )
-    engine: str = option(
-        "computes the descriptors of --eval-only; int8 needs openvino and a folder of quantize",
+    engine: str = setting(
         "torch",
+        "computes the descriptors of --eval-only; int8 needs openvino and a folder of quantize",
         choices=("torch", "openvino"),
     )
-    compile: bool = option("use torch.compile", False)
-    grad_checkpointing: bool = option(
-        "less memory and a little slower: compute the first stages' maps twice", False
+    compile: bool = setting(False, "use torch.compile")
+    grad_checkpointing: bool = setting(
+        False, "less memory and a little slower: compute the first stages' maps twice"
     )
-    threads: int | None = option(
-        "threads that decode (default: one per core)", None, type=int, metavar="N"
+    threads: int | None = setting(
+        None, "threads that decode (default: one per core)", 1, type=int, metavar="N"
     )
-    batch_size: int = option("images at a time in evaluation", 64, type=int)
-    save_every: int | None = option("save within epochs too", None, type=int, metavar="STEPS")
-    skip_broken: bool = option("leave out broken images, with a counted warning", False)
-    resume: bool = option("continue the run in --output", False)
-    eval_only: str | None = option(
-        "a checkpoint folder, model name or hf-hub: id; no training", None, metavar="CHECKPOINT"
+    batch_size: int = setting(64, "images at a time in evaluation", 1, type=int)
+    save_every: int | None = setting(None, "save within epochs too", 1, type=int, metavar="STEPS")
+    skip_broken: bool = setting(False, "leave out broken images, with a counted warning")
+    resume: bool = setting(False, "continue the run in --output")
+    eval_only: str | None = setting(
+        None, "a checkpoint folder, model name or hf-hub: id; no training", metavar="CHECKPOINT"
     )
 
     @classmethod
@@ -121,9 +122,8 @@ class Settings:
                 f"--trials {' '.join(map(str, trials))}: choose from {kind.splits[0]} to "
                 f"{kind.splits[-1]}, each once"
             )
-        counts = {"epochs": 1, "batch_size": 1, "threads": 1, "save_every": 1, "people": 4}
-        for name, least in counts.items():
-            check_least(f"--{name.replace('_', '-')}", given.get(name, least), least)
+        for item in fields(cls):
+            check_range(f"--{item.name.replace('_', '-')}", given.get(item.name), item)
         _check_together(kind, given)
         known = kind.protocols()
         for name in given.get("protocols", ()):

@@ -101,8 +101,9 @@ class DEENTask(Task):
             terms["triplet"] = loss.triplet * triplet
         if branches > 1 and loss.cpm:
             cpm = cpm_loss(
-                pool[:n], pool[n:], batch.labels, batch.infrared, loss.cpm_margin, loss.cpm_variant
-            )
+                pool[:n], pool[n:], batch.labels, batch.infrared, loss.cpm_margin,
+                one_hinge=loss.cpm_variant == "paper",
+            )  # fmt: skip
             terms["cpm"] = loss.cpm * cpm
         if branches > 1 and loss.orthogonality:
             terms["orthogonality"] = loss.orthogonality * orthogonality_loss(pool, branches)
