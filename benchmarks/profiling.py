@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deen_zoo import create_model
 from deen_zoo.data.images import open_image, resize
-from deen_zoo.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from deen_zoo.data.transforms import EvalTransform
 from deen_zoo.device import keep_freed_memory
 from deen_zoo.features.engines import BATCH, HINTS, convert
 
@@ -61,7 +61,7 @@ def training(spec: Spec, precision: str) -> tuple[Parts, float, int]:
 def describing(spec: Spec, precision: str) -> tuple[Parts, float, int]:
     """The same of a batch in OpenVINO, of visible images without their mirrored ones."""
     model = create_model(spec.model).eval()
-    graph = convert(model, "visible", False, "official", spec.size, IMAGENET_MEAN, IMAGENET_STD)
+    graph = convert(model, "visible", False, "official", EvalTransform(spec.size))
     settings = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_NUM_THREADS": spec.threads, "PERF_COUNT": True}  # fmt: skip
     request = ov.Core().compile_model(graph, "CPU", settings).create_infer_request()

@@ -43,7 +43,8 @@ __all__ = [
 RIGHT, WRONG, PLAIN = "#1a9641", "#d7191c", "#8c8c8c"
 SAME, DIFFERENT = "#2b6cb0", "#d97706"
 INK, FAINT = "#1f2937", "#6b7280"
-FORMATS = (".png", ".svg", ".pdf")
+SHOWN = (192, 72)  # height and width in pixels of an image on a ranking sheet
+BINS = 60  # of a histogram
 STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
@@ -69,8 +70,8 @@ UNDATED = {
 
 def check_picture(file: str | os.PathLike[str]) -> None:
     """Raise UserError unless such a picture can be written there; call it before long work."""
-    if Path(file).suffix.lower() not in FORMATS:
-        raise UserError(f"{os.fspath(file)}: name the picture {', '.join(FORMATS)}")
+    if Path(file).suffix.lower() not in UNDATED:
+        raise UserError(f"{os.fspath(file)}: name the picture {', '.join(UNDATED)}")
     check_target(file)
 
 
@@ -95,7 +96,6 @@ def ranking_sheet(
     file: str | os.PathLike[str],
     queries: Sequence[int] | None = None,
     threshold: float = -math.inf,
-    size: tuple[int, int] = (192, 72),
 ) -> None:
     """Draw one line per query: its image, then its hits, the best first (Figure 6 of the poster).
 
@@ -108,7 +108,6 @@ def ranking_sheet(
         file: The picture.
         queries: Rows of the queries' table; None for the first ten.
         threshold: A similarity, from :func:`deen_zoo.search.calibrate`.
-        size: (height, width) in pixels of each image on the sheet.
     """
     from matplotlib.lines import Line2D
 
@@ -116,7 +115,7 @@ def ranking_sheet(
     if not rows:
         raise UserError("a ranking sheet needs at least one query")
     k, correct = result.indices.shape[1], result.correct
-    image = size[0] / size[1]  # height of an image, in widths of a column
+    image = SHOWN[0] / SHOWN[1]  # height of an image, in widths of a column
     with _figure(file, 0.88 * (k + 1.4), 0.75 * len(rows) * (image + 0.6) + 0.6) as figure:
         grid = figure.subplots(
             len(rows), k + 2, squeeze=False,  # the second column is a gap
@@ -132,7 +131,7 @@ def ranking_sheet(
             axes.set_title(str(rank), loc="center")
         for line, q in zip(grid, rows, strict=True):
             modality = result.query.describe(q).get("modality", "")
-            _show(line[0], result.query, q, modality, size, INK, 1.2)
+            _show(line[0], result.query, q, modality, INK, 1.2)
             hits = zip(result.indices[q].tolist(), result.scores[q].tolist(), strict=True)
             for rank, (i, score) in enumerate(hits):
                 if i < 0:
@@ -140,7 +139,7 @@ def ranking_sheet(
                 right = None if correct is None else bool(correct[q, rank])
                 color, mark = {None: (PLAIN, ""), True: (RIGHT, "✓ "), False: (WRONG, "✗ ")}[right]
                 label, faded = f"{mark}{score:.3f}", score < threshold
-                _show(line[rank + 2], result.gallery, i, label, size, color, 2.6, faded)
+                _show(line[rank + 2], result.gallery, i, label, color, 2.6, faded)
                 line[rank + 2].xaxis.label.set_color(color)
         handles = [
             Line2D([], [], marker="s", markersize=9, markerfacecolor="none", markeredgewidth=2,
@@ -180,10 +179,7 @@ def sample_ranking(
 
 
 def similarities(
-    table: FeatureTable,
-    file: str | os.PathLike[str],
-    false_match_rate: float = 0.01,
-    bins: int = 60,
+    table: FeatureTable, file: str | os.PathLike[str], false_match_rate: float = 0.01
 ) -> None:
     """Draw histograms of the similarity of infrared to visible images, of one person and of two.
 
@@ -195,7 +191,6 @@ def similarities(
         table: Rows with identities and modalities.
         file: The picture.
         false_match_rate: Share of the pairs of two persons that the threshold may take.
-        bins: Number of bins of the histograms.
 
     Raises:
         UserError: There are no pairs of one person, or none of two, across the modalities; or a row
@@ -213,7 +208,7 @@ def similarities(
         )
     with _figure(file, 5.4, 3.1) as figure:
         axes = figure.add_subplot()
-        edges = np.linspace(float(values.min()), float(values.max()), bins + 1).tolist()
+        edges = np.linspace(float(values.min()), float(values.max()), BINS + 1).tolist()
         for name, part, color in (("two persons", ~same, DIFFERENT), ("same person", same, SAME)):
             chosen = values[part].numpy()
             label = f"{name}: mean {chosen.mean():.2f} ({len(chosen):,} pairs)"
@@ -407,12 +402,12 @@ def _scaled(heat: Tensor, size: tuple[int, int]) -> np.ndarray[Any, Any]:
 
 
 def _show(
-    axes: Any, table: FeatureTable, row: int, label: str, size: tuple[int, int], color: str,
-    width: float, faded: bool = False,
+    axes: Any, table: FeatureTable, row: int, label: str, color: str, width: float,
+    faded: bool = False,
 ) -> None:  # fmt: skip
     """An image in its frame; below it the label, and who or what is shown."""
     image = open_image(table.paths[row], table.intensity)
-    axes.imshow(resize(image, size), alpha=0.35 if faded else 1.0)
+    axes.imshow(resize(image, SHOWN), alpha=0.35 if faded else 1.0)
     axes.set_frame_on(True)
     axes.spines[:].set(visible=True, color=color, linewidth=width)
     about = table.describe(row)

@@ -145,11 +145,9 @@ def test_mistakes(images, make, tmp_path):
 def test_int8_graphs_of_another_network_or_normalisation_are_refused(tmp_path):
     """They were taken with any mean, std and model arguments: other rows than the model's."""
     plain = FeatureExtractor("test_deen_resnet", "cpu")
-    mean, std, size = plain.transform.mean, plain.transform.std, plain.transform.size
-    options = dict(model=plain.model, flip=True, descriptor="official", mean=mean, std=std)
-    options["size"] = size
+    options = dict(model=plain.model, flip=True, descriptor="official", transform=plain.transform)
     facts = engines.graph_facts(options, plain.provenance["descriptor_sha256"])
-    facts["pixels"] = {kind: [[0, 0], [255, 128]] for kind in engines.KINDS}
+    facts["pixels"] = {kind: [[0, 0], [255, 128]] for kind in engines.MODALITIES}
     folder = deen_zoo.save_pretrained(plain.model, tmp_path / "int8")
     (folder / "openvino").mkdir()
     (folder / "openvino" / "quantization.json").write_text(json.dumps(facts))

@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..data.transforms import EvalTransform
 from ..device import autocast
 from ..errors import UserError, require
 from ..io import exclusive, whole_folder
+from ..models.base import MODALITIES
 from ..models.catalog import weights_home
 
 __all__ = ["BATCH", "ENGINES", "OpenVINOEngine", "TorchEngine", "convert", "pixel_statistics"]
 
 ENGINES = ("torch", "openvino")
 BATCH = 8  # images that an OpenVINO graph takes; larger batches are no faster
-KINDS = ("visible", "infrared")
 HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 
 
@@ -35,10 +37,9 @@ class TorchEngine:
         model: In eval mode, on ``device``.
         device: Device of the model.
         precision: As for :func:`deen_zoo.device.autocast`.
-        mean: RGB means of the normalisation.
-        std: RGB standard deviations.
         flip: Add the descriptor of the mirrored image.
         descriptor: One of ``model.descriptors``.
+        transform: The model's, whose normalisation is done on the device.
     """
 
     def __init__(
@@ -48,15 +49,14 @@ class TorchEngine:
         precision: str,
         flip: bool,
         descriptor: str,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        transform: EvalTransform,
     ) -> None:
         self.model, self.device, self.precision = model, device, precision
         self.flip, self.descriptor = flip, descriptor
         # Tensors on the device: a GPU multiplies by the inverse of a plain number, which rounds.
         self._scale, self._mean, self._std = (
             torch.tensor(values, dtype=torch.float32, device=device)
-            for values in ((255.0,), mean, std)
+            for values in ((255.0,), transform.mean, transform.std)
         )
 
     @torch.inference_mode()
@@ -93,13 +93,7 @@ def traced(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
 
 
 def convert(
-    model: Any,
-    modality: str,
-    flip: bool,
-    descriptor: str,
-    size: tuple[int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    model: Any, modality: str, flip: bool, descriptor: str, transform: EvalTransform
 ) -> Any:
     """An OpenVINO model of one stem: uint8 (BATCH, H, W, 3) to descriptors (BATCH, D).
 
@@ -109,17 +103,18 @@ def convert(
     ov = require("openvino", extra="openvino")
     preprocess = require("openvino.preprocess", extra="openvino")
     module = model.for_modality(modality, flip=flip, normalize=False, descriptor=descriptor)
-    example = (torch.zeros(2, 3, *size),)
+    example = (torch.zeros(2, 3, *transform.size),)
     with torch.inference_mode(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sizes become constants, as they should
         graph = ov.convert_model(traced(module, example), example_input=example)
-    graph.reshape([BATCH, 3, *size])
+    graph.reshape([BATCH, 3, *transform.size])
     steps = preprocess.PrePostProcessor(graph)
     image = steps.input()
     image.tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
     image.model().set_layout(ov.Layout("NCHW"))
     scaled = image.preprocess().convert_element_type(ov.Type.f32)
-    scaled.mean([255 * value for value in mean]).scale([255 * value for value in std])
+    mean, std = ([255 * value for value in values] for values in (transform.mean, transform.std))
+    scaled.mean(mean).scale(std)
     return steps.build()
 
 
@@ -173,7 +168,7 @@ class OpenVINOEngine:
         graphs = (folder or Path()) / "openvino"
         try:
             facts = json.loads((graphs / "quantization.json").read_bytes())
-            pixels = {kind: torch.tensor(facts["pixels"][kind]) for kind in KINDS}
+            pixels = {kind: torch.tensor(facts["pixels"][kind]) for kind in MODALITIES}
             if any(bounds.shape != (2, 2) for bounds in pixels.values()):
                 raise ValueError("not the lowest and highest of two statistics")
         except (OSError, ValueError, TypeError, LookupError, RuntimeError):
@@ -193,7 +188,7 @@ class OpenVINOEngine:
     def __call__(self, pixels: Tensor, infrared: Tensor) -> Tensor:
         """uint8 (n, H, W, 3) and bool (n,) to float32 (n, D) on the CPU, not normalised."""
         out: Tensor | None = None
-        for kind, rows in ((KINDS[0], ~infrared), (KINDS[1], infrared)):
+        for kind, rows in zip(MODALITIES, (~infrared, infrared), strict=True):
             places = rows.nonzero()[:, 0]
             if not len(places):  # torch.split would give one part of none
                 continue
@@ -232,7 +227,7 @@ class OpenVINOEngine:
             self._convert(kind, file)
         graph = self._core.read_model(file)
         if size != BATCH:
-            graph.reshape([size, *self._options["size"], 3])
+            graph.reshape([size, *self._options["transform"].size, 3])
         settings = {
             "INFERENCE_PRECISION_HINT": HINTS[self.precision],
             "PERFORMANCE_HINT": "LATENCY",  # one stream on all cores: calls come one by one
@@ -275,7 +270,8 @@ def graph_facts(options: dict[str, Any], key: str) -> dict[str, Any]:
         key: A digest of the weights.
     """
     model = options["model"]
-    facts = {name: value for name, value in options.items() if name != "model"}
+    facts = {"flip": options["flip"], "descriptor": options["descriptor"]}
+    facts |= asdict(options["transform"])
     facts |= {"descriptor_sha256": key, "network": type(model).__qualname__}
     facts["model_args"] = getattr(model, "model_args", {})
     plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))

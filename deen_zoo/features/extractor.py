@@ -132,10 +132,8 @@ def extract(
     """
     check_least("batch_size", batch_size, 1)
     source, transform = resolve_sources(samples, None), eval_transform(data_config(model))
-    engine = TorchEngine(
-        model, world.device, precision, model.flip if flip is None else flip, "official",
-        transform.mean, transform.std,
-    )  # fmt: skip
+    flip = model.flip if flip is None else flip
+    engine = TorchEngine(model, world.device, precision, flip, "official", transform)
     mine = world.shard(len(samples))
     decoding = dict(size=transform.size, cache=cache, intensity=intensity)
     out, done, training = torch.empty(len(mine), model.embed_dim), 0, model.training
@@ -233,7 +231,7 @@ class FeatureExtractor:
             resolve_precision(self.device, precision)
         folder = Path(model) if isinstance(model, (str, os.PathLike)) else None
         if folder:
-            model = open_model(folder, pretrained)
+            model = open_model(model, pretrained)
         check_choice("engine", engine, ENGINES)
         check_choice("descriptor", descriptor, model.descriptors)
         check_choice("dtype", dtype, DTYPES)
@@ -261,11 +259,10 @@ class FeatureExtractor:
         }
         if getattr(model, "trained_on", None):
             self.provenance["trained_on"] = json.dumps(model.trained_on, sort_keys=True)
-        mean, std = self.transform.mean, self.transform.std
-        options = dict(model=self.model, flip=self.flip, descriptor=descriptor, mean=mean, std=std)
+        options = dict(model=self.model, flip=self.flip, descriptor=descriptor)
+        options["transform"] = self.transform
         self.engine: TorchEngine | OpenVINOEngine
         if engine == "openvino":
-            options["size"] = self.transform.size
             key = self.provenance["descriptor_sha256"]
             self.engine = OpenVINOEngine(options, precision, key, folder)
         else:

@@ -7,19 +7,20 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..data.images import Intensity
+from ..data.cache import read_image
 from ..data.protocols import Sample, as_label
 from ..errors import UserError, check_least, require
 from ..evaluation.metrics import evaluate_ranking
 from ..io import check_new_folder, whole_folder
-from .engines import BATCH, KINDS, convert, graph_facts, pixel_statistics
+from ..models.base import MODALITIES
+from .engines import BATCH, convert, graph_facts, pixel_statistics
 from .extractor import FeatureExtractor
-from .sources import resolve_sources
 
 __all__ = ["quantize"]
 
@@ -66,27 +67,24 @@ def quantize(
             "Sample, as open_dataset(...).test(...) does"
         )
     samples = [s._replace(identity=str(as_label(s.identity, "identity"))) for s in samples]
-    people = [{str(s.identity) for s in samples if s.modality == kind} for kind in KINDS]
+    people = [{str(s.identity) for s in samples if s.modality == kind} for kind in MODALITIES]
     both = sorted(people[0] & people[1])
     if len(both) < 4:
         raise UserError(f"{len(both)} identities have images of both modalities: give at least 4")
-    calibrating = set(both[::2])
+    calibrating, tested = set(both[::2]), set(both[1::2])
     exact = FeatureExtractor(model, "cpu", "float32", threads=threads)
-    mean, std, size = exact.transform.mean, exact.transform.std, exact.transform.size
     options = dict(model=exact.model, flip=exact.flip, descriptor="official")
-    options |= dict(size=size, mean=mean, std=std)
-    held_out = [s for s in samples if str(s.identity) in set(both) - calibrating]
+    options["transform"] = exact.transform
+    held_out = [s for s in samples if str(s.identity) in tested]
     facts = graph_facts(options, exact.provenance["descriptor_sha256"])
     facts |= {"pixels": {}, "calibration_images": 0}
+    read = partial(read_image, size=exact.transform.size, intensity=exact.intensity)
     with whole_folder(output) as folder:
         save_pretrained(exact.model, folder)
-        for kind in KINDS:
+        for kind in MODALITIES:
             mine = [s for s in samples if s.modality == kind and str(s.identity) in calibrating]
             step = max(1, len(mine) // images)
-            source = resolve_sources(mine[::step][:images], None)
-            pixels = np.stack(
-                [_pixels(source, i, size, exact.intensity) for i in range(len(source))]
-            )
+            pixels = np.stack([read(s.path) for s in mine[::step][:images]])
             statistics = pixel_statistics(torch.from_numpy(pixels))
             facts["pixels"][kind] = [statistics.amin(0).tolist(), statistics.amax(0).tolist()]
             facts["calibration_images"] += len(pixels)
@@ -95,12 +93,8 @@ def quantize(
             data = nncf.Dataset(list(batches.reshape(-1, BATCH, *pixels.shape[1:])))
             graph = convert(modality=kind, **options)
             with contextlib.redirect_stdout(sys.stderr):  # where progress belongs
-                graph = nncf.quantize(
-                    graph,
-                    data,
-                    preset=nncf.QuantizationPreset.MIXED,
-                    subset_size=len(batches) // BATCH,
-                )
+                preset, count = nncf.QuantizationPreset.MIXED, len(batches) // BATCH
+                graph = nncf.quantize(graph, data, preset=preset, subset_size=count)
             target = folder / "openvino" / kind
             target.mkdir(parents=True)
             ov.save_model(graph, target / "graph.xml", compress_to_fp16=False)
@@ -122,18 +116,11 @@ def quantize(
     return report
 
 
-def _pixels(source: Any, index: int, size: tuple[int, int], intensity: Intensity) -> Any:
-    image = source.decode(index, size, intensity=intensity)
-    if image.pixels is None:
-        raise UserError(image.reason)
-    return image.pixels
-
-
 def _compare(
     exact: FeatureExtractor, fast: FeatureExtractor, samples: Sequence[Sample]
 ) -> dict[str, Any]:
     """What changes when infrared images search visible ones."""
-    sides = [[s for s in samples if s.modality == kind] for kind in KINDS]
+    sides = [[s for s in samples if s.modality == kind] for kind in MODALITIES]
     ids = [[str(s.identity) for s in side] for side in sides]
     hits, scores = [], []
     for extractor in (exact, fast):
