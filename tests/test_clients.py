@@ -159,8 +159,14 @@ def test_pytorch_metric_learning(model, images) -> None:
     client.train_knn(images)
     _, indices = client.get_nearest_neighbors(images, k=1)
     assert indices.flatten().tolist() == [0, 1, 2, 3]
-    labels = torch.tensor([0, 0, 1, 1])
-    assert torch.isfinite(TripletMarginLoss()(wanted, labels))
+    labels = [0, 0, 1, 1]
+    loss = TripletMarginLoss(margin=1.0)(wanted, torch.tensor(labels))
+    apart = torch.cdist(wanted, wanted)
+    triplets = [(a, p, n) for a in range(4) for p in range(4) for n in range(4)
+                if a != p and labels[a] == labels[p] != labels[n]]  # fmt: skip
+    slow = torch.stack([apart[a, p] - apart[a, n] + 1 for a, p, n in triplets])
+    assert len(triplets) == 8 and slow.min() > 0
+    torch.testing.assert_close(loss, slow.mean(), rtol=1e-4, atol=1e-5)
 
 
 def test_open_metric_learning(model, crops, rows) -> None:
@@ -227,7 +233,7 @@ def test_roboflow_reid(model, crops, rows) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".xml"])
-def test_boxmot(suffix, model, crops, rows, llcm_tree, tmp_path, monkeypatch) -> None:
+def test_boxmot(suffix, model, crops, rows, llcm_tree, tmp_path, monkeypatch, capfd) -> None:
     """Its re-identification backend and a tracker, from an exported file with its sidecar."""
     boxmot = pytest.importorskip("boxmot")
     from boxmot.reid.core import ReID
@@ -235,6 +241,10 @@ def test_boxmot(suffix, model, crops, rows, llcm_tree, tmp_path, monkeypatch) ->
     monkeypatch.chdir(tmp_path)
     file = f"night{suffix}"
     export_model(model, file, modality="infrared")
+    bare = ReID(file, device="cpu").model  # without the sidecar
+    in_graph = suffix == ".onnx"
+    assert (bare.input_shape == (128, 64)) is in_graph
+    assert ("overrides" in capfd.readouterr().err) is in_graph  # a warning
     code = sidecar_of_the_docs()
     exec(code.replace("night.onnx", file), {})
     assert Path(f"{file}.metadata.json").exists()
@@ -452,6 +462,12 @@ def test_pytorch_grad_cam(images) -> None:
         alone = cam(images[:1], targets=None)
     assert maps.shape == (4, 128, 64) and np.isfinite(maps).all() and maps.max() > 0
     np.testing.assert_allclose(maps[:1], alone, atol=1e-4)  # each is of its own image
+    seen = infrared.forward_features(images).detach().requires_grad_()
+    infrared.forward_head(seen).max(1).values.sum().backward()
+    slow = (seen * seen.grad.mean((2, 3), keepdim=True)).sum(1, keepdim=True).relu()
+    slow = torch.nn.functional.interpolate(slow, (128, 64), mode="bilinear").detach().numpy()
+    for image, by_hand in zip(maps, slow[:, 0], strict=True):
+        assert np.corrcoef(image.ravel(), by_hand.ravel())[0, 1] > 0.999
     infrared.modality = "visible"
     with GradCAM(infrared, [infrared.stages[-1]]) as cam:
         assert np.abs(cam(images, targets=None) - maps).max() > 0.1  # of the other stem
