@@ -65,11 +65,11 @@ class ExportReport:
         channels, height, width = self.metadata["preprocessing"]["input_size"]
         modality = self.metadata["modality"]
         told = ", modality [batch]" if modality == "input" else f", {modality} only"
+        shape = f"[batch, {channels}, {height}, {width}]{told}"
         return (
-            f"{self.path}: {self.size_bytes / 1e6:.1f} MB, "
-            f"images [batch, {channels}, {height}, {width}]{told} -> {self.metadata['output']}\n"
-            f"differs from torch by at most {max(self.differences.values()):.1e} "
-            f"(batches: {', '.join(self.differences)})"
+            f"{self.path}: {self.size_bytes / 1e6:.1f} MB, images {shape} -> "
+            f"{self.metadata['output']}\ndiffers from torch by at most "
+            f"{max(self.differences.values()):.1e} (batches: {', '.join(self.differences)})"
         )
 
 
@@ -154,7 +154,13 @@ def export_model(
             run = WRITERS[path.suffix](function, example, partial, note)
         with torch.inference_mode():
             differences = {k: _difference(run(x), wanted[k]) for k, x in checks.items()}
-        _judge(path, differences, tolerance)
+        worst = max(differences, key=lambda check: differences[check])
+        if differences[worst] > tolerance:
+            raise UserError(
+                f"{path} was not written: its numbers differ from torch's by up to "
+                f"{differences[worst]:.1e} (batch of {worst}), more than {tolerance:.0e}: report "
+                "it with your versions of torch and the runtime"
+            )
         size_bytes = sum(file.stat().st_size for file in partial.parent.iterdir())
     return ExportReport(str(path), note, size_bytes, differences)
 
@@ -192,16 +198,6 @@ def _checks(modality: str, shape: tuple[int, int, int]) -> dict[str, Inputs]:
         if batch > 1:
             checks[f"{batch} mixed"] = {**x, "modality": mixed}
     return checks
-
-
-def _judge(path: Path, differences: dict[str, float], tolerance: float) -> None:
-    worst = max(differences, key=lambda check: differences[check])
-    if differences[worst] > tolerance:
-        raise UserError(
-            f"{path} was not written: its numbers differ from torch's by up to "
-            f"{differences[worst]:.1e} (batch of {worst}), more than {tolerance:.0e}: "
-            f"report it with your versions of torch and the runtime"
-        )
 
 
 def _difference(got: Tensor, wanted: Tensor) -> float:

@@ -59,6 +59,7 @@ def whole_file(target: str | os.PathLike[str]) -> Iterator[Path]:
                 os.fsync(file.fileno())
         for path in written:
             os.replace(path, target.with_name(path.name))
+        folder.rmdir()  # here, so that a signal in between still finds what removes it
     finally:
         _remove(folder)
 

@@ -823,6 +823,8 @@ def test_command_on_layouts(llcm_tree, checkpoint, tmp_path, capsys):
     arguments = ["extract", "a", "b", "--layout", "own", "-o", str(own)]
     assert main([*arguments, *common]) == 2
     assert "takes one root, not 2" in capsys.readouterr().err
+    assert main(["extract", "a", "--split", "2", "-o", str(own), *common]) == 2
+    assert "--split" in capsys.readouterr().err  # it did nothing
 
 
 @pytest.mark.slow

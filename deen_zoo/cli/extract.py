@@ -49,8 +49,8 @@ def extractor(args: argparse.Namespace, **options: Any) -> Any:
     """The FeatureExtractor of the options above."""
     from ..features.extractor import FeatureExtractor
 
-    names = ("precision", "batch_size", "threads", "intensity", "engine", "project")
-    common = {name: getattr(args, name) for name in ("device", *names)}
+    names = ("device", "precision", "batch_size", "threads", "intensity", "engine", "project")
+    common = {name: getattr(args, name) for name in names}
     return FeatureExtractor(args.model, **(common | options))
 
 
@@ -85,10 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..device import choose_device
     from ..distributed import join
-    from ..errors import plural
+    from ..errors import UserError, plural
     from ..features.files import check_output
 
     check_output(args.output)
+    if args.split != 1 and not args.layout:
+        raise UserError("--split is one of a dataset: name its --layout, or leave it out")
     source = _samples(args) if args.layout else args.source
     with join(choose_device(args.device)) as world:
         make = extractor(

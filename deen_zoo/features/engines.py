@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..data.transforms import EvalTransform
 from ..device import autocast
-from ..errors import UserError, require
+from ..errors import UserError, check_choice, require
 from ..io import exclusive, whole_folder
 from ..models.base import MODALITIES
 from ..models.catalog import weights_home
@@ -146,8 +146,7 @@ class OpenVINOEngine:
     ) -> None:
         ov = require("openvino", extra="openvino")
         self.precision = "float32" if precision == "auto" else precision
-        if self.precision not in HINTS:
-            raise UserError(f"precision {precision!r}: choose from auto, {', '.join(HINTS)}")
+        check_choice("precision", precision, ("auto", *HINTS))
         self._core, self._options = ov.Core(), options
         if self.precision == "bfloat16" and "BF16" not in self._core.get_property(
             "CPU", "OPTIMIZATION_CAPABILITIES"
