@@ -42,7 +42,7 @@ from .files import (
     read_feature_table,
     write_feature_table,
 )
-from .project import read_head
+from .project import Head, read_head
 from .sources import Decoded, Source, infrared_of, resolve_sources
 
 __all__ = ["FeatureExtractor", "data_config", "extract", "weights_sha256"]
@@ -239,10 +239,9 @@ class FeatureExtractor:
         self.transform: EvalTransform = eval_transform(config)
         self.model = model.eval().to(self.device).to(memory_format=torch.channels_last)
         self.flip = model.flip if flip is None else flip
-        if intensity is None:
-            trained_on = getattr(model, "trained_on", None) or {}
-            intensity = str(trained_on.get("intensity", "full"))
-        self.intensity = check_intensity(intensity)
+        trained_on = getattr(model, "trained_on", None) or {}
+        usual = str(trained_on.get("intensity", "full"))
+        self.intensity = check_intensity(usual if intensity is None else intensity)
         self.provenance = {
             "model": str(getattr(model, "pretrained_cfg", {}).get("architecture", "unknown")),
             "weights_sha256": weights_sha256(model),
@@ -257,8 +256,8 @@ class FeatureExtractor:
             "intensity": str(self.intensity),
             "deen_zoo": __version__,
         }
-        if getattr(model, "trained_on", None):
-            self.provenance["trained_on"] = json.dumps(model.trained_on, sort_keys=True)
+        if trained_on:
+            self.provenance["trained_on"] = json.dumps(trained_on, sort_keys=True)
         options = dict(model=self.model, flip=self.flip, descriptor=descriptor)
         options["transform"] = self.transform
         self.engine: TorchEngine | OpenVINOEngine
@@ -267,16 +266,13 @@ class FeatureExtractor:
             self.engine = OpenVINOEngine(options, precision, key, folder)
         else:
             self.engine = TorchEngine(device=self.device, precision=precision, **options)
-        self.head = read_head(project) if project is not None else None
-        if self.head is not None:
-            self.head.check(self.provenance, os.fspath(project or ""))
-            if len(self.head.mean) != model.descriptors[descriptor]:
-                raise UserError(
-                    f"{project} takes rows of {len(self.head.mean)} numbers, and {descriptor!r} "
-                    f"has {model.descriptors[descriptor]}: fit it on features of this model"
-                )
+        self.dim = int(model.descriptors[descriptor])
+        self.head: Head | None = None
+        if project is not None:
+            self.head = read_head(project)
+            self.head.check(self.provenance, self.dim, os.fspath(project))
             self.provenance["project"] = self.head.provenance["project"]
-        self.dim = self.head.dim if self.head else int(model.descriptors[descriptor])
+            self.dim = self.head.dim
         self.normalize, self.dtype, self.batch_size = normalize, DTYPES[dtype], batch_size
         self.threads, self.progress = threads, progress
 

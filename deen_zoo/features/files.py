@@ -355,12 +355,16 @@ def check_paths(paths: Sequence[str], source: str) -> None:
 
 def check_output(file: str | os.PathLike[str]) -> Path:
     """Raise UserError unless a feature file can be written there; done before any work."""
-    file = Path(file)
+    return check_target(_of_a_kind(Path(file)))
+
+
+def _of_a_kind(file: Path) -> Path:
+    """Raise UserError unless it is named like a feature file, of a kind that can be had here."""
     if file.suffix not in SUFFIXES:
         raise UserError(f"{file}: unknown kind of feature file; give {', '.join(SUFFIXES)}")
     if file.suffix == ".parquet":
         require("pyarrow.parquet", extra="parquet")
-    return check_target(file)
+    return file
 
 
 def _join(tables: Sequence[FeatureTable], source: str, scratch: Path | None = None) -> FeatureTable:
@@ -486,9 +490,7 @@ def _one_line(source: Any, what: str) -> Iterator[None]:
 
 
 def _read(path: Path) -> FeatureTable:
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: unknown kind of feature file; give {', '.join(SUFFIXES)}")
-    if not path.is_file():
+    if not _of_a_kind(path).is_file():
         raise UserError(f"{path}: there is no such file")
     if path.suffix == ".parquet":
         parquet = require("pyarrow.parquet", extra="parquet")

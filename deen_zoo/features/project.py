@@ -41,8 +41,8 @@ class Head:
         """Rows of the kind that it was fitted on, as float32, of length 1."""
         return F.normalize((rows.float() - self.mean) @ self.components)
 
-    def check(self, provenance: dict[str, str], name: str) -> None:
-        """Raise UserError unless it was fitted on features made like these."""
+    def check(self, provenance: dict[str, str], width: int, name: str) -> None:
+        """Raise UserError unless it was fitted on features made like these, of as many numbers."""
         for key in _MUST_AGREE:
             ours, theirs = self.provenance.get(key, ""), provenance.get(key, "")
             if ours != theirs:
@@ -51,6 +51,11 @@ class Head:
                     f"{name} was fitted on features of {what} {ours[:20]!r}, not {theirs[:20]!r}: "
                     "fit it on features extracted with this model and these options"
                 )
+        if len(self.mean) != width:
+            raise UserError(
+                f"{name} takes rows of {len(self.mean)} numbers, and these have {width}: fit it on "
+                "features of this model"
+            )
 
 
 def fit_head(table: FeatureTable, dim: int = 256) -> Head:
