@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -100,6 +101,15 @@ def sha256(path: str | os.PathLike[str], digest: Any = None) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return str(digest.hexdigest())
+
+
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object that a JSON file holds; empty if it is not there, cut off or something else."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def file_states(files: Mapping[str, str]) -> str:

@@ -21,7 +21,7 @@ from typing import ClassVar, TypeVar
 
 from ..errors import UserError, check_choice
 from .folder import OwnData
-from .protocols import INFRARED, PROTOCOLS, RULES, VISIBLE, Label, Protocol, Sample
+from .protocols import INFRARED, PROTOCOLS, RULES, VISIBLE, Protocol, Sample
 from .reader import Fault, Listing, ReidDataset
 
 __all__ = ["DATASETS", "LLCM", "RegDB", "SyntheticLLCM", "SysuMM01", "get_dataset", "open_dataset"]
@@ -94,6 +94,7 @@ class SysuMM01(ReidDataset):
     home = "https://github.com/wuancong/SYSU-MM01"
     ask = f"the signed agreement in {home}"
     folders = (*(f"cam{camera}" for camera in range(1, 7)), "exp")
+    test_ids = "exp/test_id.txt"
     default_model = "deen_resnet50_sysu"
     erasing_area = (0.2, 0.8)
     # train, query and gallery: facts of the protocol as the field reports them; cameras of the test
@@ -115,10 +116,7 @@ class SysuMM01(ReidDataset):
         return self._read_folders(sorted(ids))
 
     def list_test(self, split: int) -> Listing:
-        return self._read_folders(self._identities("exp/test_id.txt"))
-
-    def _test_identities(self, split: int) -> set[Label]:
-        return set(self._identities("exp/test_id.txt"))
+        return self._read_folders(self._identities(self.test_ids))
 
     def _read_folders(self, identities: list[int]) -> Listing:
         samples = [
@@ -159,14 +157,11 @@ class RegDB(ReidDataset):
         "regdb-ir2vis": {"query": 2060, "gallery": 2060},
     }
 
-    def _lists(self, part: str, split: int) -> list[str]:
-        return [f"idx/{part}_{side}_{split}.txt" for side in ("visible", "thermal")]
-
     def list_train(self, split: int) -> Listing:
-        return self._read_lists(self._lists("train", split))
+        return self._read_lists(f"idx/train_{side}_{split}.txt" for side in ("visible", "thermal"))
 
     def list_test(self, split: int) -> Listing:
-        return self._read_lists(self._lists("test", split))
+        return self._read_lists(f"idx/test_{side}_{split}.txt" for side in ("visible", "thermal"))
 
     def belongs(self, relative: str) -> bool:
         return self._parse(relative)[0] is not None
@@ -199,6 +194,7 @@ class LLCM(ReidDataset):
         *(f"test_vis/cam{camera}" for camera in test_cameras[VISIBLE]),
         *(f"test_nir/cam{camera}" for camera in test_cameras[INFRARED]),
     )  # fmt: skip
+    test_ids = "idx/test_id.txt"
     expected: ClassVar[Mapping[str, Mapping[str, int]]] = {  # as published; adjusted since
         "train": {"identities": 713, "visible": 16946, "infrared": 13975},
         "test": {"identities": 351, "visible": 8680, "infrared": 7166},
@@ -212,7 +208,7 @@ class LLCM(ReidDataset):
 
     def list_test(self, split: int) -> Listing:
         samples, faults = [], []
-        identities = self._identities("idx/test_id.txt")
+        identities = self._identities(self.test_ids)
         for side, modality in (("vis", VISIBLE), ("nir", INFRARED)):
             for identity in identities:
                 for camera in self.test_cameras[modality]:
@@ -224,9 +220,6 @@ class LLCM(ReidDataset):
                         elif parsed:
                             samples.append(Sample(self._path(relative), *parsed))
         return samples, faults + self._absent(identities, samples)
-
-    def _test_identities(self, split: int) -> set[Label]:
-        return set(self._identities("idx/test_id.txt"))
 
     def belongs(self, relative: str) -> bool:
         return self._parse(relative)[0] is not None

@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 from ..errors import UserError, check_choice, check_least, require
 
 __all__ = ["INFRARED", "PROTOCOLS", "RULES", "UNKNOWN", "VISIBLE", "Label", "Permutations"]
-__all__ += ["Protocol", "Sample", "as_label", "draw_gallery", "get_protocol", "label_order"]
+__all__ += ["Protocol", "Rule", "Sample", "as_label", "draw_gallery", "get_protocol", "label_order"]
 __all__ += ["read_permutations"]
 __all__ += ["trial_numbers", "trial_sides"]
 
 VISIBLE, INFRARED = "visible", "infrared"
 UNKNOWN = -1  # an identity or a camera that is not known
-RULES = ("sysu", "llcm", "regdb")  # of evaluate_ranking
 Label = int | str
 
 
@@ -75,6 +74,32 @@ def label_order(label: Label) -> tuple[bool, Label]:
     return isinstance(label, str), label
 
 
+class Rule(NamedTuple):
+    """How :func:`~deen_zoo.evaluation.evaluate_ranking` scores a ranking.
+
+    Attributes:
+        same_camera: A query ignores the images of its identity by its own camera.
+        unseen: (query camera, gallery camera): such a query ignores all images of such a camera.
+        by_identity: The CMC counts each wrong identity once, not each wrong image.
+    """
+
+    same_camera: bool = False
+    unseen: tuple[int, int] | None = None
+    by_identity: bool = True
+
+    @property
+    def needs_cameras(self) -> bool:
+        """Whether it matters which cameras the images are of."""
+        return self.same_camera or self.unseen is not None
+
+
+RULES = {
+    "sysu": Rule(unseen=(3, 2)),
+    "llcm": Rule(same_camera=True),
+    "regdb": Rule(by_identity=False),
+}
+
+
 class Protocol(NamedTuple):
     """Who queries whom, and by which rule a ranking is scored.
 
@@ -101,6 +126,10 @@ class Protocol(NamedTuple):
     query_cameras: tuple[Label, ...] = ()
     gallery_cameras: tuple[Label, ...] = ()
     official_draw: bool = False
+
+    def trials_of(self, split: int) -> Sequence[int]:
+        """Its trials on a split: all draws or, where nothing is drawn, the split itself."""
+        return self.trials if self.sampled else [split]
 
 
 _SEEDS, _SPLITS = range(10), range(1, 11)

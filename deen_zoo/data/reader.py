@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import warnings
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from ..errors import UserError, check_choice, plural
-from ..io import file_states
+from ..io import file_states, read_object
 from .images import is_foreign_name, is_image_name
 from .protocols import (
     INFRARED,
@@ -87,6 +86,7 @@ class ReidDataset:
         ask: How to ask for it.
         folders: Folders of a root that is of this layout; case does not matter in the first part.
         splits: Numbers of its splits into training and test.
+        test_ids: Index file of the people to test on, whatever the split; empty if there is none.
         expected: Counts to find in a complete copy, by split or protocol, and kind.
         layout: Name of the dataset whose layout and protocols it shares; itself when empty.
         default_model: What is trained on it unless another model is named.
@@ -102,6 +102,7 @@ class ReidDataset:
     ask: ClassVar[str] = ""
     folders: ClassVar[tuple[str, ...]] = ()
     splits: ClassVar[Sequence[int]] = (1,)
+    test_ids: ClassVar[str] = ""
     expected: ClassVar[Mapping[str, Mapping[str, int]]] = {}
     layout: ClassVar[str] = ""
     default_model: ClassVar[str] = "deen_resnet50_llcm"
@@ -175,11 +176,7 @@ class ReidDataset:
     @property
     def world(self) -> int | None:
         """Seed of the drawn people's world; None if they are real, or it is not known."""
-        try:
-            note = json.loads(Path(self.root, DRAWN).read_bytes())
-        except (OSError, ValueError):
-            return None
-        return note.get("seed") if isinstance(note, dict) else None
+        return read_object(Path(self.root, DRAWN)).get("seed")
 
     def train(self, split: int = 1) -> list[Sample]:
         """Training images, visible ones first."""
@@ -303,6 +300,8 @@ class ReidDataset:
     # For subclasses.
 
     def _test_identities(self, split: int) -> set[Label]:
+        if self.test_ids:
+            return set(self._identities(self.test_ids))
         return {sample.identity for sample in self.list_test(split)[0]}
 
     def _check_split(self, split: int) -> None:
@@ -415,7 +414,7 @@ class ReidDataset:
             pairs.append(("/".join(parts), int(match[2])))
         return pairs
 
-    def _read_lists(self, lists: Sequence[str]) -> Listing:
+    def _read_lists(self, lists: Iterable[str]) -> Listing:
         """The samples of index files whose labels stand for the same identities in all of them."""
         samples: list[Sample] = []
         faults: list[Fault] = []

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..data.protocols import RULES, as_label
+from ..data.protocols import RULES, Rule, as_label
 from ..errors import UserError, check_choice
 
 _BLOCK = 1 << 18  # scores handled at once: bounds the memory, and a block stays in the cache
@@ -112,13 +112,15 @@ def evaluate_ranking(
     num_queries, num_gallery = similarity.shape
     q_ids = _checked(query_ids, num_queries, "query_ids")
     g_ids = _checked(gallery_ids, num_gallery, "gallery_ids")
-    if rule == "regdb":
-        q_cams, g_cams = np.zeros(num_queries), np.zeros(num_gallery)
-    else:
+    kind = RULES[rule]
+    if kind.needs_cameras:
         q_cams = _checked(query_cameras, num_queries, "query_cameras")
         g_cams = _checked(gallery_cameras, num_gallery, "gallery_cameras")
-    if rule == "sysu" and not q_cams.dtype == g_cams.dtype == np.int64:
-        raise UserError("the 'sysu' rule is about cameras 2 and 3: give their numbers, not words")
+    else:
+        q_cams, g_cams = np.zeros(num_queries), np.zeros(num_gallery)
+    if kind.unseen and not q_cams.dtype == g_cams.dtype == np.int64:
+        about = "cameras {1} and {0}: give their numbers, not words".format(*kind.unseen)
+        raise UserError(f"the {rule!r} rule is about {about}")
     for name, *sides in (("ids", q_ids, g_ids), ("cameras", q_cams, g_cams)):
         kinds = [{type(label) for label in side.tolist()} for side in sides]
         if kinds[0].isdisjoint(kinds[1]):
@@ -139,7 +141,7 @@ def evaluate_ranking(
     for i in range(0, num_queries, step):
         rows = slice(i, i + step)
         first_rank[rows], precision[rows], penalty[rows] = _rank_block(
-            _scores(similarity[rows]), code[rows], q_cams[rows], gallery, rule
+            _scores(similarity[rows]), code[rows], q_cams[rows], gallery, kind
         )
     valid = first_rank >= 0
     if not valid.any():
@@ -221,7 +223,7 @@ def _rank_block(
     code: NDArray[np.int64],
     cameras: NDArray[Any],
     gallery: _Gallery,
-    rule: str,
+    rule: Rule,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """First rank, average precision and inverse penalty of each row; ``scores`` is overwritten."""
     num_rows, width = scores.shape
@@ -232,12 +234,13 @@ def _rank_block(
     column = gallery.order[gallery.start[code[row]] + nth]
 
     ignored = np.zeros(len(row), dtype=bool)
-    if rule == "llcm":
-        ignored = cameras[row] == gallery.cameras[column]
+    if rule.same_camera:
+        ignored |= cameras[row] == gallery.cameras[column]
         scores[row[ignored], column[ignored]] = -np.inf
-    elif rule == "sysu":
-        ignored = (cameras[row] == 3) & (gallery.cameras[column] == 2)
-        scores[np.ix_(cameras == 3, gallery.cameras == 2)] = -np.inf
+    if rule.unseen:
+        of_query, of_gallery = cameras == rule.unseen[0], gallery.cameras == rule.unseen[1]
+        ignored |= of_query[row] & of_gallery[column]
+        scores[np.ix_(of_query, of_gallery)] = -np.inf
     row, column = row[~ignored], column[~ignored]
 
     rank, tied = _ranks(np.sort(scores, axis=1), row, scores[row, column])
@@ -265,7 +268,7 @@ def _rank_block(
     precision[valid] = sums[valid] / matches[valid]
     penalty[valid] = matches[valid] / (rank[end[valid] - 1] + 1)
     first_rank[valid] = rank[begin[valid]]
-    if rule != "regdb":
+    if rule.by_identity:
         best = np.maximum.reduceat(scores[:, gallery.order], gallery.start, axis=1)
         top = scores[valid, column[begin[valid]]]
         first_rank[valid] = (best[valid] > top[:, None]).sum(1)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.protocols import (
+    RULES,
     UNKNOWN,
     Permutations,
     Sample,
@@ -125,7 +126,7 @@ def _as_tensor(features: Any, samples: Sequence[Sample]) -> Tensor:
 def _check_known(samples: Sequence[Sample], rule: str) -> None:
     """Refuse unknown identities, and cameras that the rule needs: all of them would be one."""
     for sample in samples:
-        for name in ("identity", "camera") if rule != "regdb" else ("identity",):
+        for name in ("identity", "camera") if RULES[rule].needs_cameras else ("identity",):
             if as_label(getattr(sample, name), name) == UNKNOWN:
                 raise UserError(f"{sample.path}: its {name} is not known: label it or leave it out")
 

@@ -38,7 +38,7 @@ from ..evaluation import ProtocolResult, evaluate, images_of, merge_trials
 from ..evaluation.known import people_digest, refuse_known_people
 from ..features.extractor import FeatureExtractor, data_config, extract, weights_sha256
 from ..features.files import FeatureTable, label_column
-from ..io import exclusive, sha256
+from ..io import exclusive, read_object, sha256
 from ..models import create_model, open_model
 from ..models.base import NAMES, ReidModel
 from ..models.catalog import installed_splits
@@ -120,7 +120,7 @@ def _finished(settings: Settings, run: dict[str, Any]) -> dict[str, Any] | None:
     file = settings.output / "results.json"
     if not settings.resume or settings.eval_only or not file.is_file():
         return None
-    results = _object(file)
+    results = read_object(file)
     return results if results.get("run") == run else None
 
 
@@ -128,15 +128,6 @@ def _check_states(settings: Settings, record: dict[str, Any]) -> None:
     """Refuse to resume any of the splits with other settings, before one of them is trained."""
     for split in settings.trials:
         Run(settings.folder(split), record | {"trial": split}).check(settings.epochs)
-
-
-def _object(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; empty if it was cut off, or holds something else."""
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def check_early(settings: Settings) -> None:
@@ -148,7 +139,7 @@ def check_early(settings: Settings) -> None:
         task_class(settings.task)
     file = settings.output / "results.json"
     if settings.eval_only and file.is_file():
-        other = _object(file).get("eval_only")
+        other = read_object(file).get("eval_only")
         if other != settings.eval_only:
             raise UserError(f"{file} is of {other}: choose another --output")
     for split in settings.trials:
@@ -200,7 +191,7 @@ def _check_matches(settings: Settings, dataset: ReidDataset) -> None:
     """Refuse a test set in which nobody is on both sides, before hours of training."""
     for split in settings.trials:
         for name in settings.protocols:
-            number = _first_number(name, split)
+            number = get_protocol(name).trials_of(split)[0]
             sides = dataset.query(name, number), dataset.gallery(name, number)
             people = [{sample.identity for sample in side} for side in sides]
             if people[0].isdisjoint(people[1]):
@@ -208,12 +199,6 @@ def _check_matches(settings: Settings, dataset: ReidDataset) -> None:
                     f"{settings.data_root}: none of the {len(people[0])} people among the queries "
                     f"of {name} is in the gallery: test on people with visible and infrared images"
                 )
-
-
-def _first_number(protocol: str, split: int) -> int:
-    """What a protocol counts its trials by: its first draw of a gallery, or the split."""
-    row = get_protocol(protocol)
-    return row.trials[0] if row.sampled else split
 
 
 def _draw(settings: Settings) -> None:
@@ -234,7 +219,7 @@ def _draw(settings: Settings) -> None:
             )
         shutil.rmtree(root)
     if note.exists():
-        there, asked = _object(note).get("identities"), settings.people
+        there, asked = read_object(note).get("identities"), settings.people
         if asked is not None and there not in (None, asked):
             raise UserError(
                 f"--people {asked}: {root} holds {there} drawn people: leave --people out to take "
@@ -302,7 +287,7 @@ class _Work:
             **options,
         )
         protocol = settings.protocols[0]
-        number = _first_number(protocol, split)
+        number = get_protocol(protocol).trials_of(split)[0]
         sides = self.dataset.query(protocol, number) + self.dataset.gallery(protocol, number)
 
         def test() -> dict[str, float]:
@@ -400,8 +385,7 @@ class _Work:
         """Every protocol of a split; each image that any trial compares is described once."""
         settings, data = self.settings, self.dataset
         samples = data.test(split=split)
-        row = {name: get_protocol(name) for name in settings.protocols}
-        trials = {name: None if row[name].sampled else [split] for name in row}
+        trials = {name: get_protocol(name).trials_of(split) for name in settings.protocols}
         drawn = sorted({i for name in trials for i in images_of(samples, name, trials[name])})
         used = [samples[i] for i in drawn]
         trained_on = _trained_on(source, model)
