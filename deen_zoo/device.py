@@ -6,7 +6,7 @@ import ctypes
 import sys
 from typing import TYPE_CHECKING
 
-from .errors import UserError, check_choice
+from .errors import UserError, brief, check_choice
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +31,8 @@ def choose_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used ({reason}): try auto or cpu") from error
+        why = brief(error)
+        raise UserError(f"device {name!r} cannot be used ({why}): try auto or cpu") from error
     return device
 
 

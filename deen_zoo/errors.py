@@ -49,6 +49,12 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}"
 
 
+def brief(error: BaseException | None) -> str:
+    """First line of an error, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional dependency, or say how to install it.
 

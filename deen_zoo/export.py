@@ -129,8 +129,7 @@ def export_model(
     if output == "embedding":
         usual: Note = {"descriptor": "official", "flip": model.flip, "normalize": True}
         options = {k: usual[k] if value is None else value for k, value in options.items()}
-    whole: Any = model
-    config = data_config(whole)
+    config = data_config(model)
     height, width = size or config["input_size"][1:]
     checks = _checks(modality, (int(model.in_chans), height, width))
     note = {

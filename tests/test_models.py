@@ -533,10 +533,10 @@ def test_pruned_stages_give_a_row_per_image():
 @pytest.mark.slow
 @pytest.mark.skipif("TIMM_CHECKOUT" not in os.environ, reason="needs a checkout of timm")
 def test_timms_own_tests():
-    """timm's tests/test_models.py as it is, over a model of each family: TVI-LFM's has no tiny one,
-    and takes 12 s. Left out is test_model_inference: for each name that begins with test_ it
-    downloads recorded outputs from timm's organisation on the Hub, which has none of ours, and
-    wants ImageNet's class 24, an owl, of a network whose classes are people."""
+    """timm's tests/test_models.py as it is, over a model of each family: of TVI-LFM's, which has no
+    tiny one, a whole ResNet-50. Left out is test_model_inference: for each name that begins with
+    test_ it downloads recorded outputs from timm's organisation on the Hub, which has none of ours,
+    and wants ImageNet's class 24, an owl, of a network whose classes are people."""
     file = Path(os.environ["TIMM_CHECKOUT"]) / "tests" / "test_models.py"
     names = " or ".join((TINY, "test_agw_resnet", "tvilfm_resnet50_regdb"))
     options = ["-p", "deen_zoo.models", "-p", "no:cacheprovider", "-n", "0", "-q"]

@@ -49,7 +49,7 @@ from torch import Tensor
 from ..data.images import Intensity, check_intensity
 from ..data.protocols import Sample, as_label
 from ..data.reader import ReidDataset
-from ..errors import UserError, require
+from ..errors import UserError, brief, require
 from ..io import check_target, whole_file
 
 __all__ = ["FeatureTable", "check_comparable", "check_output", "label_column"]
@@ -255,7 +255,7 @@ class FeatureTable:
             UserError: Columns are missing or of another type.
         """
         arrays: dict[str, Any] = {}
-        with _one_line(source, "an Arrow table of features"):
+        with _readable(source, "an Arrow table of features"):
             for name in {"path", "paths"} & set(table.column_names):
                 arrays["paths"] = table[name].to_pylist()
             if "features" in table.column_names:
@@ -478,15 +478,14 @@ def _encode(value: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def _one_line(source: Any, what: str) -> Iterator[None]:
+def _readable(source: Any, what: str) -> Iterator[None]:
     """Whatever a damaged or hostile file makes a library raise is one line that names the file."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{source}: not {what} ({reason}); write it again") from error
+        raise UserError(f"{source}: not {what} ({brief(error)}); write it again") from error
 
 
 def _read(path: Path) -> FeatureTable:
@@ -494,10 +493,10 @@ def _read(path: Path) -> FeatureTable:
         raise UserError(f"{path}: there is no such file")
     if path.suffix == ".parquet":
         parquet = require("pyarrow.parquet", extra="parquet")
-        with _one_line(path, "a readable Parquet file"):
+        with _readable(path, "a readable Parquet file"):
             table = parquet.read_table(path)
         return FeatureTable.from_arrow(table, str(path))
-    with _one_line(path, f"a readable {path.suffix[1:]} file"):
+    with _readable(path, f"a readable {path.suffix[1:]} file"):
         return _checked(str(path), (_read_npz if path.suffix == ".npz" else _read_tensors)(path))
 
 

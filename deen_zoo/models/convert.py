@@ -26,11 +26,11 @@ import torch
 
 from ..data.datasets import get_dataset, several_splits
 from ..data.reader import ReidDataset
-from ..errors import UserError, check_choice
+from ..errors import UserError, brief, check_choice
 from ..io import check_new_folder, sha256, whole_folder
 from . import create_model, list_models, save_pretrained
 from .catalog import weights_home
-from .pretrained import WEIGHTS, brief, in_words, misfits
+from .pretrained import WEIGHTS, in_words, misfits
 
 __all__ = ["SOURCES", "ConversionReport", "Source", "convert", "read_checkpoint", "recognise"]
 

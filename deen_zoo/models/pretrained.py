@@ -32,7 +32,7 @@ from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._hub import load_model_config_from_path
 from timm.models._pretrained import PretrainedCfg
 
-from ..errors import UserError
+from ..errors import UserError, brief
 from ..io import sha256, write_atomically
 from .base import NAMES, ReidModel
 from .catalog import installed
@@ -638,9 +638,3 @@ def _explain(error: BaseException, repo: str, revision: str, filename: str) -> s
     if not filename:
         return f"{hub} could not be reached for {repo} ({brief(error)}): try again"
     return f"{at}/{filename} could not be had whole and is not used ({brief(error)}): try again"
-
-
-def brief(error: BaseException | None) -> str:
-    """First line of an error, or its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
