@@ -150,6 +150,7 @@ def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
             if target.exists():
                 os.replace(target, previous)
             os.replace(partial, target)
+            shutil.rmtree(previous, ignore_errors=True)  # and again if a signal ends this one
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(previous, ignore_errors=True)

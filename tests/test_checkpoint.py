@@ -118,3 +118,27 @@ def test_an_unwritable_folder_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write .*file/log.csv: Not a directory"):
         write_atomically(tmp_path / "file" / "log.csv", "a")
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("stop", ["mkdir", "fsync", "replace", "rmdir"])
+def test_a_signal_leaves_the_old_file_or_the_new_one(stop, after, tmp_path, monkeypatch):
+    """Before or after each step, and nothing else: Ctrl-C left FILE.partial behind."""
+    file, work, raised = tmp_path / "log.csv", getattr(os, stop), []
+    write_atomically(file, "old")
+
+    def stopped(*args, **options):
+        if after:
+            work(*args, **options)
+        if not raised:
+            raised.append(stop)
+            raise KeyboardInterrupt
+        work(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, stop, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            write_atomically(file, "new")
+    moved = stop == "rmdir" or (stop == "replace" and after)
+    assert file.read_text() == ("new" if moved else "old")
+    assert list(tmp_path.iterdir()) == [file]
