@@ -22,6 +22,7 @@ import torch
 from deen_zoo import FeatureExtractor
 from deen_zoo.data import open_dataset
 from deen_zoo.evaluation import evaluate
+from deen_zoo.evaluation.report import markdown_table
 from deen_zoo.synthetic import synthesize
 
 CHOICES: list[tuple[str, dict[str, Any]]] = [
@@ -71,14 +72,15 @@ def main() -> None:
     rates = speeds(extractors, args.images)
     columns, more = ["choice", "numbers", "MB per 1,000 rows", "images/s"], not args.speed_only
     columns += ["same first hit", "rank-1", "mAP"] if more else []
-    table = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
-    quality = qualities(extractors, args.identities) if more else [""] * len(CHOICES)
+    quality = qualities(extractors, args.identities) if more else [()] * len(CHOICES)
+    rows = []
     for (name, _), extract, rate, scores in zip(CHOICES, extractors, rates, quality, strict=True):
         size = extract.dim * extract.dtype.itemsize / 1000
-        table.append(f"| {name} | {extract.dim:,} | {size:.1f} | {rate:.1f} |{scores}")
-    print("\n".join(table))
+        rows.append((name, f"{extract.dim:,}", f"{size:.1f}", f"{rate:.1f}", *scores))
+    table = markdown_table(columns, rows)
+    print(table)
     if args.update:
-        update(args.update, table)
+        update(args.update, table.splitlines())
 
 
 def update(file: Path, table: list[str]) -> None:
@@ -91,8 +93,8 @@ def update(file: Path, table: list[str]) -> None:
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def qualities(extractors: list[FeatureExtractor], identities: int) -> list[str]:
-    out: list[str] = []
+def qualities(extractors: list[FeatureExtractor], identities: int) -> list[tuple[str, ...]]:
+    out: list[tuple[str, ...]] = []
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch, "people")
         synthesize("llcm", root, identities, seed=7, test_fraction=0.9)
@@ -106,7 +108,8 @@ def qualities(extractors: list[FeatureExtractor], identities: int) -> list[str]:
             first = hits if first is None else first
             mean = evaluate(rows, samples, "llcm-ir2vis").mean
             same = float((hits == first).float().mean())
-            out.append(f" {100 * same:.1f} % | {100 * mean['r1']:.1f} | {100 * mean['mAP']:.1f} |")
+            scores = (f"{100 * mean[key]:.1f}" for key in ("r1", "mAP"))
+            out.append((f"{100 * same:.1f} %", *scores))
     return out
 
 
