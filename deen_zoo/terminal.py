@@ -120,8 +120,14 @@ def _end_process(number: int, frame: FrameType | None) -> NoReturn:
     os._exit(128 + number)
 
 
-def _raise(number: int, frame: FrameType | None) -> NoReturn:
+def _raise(number: int, frame: FrameType | None) -> None:
     global _received
+    caller = frame
+    while caller:
+        if caller.f_code is _send_again.__code__:  # what is raised in there is lost as well
+            _send_later(number)
+            return
+        caller = caller.f_back
     _received = KeyboardInterrupt() if number == signal.SIGINT else Terminated()
     logging.disable()  # torch logs whatever ends its tracing, this too, with a traceback
     raise _received
@@ -134,7 +140,10 @@ def _send_again(unraisable: Any) -> None:
     if not isinstance(unraisable.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
         return
-    number = SIGNALS[isinstance(unraisable.exc_value, Terminated)]
+    _send_later(SIGNALS[isinstance(unraisable.exc_value, Terminated)])
+
+
+def _send_later(number: int) -> None:
     timer = threading.Timer(0.01, os.kill, (os.getpid(), number))
     timer.daemon = True
     timer.start()

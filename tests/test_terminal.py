@@ -143,6 +143,34 @@ def test_a_signal_within_a_finalizer_is_not_lost(number):
 
 
 @linux
+def test_a_signal_that_is_sent_again_too_early_is_not_lost():
+    """On a busy machine it came back before the hook that sends it again had ended."""
+    code = (
+        "import os, threading, time\n"
+        "from deen_zoo import terminal\n"
+        "class Last:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), 2)\n"
+        "        for _ in range(1000): pass\n"
+        "class Early(threading.Timer):\n"
+        "    def start(self):\n"
+        "        threading.Timer = kind\n"
+        "        self.function(*self.args)\n"
+        "        for _ in range(1000): pass\n"
+        "kind, threading.Timer = threading.Timer, Early\n"
+        "terminal.interrupt_work()\n"
+        "try:\n"
+        "    last = Last(); del last\n"
+        "    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('raised')\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)
+    assert (done.stdout, done.stderr) == ("raised\n", "")
+
+
+@linux
 def test_a_signal_is_not_logged_by_what_it_ends():
     """torch logged Ctrl-C within torch.export as an error of its own, with a traceback."""
     code = (
