@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deen_zoo.data import protocols
+from deen_zoo.data.protocols import Rule
 from deen_zoo.errors import UserError
 from deen_zoo.evaluation import Ranking, evaluate_ranking
 from deen_zoo.evaluation import metrics as metrics_module
@@ -367,3 +369,16 @@ def test_labels_that_are_none_are_refused(label):
     """B2"""
     with pytest.raises(UserError, match="query_ids"):
         evaluate_ranking(np.ones((1, 1)), [label], [1], rule="regdb")
+
+
+@pytest.mark.parametrize(("rule", "rank"), [
+    (Rule(same_camera=True, by_identity=False), 2),  # the hit is the last image, after two others
+    (Rule(same_camera=True), 1),  # which show one person
+    (Rule(unseen=(1, 2)), 0),
+    (Rule(unseen=(2, 1), by_identity=False), 0),  # for queries of camera 2 only
+])  # fmt: skip
+def test_a_rule_of_ones_own(rule, rank, monkeypatch):
+    monkeypatch.setitem(protocols.RULES, "mine", rule)
+    scores = np.array([[0.9, 0.8, 0.7, 0.6]])
+    found = evaluate_ranking(scores, [1], [1, 2, 2, 1], [1], [1, 1, 2, 2], rule="mine")
+    assert found.first_rank.tolist() == [rank]

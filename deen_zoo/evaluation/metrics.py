@@ -88,7 +88,8 @@ def evaluate_ranking(
         gallery_ids: (G,) the same.
         query_cameras: (Q,) the same, numbers for ``"sysu"``; not needed by ``"regdb"``.
         gallery_cameras: (G,) the same.
-        rule: ``"sysu"``, ``"llcm"`` or ``"regdb"``.
+        rule: ``"sysu"``, ``"llcm"``, ``"regdb"``, or another key of
+            :data:`deen_zoo.data.protocols.RULES`.
         max_rank: Length of the CMC.
 
     Raises:

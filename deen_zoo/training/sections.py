@@ -16,15 +16,8 @@ __all__ = ["Section", "check_range", "convert", "flatten", "parse", "setting"]
 def setting(
     default: Any, help: str, least: float = -math.inf, most: float = math.inf, **argument: Any
 ) -> Any:
-    """A field of a :class:`Section`, or an option of the command.
-
-    Args:
-        default: Its default; ``MISSING`` for none.
-        help: Its description.
-        least: The least of its numbers.
-        most: The greatest of its numbers.
-        **argument: To ``add_argument``, if it is an option.
-    """
+    """A field of a :class:`Section` or of the run's settings: its default (``MISSING`` for none),
+    its description, the range of its numbers and, of an option, what ``add_argument`` takes."""
     metadata = {"help": help, "range": (least, most), "argument": argument}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
