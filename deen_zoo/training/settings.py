@@ -11,6 +11,7 @@ from typing import Any
 
 from ..data.datasets import DATASETS, get_dataset, several_splits
 from ..data.reader import ReidDataset
+from ..device import PRECISIONS
 from ..errors import UserError
 from .recipes import RECIPES, Recipe, describe, get_recipe, shown
 from .sections import check_range, setting
@@ -64,7 +65,7 @@ class Settings:
     precision: str = setting(
         "auto",
         "precision of the arithmetic; auto is bfloat16 on a GPU that has it",
-        choices=("auto", "float32", "bfloat16", "int8"),
+        choices=(*PRECISIONS, "int8"),
     )
     engine: str = setting(
         "torch",
