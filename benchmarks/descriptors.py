@@ -1,8 +1,7 @@
-"""Size, speed and agreement of each choice of descriptor: the two tables of docs/features.md.
+"""Size, speed and agreement of each choice of descriptor: the table of docs/features.md.
 
     python benchmarks/descriptors.py --update docs/features.md
-    python benchmarks/descriptors.py --speed-only --model deen_resnet50_llcm --images 2 \\
-        --update docs/features.md
+    python benchmarks/descriptors.py --speed-only --model deen_resnet50_llcm --images 2
 
 Rank-1 and mAP are of llcm-ir2vis over synthetic people that the model has not seen; "same first
 hit" is the share of infrared images whose most similar visible image is that of the official
