@@ -130,8 +130,8 @@ def _products(
 def search(query: Table, gallery: Table, k: int = 8, device: str = "cpu") -> SearchResult:
     """The k rows of the gallery that are most similar to each query, by dot product.
 
-    All pairs are compared. Equal scores come in the gallery's order. For many millions of rows use
-    a vector database, which reads the Parquet files that ``deen-zoo extract`` writes.
+    All pairs are compared. Equal scores come in the gallery's order. From some 100,000 rows on
+    a vector database is faster; it reads the Parquet files that ``deen-zoo extract`` writes.
 
     Args:
         query: A table, as ``FeatureExtractor.table`` gives it, or a feature file.
