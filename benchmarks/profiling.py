@@ -2,7 +2,7 @@
 
     python -m benchmarks.profiling [--model NAME] [--images 24] [--threads 2]
 
-The rows are a training step, a batch of descriptors in OpenVINO, and reading an image. "At the rate
+The rows are a training step, a descriptor in OpenVINO, and reading an image. "At the rate
 of a product" is how long the work's floating-point operations would take if all of them ran as fast
 as one large product of matrices of that precision does, in torch and on the same threads.
 """
@@ -26,7 +26,7 @@ from deen_zoo import create_model
 from deen_zoo.data.images import open_image, resize
 from deen_zoo.data.transforms import EvalTransform
 from deen_zoo.device import keep_freed_memory
-from deen_zoo.features.engines import BATCH, HINTS, convert
+from deen_zoo.features.engines import HINTS, convert
 
 from . import workloads
 from .contest import Spec
@@ -59,13 +59,13 @@ def training(spec: Spec, precision: str) -> tuple[Parts, float, int]:
 
 
 def describing(spec: Spec, precision: str) -> tuple[Parts, float, int]:
-    """The same of a batch in OpenVINO, of visible images without their mirrored ones."""
+    """The same of one visible image in OpenVINO, without the mirrored one."""
     model = create_model(spec.model).eval()
     graph = convert(model, "visible", False, "official", EvalTransform(spec.size))
     settings = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_NUM_THREADS": spec.threads, "PERF_COUNT": True}  # fmt: skip
     request = ov.Core().compile_model(graph, "CPU", settings).create_infer_request()
-    pixels = np.random.default_rng(1).integers(0, 256, (BATCH, *spec.size, 3), np.uint8)
+    pixels = np.random.default_rng(1).integers(0, 256, (1, *spec.size, 3), np.uint8)
     for _ in range(3):
         begin = time.perf_counter()
         request.infer([pixels])
@@ -75,7 +75,7 @@ def describing(spec: Spec, precision: str) -> tuple[Parts, float, int]:
         units = " on AMX" if "amx" in node.exec_type else ""
         kinds = {"Convolution": "convolutions", "MatMul": "products of matrices"}
         parts[kinds.get(node.node_type, "all else") + units] += node.real_time.total_seconds()
-    return parts, seconds, workloads.operations(replace(spec, images=BATCH))
+    return parts, seconds, workloads.operations(replace(spec, images=1))
 
 
 def reading(spec: Spec) -> tuple[Parts, float]:
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("|---|---:|---|---:|---:|")
     with workloads.scratch() as folder:
         spec = Spec(folder, None, args.model, args.images, tuple(size), "cpu", args.threads)
-        for work, measure in (("training step", training), ("descriptors in OpenVINO", describing)):
+        for work, measure in (("training step", training), ("descriptor in OpenVINO", describing)):
             for precision in ("float32", "bfloat16"):
                 parts, seconds, operations = measure(spec, precision)
                 rate = workloads.product_rate(getattr(torch, precision), 4096, "cpu", 5)

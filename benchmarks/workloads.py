@@ -180,7 +180,7 @@ def training_step(contestant: str, spec: Spec) -> Callable[[], float]:
         return _reference_step(batch.images, batch.labels, spec)
     engine, _, how = contestant.partition(", ")
     model = _load(spec, train=True)
-    model.set_grad_checkpointing(bool(how), stages=2)
+    model.set_grad_checkpointing(bool(how))
     task = task_class(None, model)(model, recipe, engine.split()[1])
     optimizer = make_optimizer(model, recipe)
     batch = batch._replace(images=batch.images.to(spec.device, memory_format=torch.channels_last))

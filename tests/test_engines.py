@@ -84,11 +84,11 @@ def test_the_same_weights_in_another_model_have_a_graph_of_their_own(make):
 
 def test_a_stem_without_images_is_not_run(make, images, monkeypatch):
     """Each batch of one modality ran the other's graph as well, on a batch of zeros."""
-    asked, request = [], make.engine._request
-    monkeypatch.setattr(make.engine, "_request", lambda *key: asked.append(key) or request(*key))
+    asked, queue = [], make.engine._queue
+    monkeypatch.setattr(make.engine, "_queue", lambda *key: asked.append(key) or queue(*key))
     make(images[:3], "infrared")
     make(images[0], "infrared")
-    assert asked == [("infrared", engines.BATCH), ("infrared", 1)]
+    assert asked == [("infrared", "THROUGHPUT"), ("infrared", "LATENCY")]
 
 
 def test_engines_that_convert_at_the_same_time_wait_for_one_another(tmp_path, monkeypatch):

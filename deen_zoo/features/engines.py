@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .. import __version__
@@ -23,10 +24,9 @@ from ..io import exclusive, whole_folder
 from ..models.base import MODALITIES
 from ..models.catalog import weights_home
 
-__all__ = ["BATCH", "ENGINES", "OpenVINOEngine", "TorchEngine", "convert", "pixel_statistics"]
+__all__ = ["ENGINES", "OpenVINOEngine", "TorchEngine", "convert", "pixel_statistics"]
 
 ENGINES = ("torch", "openvino")
-BATCH = 8  # images that an OpenVINO graph takes; larger batches are no faster
 HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 
 
@@ -95,10 +95,11 @@ def traced(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
 def convert(
     model: Any, modality: str, flip: bool, descriptor: str, transform: EvalTransform
 ) -> Any:
-    """An OpenVINO model of one stem: uint8 (BATCH, H, W, 3) to descriptors (BATCH, D).
+    """An OpenVINO model of one stem: a uint8 image (1, H, W, 3) to its descriptor (1, D).
 
-    The normalisation is part of the graph, and so is the mirrored image. The batch is static, as
-    OpenVINO's CPU plugin fails on these graphs with a dynamic one.
+    The normalisation is part of the graph, and so is the mirrored image. It takes one image, as
+    OpenVINO's CPU plugin fails on these graphs with a dynamic batch and is no faster with larger
+    ones: it computes several images at once in streams.
     """
     ov = require("openvino", extra="openvino")
     preprocess = require("openvino.preprocess", extra="openvino")
@@ -107,7 +108,7 @@ def convert(
     with torch.inference_mode(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sizes become constants, as they should
         graph = ov.convert_model(traced(module, example), example_input=example)
-    graph.reshape([BATCH, 3, *transform.size])
+    graph.reshape([1, 3, *transform.size])
     steps = preprocess.PrePostProcessor(graph)
     image = steps.input()
     image.tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
@@ -159,8 +160,8 @@ class OpenVINOEngine:
         self._ranges: dict[str, Tensor] = {}
         if self.precision == "int8":
             self._home = self._quantized(folder, facts)
-        self._compiled: dict[tuple[str, int], Any] = {}
-        self._lock, self._requests = threading.Lock(), threading.local()
+        self._compiled: dict[tuple[str, str], Any] = {}
+        self._lock, self._queues = threading.Lock(), threading.local()
         self._warned = False
 
     def _quantized(self, folder: Path | None, wanted: dict[str, Any]) -> Path:
@@ -188,20 +189,29 @@ class OpenVINOEngine:
         """uint8 (n, H, W, 3) and bool (n,) to float32 (n, D) on the CPU, not normalised."""
         out: Tensor | None = None
         for kind, rows in zip(MODALITIES, (~infrared, infrared), strict=True):
-            places = rows.nonzero()[:, 0]
-            if not len(places):  # torch.split would give one part of none
+            if not rows.any():
                 continue
-            self._notice(kind, pixels[places])
-            # One image has a graph of its own; the last batch is filled up.
-            size = 1 if len(places) == 1 else BATCH
-            for part in torch.split(places, size):
-                images = pixels[part].numpy()
-                images = np.pad(images, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
-                found = torch.from_numpy(self._request(kind, size).infer([images])[0])
-                out = torch.empty(len(pixels), found.shape[1]) if out is None else out
-                out[part] = found[: len(part)]
+            self._notice(kind, pixels[rows])
+            found = self._describe(kind, pixels[rows].numpy())
+            out = torch.empty(len(pixels), found.shape[1]) if out is None else out
+            out[rows] = found
         assert out is not None  # a batch has an image
         return out
+
+    def _describe(self, kind: str, images: NDArray[np.uint8]) -> Tensor:
+        """The rows of images of one modality, several at once in streams of their own."""
+        queue = self._queue(kind, "LATENCY" if len(images) == 1 else "THROUGHPUT")
+        queue.wait_all()  # what an interrupted call has left
+        rows: dict[int, NDArray[np.float32]] = {}
+
+        def keep(request: Any, place: int) -> None:
+            rows[place] = request.get_output_tensor(0).data[0].copy()
+
+        queue.set_callback(keep)
+        for place, image in enumerate(images):
+            queue.start_async([image[None]], place)
+        queue.wait_all()
+        return torch.from_numpy(np.stack([rows[place] for place in range(len(images))]))
 
     def embed(self, images: Tensor, infrared: Tensor) -> Tensor:
         """Raise UserError: the graph normalises by itself."""
@@ -210,29 +220,28 @@ class OpenVINOEngine:
             "engine='torch'"
         )
 
-    def _request(self, kind: str, size: int) -> Any:
-        """This thread's inference request of a graph."""
-        mine: dict[Any, Any] = self._requests.__dict__
-        if (kind, size) not in mine:
+    def _queue(self, kind: str, hint: str) -> Any:
+        """This thread's inference requests of a graph that is compiled for LATENCY, all cores for
+        one image, or for THROUGHPUT, a few cores for each of several."""
+        mine: dict[Any, Any] = self._queues.__dict__
+        if (kind, hint) not in mine:
             with self._lock:
-                if (kind, size) not in self._compiled:
-                    self._compiled[kind, size] = self._compile(kind, size)
-            mine[kind, size] = self._compiled[kind, size].create_infer_request()
-        return mine[kind, size]
+                if (kind, hint) not in self._compiled:
+                    self._compiled[kind, hint] = self._compile(kind, hint)
+            ov = require("openvino", extra="openvino")
+            mine[kind, hint] = ov.AsyncInferQueue(self._compiled[kind, hint])
+        return mine[kind, hint]
 
-    def _compile(self, kind: str, size: int) -> Any:
+    def _compile(self, kind: str, hint: str) -> Any:
         file = self._home / kind / "graph.xml"
         if not file.exists():
             self._convert(kind, file)
-        graph = self._core.read_model(file)
-        if size != BATCH:
-            graph.reshape([size, *self._options["transform"].size, 3])
         settings = {
             "INFERENCE_PRECISION_HINT": HINTS[self.precision],
-            "PERFORMANCE_HINT": "LATENCY",  # one stream on all cores: calls come one by one
+            "PERFORMANCE_HINT": hint,
             "CACHE_DIR": str(self._home / "compiled"),
         }
-        return self._core.compile_model(graph, "CPU", settings)
+        return self._core.compile_model(file, "CPU", settings)
 
     def _convert(self, kind: str, file: Path) -> None:
         """Write a graph; of several processes that want it the others wait."""

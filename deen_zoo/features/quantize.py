@@ -19,7 +19,7 @@ from ..errors import UserError, check_least, require
 from ..evaluation.metrics import evaluate_ranking
 from ..io import check_new_folder, whole_folder
 from ..models.base import MODALITIES
-from .engines import BATCH, convert, graph_facts, pixel_statistics
+from .engines import convert, graph_facts, pixel_statistics
 from .extractor import FeatureExtractor
 
 __all__ = ["quantize"]
@@ -59,7 +59,7 @@ def quantize(
 
     nncf = require("nncf", extra="openvino")
     ov = require("openvino", extra="openvino")
-    check_least("images", images, BATCH)
+    check_least("images", images, 8)
     check_new_folder(output)
     if strange := [s for s in samples if not isinstance(s, Sample)]:
         raise UserError(
@@ -88,13 +88,11 @@ def quantize(
             statistics = pixel_statistics(torch.from_numpy(pixels))
             facts["pixels"][kind] = [statistics.amin(0).tolist(), statistics.amax(0).tolist()]
             facts["calibration_images"] += len(pixels)
-            # Whole batches: images come round again to fill the last one.
-            batches = np.resize(pixels, (-(-len(pixels) // BATCH) * BATCH, *pixels.shape[1:]))
-            data = nncf.Dataset(list(batches.reshape(-1, BATCH, *pixels.shape[1:])))
+            data = nncf.Dataset([image[None] for image in pixels])
             graph = convert(modality=kind, **options)
             with contextlib.redirect_stdout(sys.stderr):  # where progress belongs
-                preset, count = nncf.QuantizationPreset.MIXED, len(batches) // BATCH
-                graph = nncf.quantize(graph, data, preset=preset, subset_size=count)
+                preset = nncf.QuantizationPreset.MIXED
+                graph = nncf.quantize(graph, data, preset=preset, subset_size=len(pixels))
             target = folder / "openvino" / kind
             target.mkdir(parents=True)
             ov.save_model(graph, target / "graph.xml", compress_to_fp16=False)

@@ -134,7 +134,7 @@ class ReidModel(nn.Module):
             raise ValueError(f"modality must be 'visible', 'infrared' or None: got {modality!r}")
         self.in_chans = in_chans
         self.modality = modality
-        self.num_recomputed = 0
+        self.grad_checkpointing = False
 
     @property
     def embed_dim(self) -> int:
@@ -190,11 +190,11 @@ class ReidModel(nn.Module):
     def forward_features(self, x: torch.Tensor, modality: Modality = None) -> torch.Tensor:
         """Images (N, in_chans, H, W) -> maps (N, num_features, h, w)."""
         x = self.forward_stems(x, modality)
-        for i, stage in enumerate(self.stages):
+        for stage in self.stages:
             if torch.jit.is_scripting():
                 x = stage(x)
             else:
-                x = recomputed(stage, x) if i < self.num_recomputed else stage(x)
+                x = recomputed(stage, x) if self.grad_checkpointing else stage(x)
         return x
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -254,7 +254,7 @@ class ReidModel(nn.Module):
         x = self.forward_stems(x, modality)
         intermediates = [x] if 0 in take else []
         for i, stage in enumerate(self.stages[:last] if stop_early else self.stages, start=1):
-            x = recomputed(stage, x) if i <= self.num_recomputed else stage(x)
+            x = recomputed(stage, x) if self.grad_checkpointing else stage(x)
             if i in take:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
@@ -282,15 +282,12 @@ class ReidModel(nn.Module):
         return dict(stem=r"^(?:visible|infrared)_stem", blocks=blocks)
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True, stages: int | None = None) -> None:
-        """Recompute stages in the backward pass instead of keeping their activations.
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the stages in the backward pass instead of keeping their activations.
 
-        ``stages`` is how many of the first ones, which hold the largest maps; None for all. The
-        numbers stay the same, to the bit, those of running statistics too.
+        The numbers stay the same, to the bit, those of running statistics too.
         """
-        if stages is not None and not 0 <= stages <= len(self.stages):
-            raise ValueError(f"stages must be None or up to {len(self.stages)}: got {stages}")
-        self.num_recomputed = (len(self.stages) if stages is None else stages) if enable else 0
+        self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

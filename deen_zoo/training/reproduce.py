@@ -273,7 +273,7 @@ class _Work:
             torch.manual_seed(settings.seed + world.rank)  # its own dropout
         model.to(world.device).to(memory_format=torch.channels_last)
         if settings.grad_checkpointing:
-            model.set_grad_checkpointing(True, stages=2)  # half of the maps
+            model.set_grad_checkpointing()
         options = self.reading(model, trained_on)
         loader = TrainLoader(
             samples,

@@ -74,7 +74,7 @@ class Settings:
     )
     compile: bool = setting(False, "use torch.compile")
     grad_checkpointing: bool = setting(
-        False, "less memory and a little slower: compute the first stages' maps twice"
+        False, "less memory and slower: compute the stages' maps twice"
     )
     threads: int | None = setting(
         None, "threads that decode (default: one per core)", 1, type=int, metavar="N"
