@@ -77,6 +77,13 @@ def test_a_table_of_sizes():
     assert rows[1]["mAP"] > rows[0]["mAP"]  # the five directions that tell people apart come later
 
 
+def test_a_table_of_rows_that_vary_in_few_directions():
+    """It ended with an error: the shipped model's 768 numbers vary in about 500."""
+    fitted, held_out = table(400), table(200, seed=1)
+    fitted.features[:, 30:] = 0
+    assert [row["dim"] for row in size_table(fitted, held_out, dims=(15, 35))] == [15, 40]
+
+
 def test_from_fit_to_extraction(tmp_path, capsys):
     rng = np.random.default_rng(0)
     folder = tmp_path / "images"

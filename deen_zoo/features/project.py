@@ -145,19 +145,23 @@ def size_table(
     Args:
         fitted: Rows to fit the heads on.
         held_out: Rows with identities and modalities, of other people.
-        dims: Sizes; those that ``fitted`` is too small for are left out. All numbers come last.
+        dims: Sizes; those that ``fitted`` is too small for, or varies in too few directions for,
+            are left out. All numbers come last.
 
     Returns:
         Rows of ``dim``, ``mAP`` and ``r1``, fractions.
     """
     from ..evaluation.metrics import evaluate_ranking
 
+    fitted.check_finite()
     infrared, ids = held_out.label("infrared"), held_out.label("identity")
-    largest = len(fitted.features[:: -(-len(fitted) // ROWS)]) - 1
     out = []
-    for dim in [*(d for d in dims if d <= min(largest, fitted.features.shape[1])), None]:
+    for dim in (*dims, None):
         rows = held_out.features.float()
-        rows = F.normalize(rows) if dim is None else fit_head(fitted, dim)(rows)
+        try:
+            rows = F.normalize(rows) if dim is None else fit_head(fitted, dim)(rows)
+        except UserError:  # too few rows, numbers or directions
+            continue
         similarity = (rows[infrared] @ rows[~infrared].T).numpy()
         found = evaluate_ranking(similarity, ids[infrared], ids[~infrared], rule="regdb")
         out.append({"dim": rows.shape[1], "mAP": float(found.mAP), "r1": float(found.cmc[0])})
