@@ -107,12 +107,13 @@ def test_commands_run(tmp_path, monkeypatch, capsys, llcm_tree, sysu_tree):
                     continue
                 small = {"/data/SYSU-MM01": str(sysu_tree), "100": "4", "ORG/NAME": "me/deen"}
                 small |= {"0.001": "0.01"}  # the false-match rate: there are few pairs
+                small |= {"240": "24", "60": "8", "256": "16"}
                 words = [small.get(word, word) for word in words[1:]]
                 capsys.readouterr()
                 code, said = main(words), capsys.readouterr()
                 assert code == 0, (words, said.err)
                 done.add(words[0])
-    assert done == {"extract", "search", "check", "synthesize", "evaluate", "publish"}
+    assert done == {"extract", "search", "check", "synthesize", "evaluate", "publish", "project"}
     for name in ("ranking.png", "data/synthetic", "preview"):
         assert Path(name).exists(), name
 
