@@ -2,7 +2,7 @@
 
 A tracker gives several crops of each person. Their maps (N, B*C, H/16, W/16), which any code may
 read as it would those of another timm model, are averaged over the frames and only then go through
-``forward_head``: one descriptor a tracklet, which forgets the pose and the noise of each frame.
+``forward_head``: one descriptor per tracklet, which forgets the pose and the noise of each frame.
 
     python examples/features_in_a_pipeline.py
     python examples/features_in_a_pipeline.py --frames 8 --model local-dir:runs/llcm/checkpoint

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -85,8 +84,6 @@ def main(argv: list[str] | None = None) -> dict[str, list[ProtocolResult]]:
     parser.add_argument("--output", type=Path, help="keep the feature files in this folder")
     args = parser.parse_args(argv)
     results = {}
-    # drawn people are not those of the papers, whose numbers would stand beside them
-    beside: dict[str, Any] = {} if args.root else {"published": [], "expected_counts": {}}
     with tempfile.TemporaryDirectory() as scratch:
         root = args.root or f"{scratch}/LLCM"
         if not args.root:
@@ -96,7 +93,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[ProtocolResult]]:
         for name in DESCRIPTORS:
             features = extract(name, samples)
             results[name] = [evaluate(features, samples, protocol) for protocol in PROTOCOLS]
-            rows = [result.to_dict() | beside for result in results[name]]
+            rows = [result.to_dict(drawn=not args.root) for result in results[name]]
             print(f"{name}, {features.shape[1]} numbers per image:\n\n{terminal_table(rows)}\n")
             if args.output:
                 args.output.mkdir(parents=True, exist_ok=True)

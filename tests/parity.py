@@ -1,6 +1,6 @@
 """Both networks on the same weights and images, reduced to what can be compared and stored.
 
-``python -m tests.parity`` with DEEN_OFFICIAL set writes tests/golden/model.npz anew.
+``python -m tests.parity`` with DEEN_OFFICIAL set writes tests/golden/model.npz again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The decoded cache: its pixels, when it is built anew, two builders at once, a builder killed."""
+"""The decoded cache: its pixels, when it is built again, two builders at once, a builder killed."""
 
 from __future__ import annotations
 

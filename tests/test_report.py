@@ -222,5 +222,5 @@ def test_terminal_table_is_aligned(protocol):
     column = lines[0].index("r1")
     assert lines[1].startswith(protocol)
     assert lines[1][column:].startswith(f"{100 * result.mean['r1']:.2f}")
-    for line, entry in zip(lines[2:], result.published, strict=False):
+    for line, entry in zip(lines[2:], result.to_dict()["published"], strict=False):
         assert float(line[column:].split()[0]) == pytest.approx(100 * entry["r1"])

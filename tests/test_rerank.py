@@ -78,7 +78,7 @@ def test_the_protocol_re_ranks_each_trial_under_its_own_name():
     plain = evaluate(features_of(samples), samples, "llcm-ir2vis", trials=2)
     assert result.name == "llcm-ir2vis + k-reciprocal re-ranking"
     assert result.to_dict()["rerank"] == {"k1": 8, "k2": 3, "weight": 0.3}
-    assert result.published == [] and plain.published
+    assert result.to_dict()["published"] == [] and plain.to_dict()["published"]
     assert result.mean != plain.mean
     trial = result.trials[1]
     features = features_of([*trial.queries, *trial.gallery])

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default="", help="which model it is (default: found out)")
     about = "whose file it is: agw and caj have files of the same names (default: found out)"
     add("--source", default="", help=about)
-    about = f"of {several_splits()}, the one it was trained on (default: as the file's name says)"
+    about = f"the one of {several_splits()} it was trained on (default: as the file's name says)"
     add("--split", type=int, help=about)
     add("--json", action="store_true", help="print the report as JSON")
 

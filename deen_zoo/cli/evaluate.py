@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--protocol", required=True, choices=PROTOCOLS, metavar="PROTOCOL", help=names)
     add("--data-root", metavar="ROOT", help="the dataset, to read labels or official draws from")
     add("--trials", type=int, metavar="N", help="how many gallery draws (default: 10)")
-    about = f"of {several_splits()}, that of the features' model"
+    about = f"the split of the features' model, among {several_splits()}"
     add("--split", type=int, default=1, metavar="N", help=about)
     official = ", ".join(name for name, row in PROTOCOLS.items() if row.official_draw)
     about = f"galleries as the reference draws them, or the dataset's authors ({official})"

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a name, a checkpoint folder, or hf-hub:ORG/NAME")
     add("path", metavar="OUT", help="OUT.onnx, OUT.xml (OpenVINO), OUT.pt (TorchScript), OUT.pt2")
-    about = "of the images, which leaves the other stem out; or a second input of the file"
+    about = "that of the images, which leaves the other stem out; or a second input of the file"
     add("--modality", choices=("visible", "infrared", "input"), required=True, help=about)
     add("--output", choices=("embedding", "logits"), default="embedding")
     add("--descriptor", help="which embedding (default: official)")
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--normalize", action=argparse.BooleanOptionalAction, help=about)
     about = "the same as --no-normalize"
     add("--raw", dest="normalize", action="store_const", const=False, help=about)
-    add("--size", nargs=2, type=int, metavar=("H", "W"), help="of the images, if not the model's")
+    add("--size", nargs=2, type=int, metavar=("H", "W"), help="image size, if not the model's")
     add("--json", action="store_true", help="print the report as JSON")
 
 

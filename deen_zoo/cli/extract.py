@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", type=int, default=1, metavar="N", help=f"one of {several_splits()}")
     add_model_arguments(parser, required=True)
     add("--descriptor", default="official", metavar="NAME", help="bn, pool, original, ...")
-    add("--dtype", choices=("float32", "float16"), default="float32", help="of the rows")
+    add("--dtype", choices=("float32", "float16"), default="float32", help="type of the rows")
     add("--no-flip", action="store_true", help="half the time, without the mirrored image")
     about = "rows as the reference compares them, not L2-normalised: for evaluate"
     add("--raw", action="store_true", help=about)

@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="a name or a checkpoint folder")
     add("images", metavar="FOLDER", help="labelled images of both modalities")
     add("output", metavar="OUT", help="the checkpoint folder to write")
-    add("--layout", choices=tuple(DATASETS), default="own", help="of FOLDER")
+    add("--layout", choices=tuple(DATASETS), default="own", help="layout of FOLDER")
     add("--split", type=int, default=1, metavar="N", help=f"one of {several_splits()}")
-    add("--calibration-images", type=int, default=128, metavar="N", help="of each modality")
+    add("--calibration-images", type=int, default=128, metavar="N", help="images of each modality")
     about = "least share of queries whose first hit stays"
     add("--same-first-hit", type=float, default=0.985, metavar="SHARE", help=about)
     add("--map-drop", type=float, default=0.01, metavar="DROP", help="largest loss of mAP, of 1")

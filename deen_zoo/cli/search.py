@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--query", nargs="+", metavar="SOURCE", help="feature files, or images and folders")
     add("--gallery", nargs="+", metavar="SOURCE", required=True, help="the like, to be searched")
-    add("--query-modality", choices=modalities, help="of query images")
-    add("--gallery-modality", choices=modalities, help="of gallery images")
+    add("--query-modality", choices=modalities, help="modality of query images")
+    add("--gallery-modality", choices=modalities, help="modality of gallery images")
     add("-k", type=int, default=8, metavar="N", help="hits per query")
     add("-o", "--output", metavar="FILE", help="picture of the first ten rankings, .png or .svg")
     add("--threshold", type=float, default=-math.inf, metavar="SCORE", help="leave out hits below")

@@ -55,7 +55,7 @@ def read_csv(file: str | os.PathLike[str], modality: str | None = None) -> list[
             (``visible`` or ``infrared``), and, where they are known, ``identity`` and ``camera``:
             whole numbers from 0, or words; left empty they are :data:`UNKNOWN`. Other columns are
             ignored.
-        modality: Of the images whose cell is empty or missing; ``"auto"`` is passed on.
+        modality: Modality of the images whose cell is empty or missing; ``"auto"`` is passed on.
 
     Raises:
         UserError: Not such a table; the message names the line.

@@ -346,7 +346,7 @@ def read_permutations(root: str | os.PathLike[str]) -> Permutations:
     require("scipy.io", extra="mat")
     # In a process of its own, which a damaged file can end by a signal: scipy's reader crashes.
     command = [sys.executable, "-c", _READ_MAT, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
     try:
         return {
             (identity, camera): rows

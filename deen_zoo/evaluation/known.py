@@ -38,8 +38,9 @@ def refuse_known_people(
     """Raise UserError if weights were trained on people whom a split tests; warn if they may be.
 
     Args:
-        trained_on: Of the weights: ``dataset``, ``split``, ``identities_sha256``, as far as known;
-            of the shipped ones also their ``people``, of the drawn ``world`` of that seed.
+        trained_on: What the weights were trained on, as far as known: ``dataset``, ``split``,
+            ``identities_sha256``; of the shipped ones also their ``people``, of the drawn ``world``
+            of that seed.
         source: What to call the weights.
         kind: The dataset that is tested.
         split: Number of the split that is tested.

@@ -58,7 +58,7 @@ def evaluate(
             join the ten by :func:`~deen_zoo.evaluation.merge_trials`.
         draw: ``"seeded"``, the reference's draw, or ``"official"``, the SYSU authors'.
         shots: Gallery images of each identity and camera: 1, or 10 for SYSU's multi-shot setting.
-        permutations: ``deen_zoo.data.datasets.read_permutations(root)``, for the official draw.
+        permutations: ``deen_zoo.data.read_permutations(root)``, for the official draw.
         rerank: Re-rank each trial; the result then carries its own name.
         camera_pairs: Also score each pair of a query camera and a gallery camera.
 

@@ -31,7 +31,7 @@ def published(
 
     Args:
         protocol: Its name.
-        method: Of this method alone; None for all, in the order of their table.
+        method: Only this method's numbers; None for all, in the order of their table.
         weights: What the source of public weights reports of those (a source of the catalog, such
             as ``"yyds"``), in place of what papers and tables report of the method; entries then
             have ``"weights"``, and a report gives the difference. Those of the reference itself,

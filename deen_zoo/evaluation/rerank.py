@@ -17,7 +17,7 @@ class KReciprocal(NamedTuple):
     Attributes:
         k1: Neighbours that are asked whether they are mutual.
         k2: Neighbours whose encodings are averaged, the image itself included.
-        weight: Of the original distance, 0 to 1; the rest is the Jaccard distance (lambda).
+        weight: Weight of the original distance, 0 to 1; the rest is the Jaccard distance (lambda).
     """
 
     k1: int = 20

@@ -118,14 +118,6 @@ class ProtocolResult:
                 counts["gallery"] = count
         return counts
 
-    @property
-    def published(self) -> list[dict[str, Any]]:
-        """DEEN's published numbers of this very measurement; see ``published.json``."""
-        return self._published("DEEN")
-
-    def _published(self, method: str, weights: str | None = None) -> list[dict[str, Any]]:
-        return published(self.protocol, method, weights) if self.name == self.protocol else []
-
     def to_dict(
         self, drawn: bool = False, method: str = "DEEN", weights: str | None = None
     ) -> dict[str, Any]:
@@ -135,6 +127,7 @@ class ProtocolResult:
         Those are of the method, or, where the weights are converted, what their source reports
         (:func:`~deen_zoo.evaluation.published`); another measurement than the published has none.
         """
+        other = drawn or self.name != self.protocol
         result = {
             "protocol": self.protocol,
             "name": self.name,
@@ -146,7 +139,7 @@ class ProtocolResult:
             "mean": self.mean,
             "std": self.std,
             "trials": [{"trial": t.number, **t.metrics} for t in self.trials],
-            "published": [] if drawn else self._published(method, weights),
+            "published": [] if other else published(self.protocol, method, weights),
         }
         if self.camera_pairs:
             result["camera_pairs"] = [pair._asdict() for pair in self.camera_pairs]

@@ -557,7 +557,7 @@ def _checked(source: str, arrays: dict[str, Any]) -> FeatureTable:
     if not isinstance(provenance, dict) or not isinstance(unreadable, dict):
         raise UserError(f"{source}: provenance and unreadable are JSON objects; leave others out")
     provenance = _texts(provenance)
-    if provenance.get("branches") == "all":  # 0.1.0 had this beside the descriptor
+    if provenance.get("branches") == "all":  # 0.1.0 had this next to the descriptor
         del provenance["branches"]
     elif provenance.get("branches") == "original":
         chosen = provenance.get("descriptor", "official")

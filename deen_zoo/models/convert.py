@@ -430,7 +430,7 @@ def convert(
             ``create_model(model, pretrained=True)`` finds it from then on.
         model: Which model it is; found out if empty.
         source: Which source it is of, a key of :data:`SOURCES`; found out if empty.
-        split: Of a dataset with several, such as RegDB's ten, the one that it was trained on; read
+        split: The split that it was trained on, where a dataset has several, as RegDB; read
             off the file's name if None.
 
     Raises:

@@ -97,7 +97,7 @@ class DEENLoss(Section):
     cpm: float = setting(0.8, "weight of the center-guided pair mining loss", 0)
     cpm_margin: float = setting(0.2, "margin of the center-guided pair mining loss", 0)
     cpm_variant: Literal["official", "paper"] = setting(
-        "official", "which form of the center-guided pair mining loss"
+        "official", "which variant of the center-guided pair mining loss"
     )
     orthogonality: float = setting(0.01, "weight of the orthogonality loss", 0)
 

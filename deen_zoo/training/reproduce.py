@@ -242,7 +242,7 @@ class _Work:
     Attributes:
         table: The first split's descriptors, for the pictures.
         facts: What is said of each protocol: the descriptor, and whose published numbers are shown.
-        results: Of all splits, by epoch ("last" or "best") and protocol.
+        results: Results of all splits, by epoch ("last" or "best") and protocol.
     """
 
     def __init__(self, settings: Settings, dataset: ReidDataset, world: Distributed) -> None:
@@ -422,7 +422,7 @@ class _Work:
         return [evaluate(features, samples, name, trials=trials[name]) for name in trials]
 
     def protocols(self) -> dict[str, dict[str, Any]]:
-        """Of each protocol the last epoch's result and, with it, the best epoch's."""
+        """The last epoch's result of each protocol and, with it, the best epoch's."""
         out = {}
         for name, results in self.results["last"].items():
             method, source = self.facts["method"], self.facts["source"]
