@@ -2,14 +2,17 @@
 
     python -m benchmarks.profiling [--model NAME] [--images 24] [--threads 2]
 
-The rows are a training step, a descriptor in OpenVINO, and reading an image. "At the rate
-of a product" is how long the work's floating-point operations would take if all of them ran as fast
-as one large product of matrices of that precision does, in torch and on the same threads.
+The rows are a training step, a descriptor in OpenVINO, and reading an image; a second table is of
+OpenVINO's streams. "At the rate of a product" is how long the work's floating-point operations
+would take if all of them ran as fast as one large product of matrices of that precision does, in
+torch and on the same threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -78,6 +81,29 @@ def describing(spec: Spec, precision: str) -> tuple[Parts, float, int]:
     return parts, seconds, workloads.operations(replace(spec, images=1))
 
 
+def streams(spec: Spec, precision: str, rounds: int = 9) -> dict[tuple[int, int], list[float]]:
+    """Images per second of each round, by images at a time and streams, alternating."""
+    model = create_model(spec.model).eval()
+    graph = convert(model, "visible", False, "official", EvalTransform(spec.size))
+    queues: dict[tuple[int, int], Any] = {}
+    for images, number in itertools.product((1, 4, 8), (1, 2)):
+        graph.reshape([images, *spec.size, 3])
+        settings = {"INFERENCE_PRECISION_HINT": HINTS[precision], "NUM_STREAMS": number,
+                    "INFERENCE_NUM_THREADS": spec.threads}  # fmt: skip
+        compiled = ov.Core().compile_model(graph, "CPU", settings)
+        queues[images, number] = ov.AsyncInferQueue(compiled, number)
+    rates: dict[tuple[int, int], list[float]] = {key: [] for key in queues}
+    for _ in range(rounds):
+        for (images, number), queue in queues.items():
+            pixels, calls = np.zeros((images, *spec.size, 3), np.uint8), max(2, 32 // images)
+            begin = time.perf_counter()
+            for _ in range(calls):
+                queue.start_async([pixels])
+            queue.wait_all()
+            rates[images, number].append(calls * images / (time.perf_counter() - begin))
+    return rates
+
+
 def reading(spec: Spec) -> tuple[Parts, float]:
     """Seconds of the stages of one image in one thread, and of all."""
     workloads.reading("1 thread", spec)  # makes the files
@@ -122,6 +148,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                       f"{rate / 1e9:,.0f} GFLOP/s |", flush=True)  # fmt: skip
         parts, seconds = reading(spec)
         print(f"| one image read in one thread | {seconds:.3g} | {shares(parts)} | | |")
+        print("\n| precision | images at a time | streams | images/s |\n|---|---:|---:|---:|")
+        for precision in ("float32", "bfloat16"):
+            for (images, number), rates in streams(spec, precision).items():
+                middle, low, high = statistics.median(rates), min(rates), max(rates)
+                row = f"{middle:.1f} ({low:.1f} to {high:.1f})"
+                print(f"| {precision} | {images} | {number} | {row} |")
 
 
 def shares(parts: Parts) -> str:

@@ -56,6 +56,7 @@ def whole_file(target: str | os.PathLike[str]) -> Iterator[Path]:
         yield folder / target.name
         written = sorted(folder.iterdir())
         for path in written:
+            path.chmod(folder.stat().st_mode & 0o666)  # as of any new file; some writers give 0600
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
         for path in written:

@@ -148,6 +148,9 @@ def test_parts_of_a_work_are_told_apart(spec):
         assert seconds > 0 and operations > 1e8
     parts, seconds = profiling.reading(spec)
     assert min(parts.values()) > 0 and seconds == sum(parts.values())
+    rates = profiling.streams(spec, "float32", rounds=1)
+    assert set(rates) == {(1, 1), (1, 2), (4, 1), (4, 2), (8, 1), (8, 2)}
+    assert all(rate > 0 for found in rates.values() for rate in found)
     assert profiling.shares({"some": 1.0, "most": 3.0}) == "most 75%, some 25%"
 
 

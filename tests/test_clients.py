@@ -216,16 +216,25 @@ def side_by_side(crops: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return frame, np.stack([left, 0 * left, left + 64, bottom], 1).astype(np.float32)
 
 
-def test_roboflow_reid(model, crops, rows) -> None:
-    """Its one class, on files and on the detections of a frame."""
+def test_roboflow_reid(model, crops, rows, llcm_tree) -> None:
+    """Its one class, on files and on the detections of a frame; it has no LANCZOS."""
     pytest.importorskip("reid")
     import supervision
-    from reid import ReIDModel, ReIDPreprocessing
+    from reid import Interpolation, ReIDModel, ReIDPreprocessing
 
-    size = ReIDPreprocessing(input_size=(128, 64))
-    client = ReIDModel.from_pretrained(
-        architecture=model.for_modality("infrared"), preprocessing=size, device="cpu"
-    )
+    night = model.for_modality("infrared")
+
+    def made(**options):
+        size = ReIDPreprocessing(input_size=(128, 64), **options)
+        return ReIDModel.from_pretrained(architecture=night, preprocessing=size, device="cpu")
+
+    files = sorted(map(str, (llcm_tree / "test_nir").rglob("*.jpg")))
+    wanted = deen_zoo.FeatureExtractor(model, "cpu")(files, modality="infrared").numpy()
+    cubic = made(interpolation=Interpolation.BICUBIC)
+    cosine = (cubic.extract_embeddings_from_paths(files) * wanted).sum(1)
+    linear = (made().extract_embeddings_from_paths(files) * wanted).sum(1)
+    assert linear.min() < 0.998 < cosine.min()
+    client = made()
     np.testing.assert_allclose(client.extract_embeddings_from_paths(crops), rows, atol=1e-5)
     frame, boxes = side_by_side(crops)
     got = client.extract_embeddings(supervision.Detections(xyxy=boxes), frame)
@@ -388,12 +397,14 @@ def check_training(run: Path, crops: list[str]) -> None:
     pixels = torch.stack([to_pixels(path) for path in crops])
     people = torch.arange(len(crops)) % 2
     for file, row in (("last.pth.tar", epochs[-1]), ("model_best.pth.tar", best)):
-        theirs = timm.create_model("test_deen_resnet", num_classes=2, checkpoint_path=run / file)
+        theirs = timm.create_model(
+            "test_deen_resnet", num_classes=2, modality="infrared", checkpoint_path=run / file
+        )
         folder = deen_zoo.save_pretrained(theirs, run / "folder")
         ours = deen_zoo.create_model(f"local-dir:{folder}", pretrained=True)
         for trained in (theirs.eval(), ours.eval()):
             with torch.inference_mode():
-                logits = trained(pixels, "infrared")
+                logits = trained(pixels)
             loss = torch.nn.functional.cross_entropy(logits, people)
             assert float(loss) == pytest.approx(row["eval_loss"], abs=1e-4)
             right = float((logits.argmax(1) == people).float().mean())
@@ -545,6 +556,11 @@ def test_data_frames(client, tables) -> None:
     pa = pytest.importorskip("pyarrow")
     arrow = frame.to_arrow() if client == "polars" else pa.Table.from_pandas(frame)
     check_equal(FeatureTable.from_arrow(arrow), table)
+    # A frame drops what made the features; search wants to know it.
+    schema = pytest.importorskip("pyarrow.parquet").read_schema(tables[0])
+    again = FeatureTable.from_arrow(arrow.replace_schema_metadata(schema.metadata))
+    check_equal(again, table)
+    assert search(read_feature_table(tables[1]), again, 1).indices.shape[1] == 1
 
 
 def check_equal(got: FeatureTable, wanted: FeatureTable) -> None:

@@ -49,6 +49,15 @@ def table(samples=SAMPLES, dtype=torch.float32, **changes) -> FeatureTable:
     return replace(made, **changes)
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+def test_a_file_may_be_read_by_whom_the_system_lets(suffix, tmp_path):
+    """Those of safetensors were the writer's alone, whatever the umask."""
+    (tmp_path / "plain").touch()
+    file = tmp_path / f"f.{suffix}"
+    write_feature_table(file, [table()])
+    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "npz", "parquet"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("words", [False, True])

@@ -26,13 +26,14 @@ from deen_zoo.models import base
 from tests import seeded
 
 TINY = "test_deen_resnet"
-every_model = pytest.mark.parametrize("name", deen_zoo.list_models("*deen_*"))
+every_deen = pytest.mark.parametrize("name", deen_zoo.list_models("*deen_*"))
+every_model = pytest.mark.parametrize("name", deen_zoo.list_models())
 
 
 def narrow(name):
     """Arguments that leave the registered network its blocks, and take away its width."""
     channels = dict(channels=(8, 16, 24, 32))
-    return {} if name == TINY else dict(backbone="resnet50", backbone_args=channels)
+    return {} if "test" in name else dict(backbone="resnet50", backbone_args=channels)
 
 
 def make(name=TINY, seed=0, **kwargs):
@@ -69,7 +70,7 @@ def test_registered_with_timm(name):
     assert data["input_size"] == cfg["input_size"]
 
 
-@every_model
+@every_deen
 def test_shapes(name):
     model, size = make(name, num_classes=11), (96, 64)
     x = batch(2, size)
@@ -188,14 +189,14 @@ def test_grad_checkpointing_changes_nothing(name):
 
     grads, buffers, kept = step(False)
     ours = step(True)
-    assert len(ours[2]) < 0.3 * len(kept)
+    assert len(ours[2]) < (0.3 if "deen" in name else 0.4) * len(kept)
     for key, value in grads.items():
         assert value is ours[0][key] is None or torch.equal(value, ours[0][key]), key
     for key, value in buffers.items():  # batch norms have counted each batch once
         assert torch.equal(value, ours[1][key]), key
 
 
-@every_model
+@every_deen
 def test_group_matcher_orders_stem_to_head(name):
     model = make(name)
     for coarse in (True, False):

