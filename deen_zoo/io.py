@@ -14,8 +14,8 @@ from typing import Any
 
 from .errors import UserError
 
-__all__ = ["check_new_folder", "check_target", "cores", "exclusive", "file_states", "reserved"]
-__all__ += ["sha256", "whole_file", "whole_folder", "write_atomically"]
+__all__ = ["check_new_folder", "check_target", "cores", "exclusive", "file_states"]
+__all__ += ["read_object", "reserved", "sha256", "whole_file", "whole_folder", "write_atomically"]
 
 
 def cores() -> int:

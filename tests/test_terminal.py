@@ -44,6 +44,12 @@ def environment(**more: str) -> dict[str, str]:
     return keep | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | more
 
 
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    """A program in an interpreter of its own."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)
+
+
 def shell(command: str, *arguments: object, **more: str) -> subprocess.CompletedProcess[bytes]:
     """A line of bash with ``$@`` set to ``arguments``; its exit code is the first command's."""
     return subprocess.run(
@@ -82,9 +88,7 @@ def test_a_command_imports_what_it_needs():
         "for module in LIGHT.values(): importlib.import_module('deen_zoo.' + module)\n"
         "print(*[m for m in ('timm', 'torchvision') if m in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
-    )
+    done = python(code)
     assert (done.returncode, done.stdout.split()) == (0, []), (done.stdout, done.stderr)
 
 
@@ -136,8 +140,7 @@ def test_a_signal_within_a_finalizer_is_not_lost(number):
         "except KeyboardInterrupt as stop:\n"
         "    print(type(stop).__name__)\n"
     )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)
+    done = python(code)
     assert done.stdout.split() == [{2: "KeyboardInterrupt", 15: "Terminated"}[number]], done
     assert done.stderr == ""
 
@@ -165,8 +168,7 @@ def test_a_signal_that_is_sent_again_too_early_is_not_lost():
         "except KeyboardInterrupt:\n"
         "    print('raised')\n"
     )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)
+    done = python(code)
     assert (done.stdout, done.stderr) == ("raised\n", "")
 
 

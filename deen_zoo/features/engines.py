@@ -191,8 +191,9 @@ class OpenVINOEngine:
         for kind, rows in zip(MODALITIES, (~infrared, infrared), strict=True):
             if not rows.any():
                 continue
-            self._notice(kind, pixels[rows])
-            found = self._describe(kind, pixels[rows].numpy())
+            images = pixels[rows]
+            self._notice(kind, images)
+            found = self._describe(kind, images.numpy())
             out = torch.empty(len(pixels), found.shape[1]) if out is None else out
             out[rows] = found
         assert out is not None  # a batch has an image
