@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError, check_choice, require
-from .features.engines import traced
+from .features.engines import embed_in_one_pass, traced
 from .features.extractor import data_config
 from .io import check_target, reserved, whole_file
 from .models import ReidModel
@@ -34,7 +34,7 @@ FORMATS = {
 }  # and what writing it needs
 OUTPUTS = ("embedding", "logits")
 MODALITIES = ("visible", "infrared", "input")
-BATCHES = (1, 7)
+BATCHES = (1, 3)
 
 Inputs = dict[str, Tensor]
 Note = dict[str, Any]
@@ -74,17 +74,21 @@ class ExportReport:
 
 
 class _Function(nn.Module):
-    """What is exported: a function of ``images``, and of ``modality`` where it is an input."""
+    """A function of ``images``, and of ``modality`` where it is an input.
 
-    def __init__(self, model: ReidModel, note: Note) -> None:
+    ``embed`` is :func:`embed_in_one_pass` in what is exported, and the model's own method in what
+    the file is compared with.
+    """
+
+    def __init__(self, model: ReidModel, note: Note, embed: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.model, self.note = model, note
+        self.model, self.note, self.embed = model, note, embed
 
     def forward(self, images: Tensor, modality: Tensor | None = None) -> Tensor:
         note, told = self.note, self.note["modality"] if modality is None else modality
         if note["output"] == "logits":
             return self.model.forward(images, told)
-        rows = self.model.forward_embedding(images, told, note["flip"], note["descriptor"])
+        rows = self.embed(self.model, images, told, note["flip"], note["descriptor"])
         return nn.functional.normalize(rows) if note["normalize"] else rows
 
 
@@ -104,7 +108,7 @@ def export_model(
 
     The file takes ``images`` (N, 3, H, W) float32, normalised, of any N, and gives the rows that
     :class:`deen_zoo.FeatureExtractor` gives. Its metadata, under ``deen_zoo``, say how images are
-    prepared. It is run on batches of 1 and 7 before it gets its name, and compared with ``model``.
+    prepared. It is run on batches of 1 and 3 before it gets its name, and compared with ``model``.
 
     Args:
         model: It is left as it is; the file is in float32.
@@ -140,10 +144,11 @@ def export_model(
         "preprocessing": {**config, "input_size": (model.in_chans, height, width)},
     }
     plain = copy.deepcopy(model).cpu().float().eval()
-    function = _Function(plain, note).eval()
+    function = _Function(plain, note, embed_in_one_pass).eval()
+    own = _Function(plain, note, type(plain).forward_embedding).eval()
     try:
         with torch.inference_mode():
-            wanted = {name: function(**inputs) for name, inputs in checks.items()}
+            wanted = {name: own(**inputs) for name, inputs in checks.items()}
     except ValueError as error:  # MFA does not take every size
         raise UserError(f"size {height} {width}: {error}") from error
     with reserved(path), whole_file(path) as partial:

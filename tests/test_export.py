@@ -47,7 +47,7 @@ def test_onnx_with_modality_input(model, tmp_path):
     report = export_model(model, path, modality="input", flip=False, normalize=False)
     assert max(report.differences.values()) < 1e-5
     assert set(report.differences) == {
-        "1 visible", "1 infrared", "7 visible", "7 infrared", "7 mixed"}  # fmt: skip
+        "1 visible", "1 infrared", "3 visible", "3 infrared", "3 mixed"}  # fmt: skip
     assert report.size_bytes == path.stat().st_size
     assert [p.name for p in tmp_path.iterdir()] == ["deen.onnx"]  # one file, weights inside
     for count in (1, 7, 3):
@@ -154,10 +154,10 @@ def test_full_size(tmp_path):
 def test_wrong_numbers_are_not_written(suffix, error, model, tmp_path, monkeypatch):
     def broken(function, example, path, *rest):
         path.write_bytes(b"wrong")
-        return lambda x: function(**x) + (error if len(x["images"]) == 7 else 0)
+        return lambda x: function(**x) + (error if len(x["images"]) == 3 else 0)
 
     monkeypatch.setitem(export.WRITERS, suffix, broken)
-    with pytest.raises(UserError, match=r"not written.*batch of 7"):
+    with pytest.raises(UserError, match=r"not written.*batch of 3"):
         export_model(model, tmp_path / f"deen{suffix}", modality="visible")
     assert not list(tmp_path.iterdir())
 
@@ -192,7 +192,7 @@ def test_command(model, tmp_path, capsys):
     assert main(["export", str(folder), str(target), "--modality", "infrared", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["path"] == str(target) and target.exists()
-    assert set(report["differences"]) == {"1 infrared", "7 infrared"}
+    assert set(report["differences"]) == {"1 infrared", "3 infrared"}
     assert main(["export", str(folder), str(tmp_path / "deen.txt"), "--modality=visible"]) == 2
     assert ".onnx" in capsys.readouterr().err
     for option in ("--no-flip", "--raw", "--normalize", "--no-normalize", "--descriptor=bn"):

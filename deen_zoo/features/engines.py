@@ -86,6 +86,36 @@ class TorchEngine:
         return rows.float().cpu()
 
 
+def embed_in_one_pass(
+    model: Any, images: Tensor, modality: Tensor | str, flip: bool, descriptor: str
+) -> Tensor:
+    """``model.forward_embedding`` with the mirrored images in the same batch as the images.
+
+    For graphs: they have half of the nodes that two passes have, and are converted in half the
+    time. In eager mode two passes need less memory.
+    """
+    if not flip:
+        rows: Tensor = model.forward_embedding(images, modality, False, descriptor)
+        return rows
+    count = images.shape[0]
+    told = torch.cat([modality, modality]) if isinstance(modality, Tensor) else modality
+    both = torch.cat([images, images.flip(3)])
+    rows = model.forward_embedding(both, told, False, descriptor)
+    summed: Tensor = model.add_mirrored(rows[:count], rows[count:])
+    return summed
+
+
+class _OneStem(nn.Module):
+    """What :func:`convert` converts: images (N, 3, H, W) of one modality to descriptors (N, D)."""
+
+    def __init__(self, model: Any, modality: str, flip: bool, descriptor: str) -> None:
+        super().__init__()
+        self.model, self.modality, self.flip, self.descriptor = model, modality, flip, descriptor
+
+    def forward(self, images: Tensor) -> Tensor:
+        return embed_in_one_pass(self.model, images, self.modality, self.flip, self.descriptor)
+
+
 @torch.no_grad()
 def traced(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
     """A TorchScript trace: OpenVINO converts it in half the time of a ``torch.export`` program."""
@@ -103,7 +133,7 @@ def convert(
     """
     ov = require("openvino", extra="openvino")
     preprocess = require("openvino.preprocess", extra="openvino")
-    module = model.for_modality(modality, flip=flip, normalize=False, descriptor=descriptor)
+    module = _OneStem(model, modality, flip, descriptor).eval()
     example = (torch.zeros(2, 3, *transform.size),)
     with torch.inference_mode(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sizes become constants, as they should
