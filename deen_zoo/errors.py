@@ -8,9 +8,12 @@ do. The command line prints that line and exits with code 2; in Python it is a `
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import sys
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 
 class UserError(ValueError):
@@ -72,3 +75,32 @@ def require(module: str, extra: str) -> ModuleType:
             f"{module.split('.', maxsplit=1)[0]} is not installed ({error}); "
             f"install it with: pip install 'deen-zoo[{extra}]'"
         ) from error
+
+
+def load_module(name: str, option: str) -> ModuleType:
+    """Import a module of the user's own, of the working folder too.
+
+    Raises:
+        UserError: It cannot be imported; the message names the option that gave it.
+    """
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # the user's own module, wherever the command lives
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{option} {name}: it cannot be imported ({error})") from error
+
+
+def load_object(name: str, option: str) -> Any:
+    """What ``package.module:name`` names.
+
+    Raises:
+        UserError: It cannot be imported; the message names the option that gave it.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise UserError(f"{option} {name}: give package.module:name")
+    try:
+        return getattr(load_module(module, option), attribute)
+    except AttributeError as error:
+        raise UserError(f"{option} {name}: it cannot be imported ({error})") from error

@@ -16,7 +16,7 @@ from deen_zoo.data import open_dataset
 from deen_zoo.errors import UserError
 from deen_zoo.evaluation import evaluate
 from deen_zoo.evaluation.known import people_digest
-from deen_zoo.features.files import read_feature_table, write_feature_table
+from deen_zoo.features.files import FeatureTable, read_feature_table, write_feature_table
 
 from .test_protocols import FEATURES, WORLD, features_of, write_names
 
@@ -68,6 +68,15 @@ def test_published_numbers_do_not_stand_next_to_those_of_drawn_people(tmp_path, 
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "DEEN" not in said and "drawn" in said
+
+
+def test_published_numbers_are_those_of_the_model_that_made_the_rows(tmp_path, capsys):
+    file = tmp_path / "features.safetensors"
+    table = FeatureTable("rows", torch.tensor(FEATURES), PATHS, COLUMNS, {"method": "AGW"})
+    write_feature_table(file, [table])
+    assert main(["evaluate", str(file), "--protocol", "llcm-ir2vis", "--json"]) == 0
+    methods = {entry["method"] for entry in json.loads(capsys.readouterr().out)["published"]}
+    assert methods == {"AGW"}
 
 
 def test_table_options_and_per_query(tmp_path, capsys):

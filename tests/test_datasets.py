@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image, ImageFile
 
+import deen_zoo.models  # noqa: F401, registers them with timm
 from deen_zoo.cli import main
 from deen_zoo.data import (
     PROTOCOLS,
@@ -24,7 +26,7 @@ from deen_zoo.data import (
     register_dataset,
     register_protocol,
 )
-from deen_zoo.data.datasets import DATASETS, LLCM
+from deen_zoo.data.datasets import DATASETS, LLCM, get_dataset
 from deen_zoo.errors import UserError
 from deen_zoo.evaluation import evaluate
 
@@ -101,6 +103,15 @@ def test_regdb_lists_equal_the_reference(roots):
 def same_names(a: dict[str, object], b: dict[str, object]) -> bool:
     """Whether two fingerprints differ in nothing but sizes and times of the files."""
     return {**a, "content": ""} == {**b, "content": ""}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_models_have_as_many_identities_as_their_dataset_trains(name):
+    counts = get_dataset(name).expected
+    identities = {c["identities"] for part, c in counts.items() if part.startswith("train")}
+    for family in ("deen", "agw", "tvilfm"):
+        cfg = timm.models.get_pretrained_cfg(f"{family}_resnet50_{name}")
+        assert {cfg.num_classes} == identities
 
 
 @pytest.mark.parametrize("name", NAMES)

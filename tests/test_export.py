@@ -169,6 +169,7 @@ def test_mistakes(model, tmp_path, monkeypatch):
         ("visible, infrared, input", "deen.onnx", {"modality": "thermal"}),
         ("official", "deen.onnx", {"descriptor": "best"}),
         ("even number", "deen.onnx", {"size": (36, 36)}),
+        ("size 1 0", "deen.onnx", {"size": (1, 0)}),
     ):
         with pytest.raises(UserError, match=name):
             export_model(model, tmp_path / path, **{"modality": "visible", **kwargs})

@@ -24,9 +24,8 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), 
 def test_every_block_of_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(datasets, "DATASETS", datasets.DATASETS)
     known = [(table, dict(table)) for table in (datasets.DATASETS, protocols.PROTOCOLS)]
-    names = set(base.NAMES)
+    names = dict(base.NAMES)
     try:
         for kind, text in BLOCKS:
             file = re.match(r"# (\w+\.(?:py|toml))\n", text)
@@ -43,7 +42,8 @@ def test_every_block_of_the_page_runs(tmp_path, monkeypatch):
         for table, before in known:
             table.clear()
             table.update(before)
-        base.NAMES.intersection_update(names)
+        base.NAMES.clear()
+        base.NAMES.update(names)
         for module in [name for name in sys.modules if name.startswith("mine_")]:
             del sys.modules[module]
     history = json.loads(Path("runs/loss/results.json").read_text())["models"][0]["history"]
@@ -52,6 +52,8 @@ def test_every_block_of_the_page_runs(tmp_path, monkeypatch):
     assert log.startswith("epoch,lr,loss,identity,triplet,cpm,orthogonality,norm,seconds")
     history = json.loads(Path("runs/backbone/results.json").read_text())["models"][0]["history"]
     assert {"identity", "triplet"} < set(history[0]) and "cpm" not in history[0]
+    gate = json.loads(Path("runs/gate/results.json").read_text())["protocols"]["gate-ir2vis"]
+    assert gate["counts"]["identities"] == 4
 
 
 def test_the_page_counts_its_lines():

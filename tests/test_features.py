@@ -670,11 +670,11 @@ def decoded(monkeypatch) -> list[int]:
     """The images that are decoded."""
     found: list[int] = []
 
-    def counted(source, index, *arguments, get=module.Source.decode, **options):
+    def counted(source, index, *arguments, get=module.ImageList.decode, **options):
         found.append(index)
         return get(source, index, *arguments, **options)
 
-    monkeypatch.setattr(module.Source, "decode", counted)
+    monkeypatch.setattr(module.ImageList, "decode", counted)
     return found
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from deen_zoo.data.transforms import TrainTransform
 from deen_zoo.errors import UserError
 from deen_zoo.training.recipes import RECIPES, flat, get_recipe, override
 
@@ -55,6 +56,12 @@ def test_what_paper_and_code_disagree_on():
     same = ("optimizer.momentum", "optimizer.weight_decay", "loss.cpm")
     assert [official[key] for key in same] == [0.9, 5e-4, 0.8]
     assert official["optimizer.clip"] is None and official["loss.cpm_margin"] == 0.2
+
+
+def test_the_augmentation_of_python_is_the_official_recipes():
+    transform, data = TrainTransform(), get_recipe("official").data
+    for name in ("pad", "grayscale", "flip", "erasing"):
+        assert getattr(transform, name) == getattr(data, name), name
 
 
 def test_recipes_cannot_be_changed():

@@ -53,7 +53,7 @@ def test_one_model(home, capsys):
 
 
 def test_where_names_the_place_and_the_commands():
-    line = catalog.where("deen_resnet50_sysu")
+    line = catalog.public_weights("deen_resnet50_sysu")
     assert line.count("\n") == 0
     for words in ("YYDS", "deen-zoo convert FILE --install", "deen-zoo weights"):
         assert words in line

@@ -17,10 +17,10 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..data.datasets import DATASETS
+    from ..data.datasets import known_datasets
 
     add = parser.add_argument
-    add("dataset", choices=tuple(DATASETS))
+    add("dataset", help=known_datasets())
     add("root", metavar="ROOT", help="the folder as its authors give it")
     about = "do not decode images: truncated ones are not found"
     add("--fast", action="store_true", help=about)

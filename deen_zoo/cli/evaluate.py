@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("features", nargs="+", metavar="FEATURES", help=".safetensors or .npz; several are joined")
-    names = ", ".join(PROTOCOLS)
-    add("--protocol", required=True, choices=PROTOCOLS, metavar="PROTOCOL", help=names)
+    about = f"{', '.join(PROTOCOLS)}, or package.module:name of your own"
+    add("--protocol", required=True, metavar="PROTOCOL", help=about)
     add("--data-root", metavar="ROOT", help="the dataset, to read labels or official draws from")
     add("--trials", type=int, metavar="N", help="how many gallery draws (default: 10)")
     about = f"the split of the features' model, among {several_splits()}"
@@ -50,13 +50,13 @@ def run(args: argparse.Namespace) -> int:
     from ..features.files import read_feature_table
     from ..io import check_target
 
-    protocol = get_protocol(args.protocol)
+    protocol, name = get_protocol(args.protocol), args.protocol.rpartition(":")[2]
     if protocol.sampled and args.split != 1:
         raise UserError(
-            f"--split is for {several_splits()}; {args.protocol} has one split and --trials draws"
+            f"--split is for {several_splits()}; {name} has one split and --trials draws"
         )
     if not protocol.sampled and args.trials not in (None, 1):
-        raise UserError(f"--trials is for drawn galleries; {args.protocol} draws none: say --split")
+        raise UserError(f"--trials is for drawn galleries; {name} draws none: say --split")
     if args.draw == "official" and not args.data_root:
         raise UserError("--draw official is read from the dataset's own folder: give --data-root")
     if args.per_query:
@@ -77,16 +77,18 @@ def run(args: argparse.Namespace) -> int:
     refuse_known_people(table.trained_on, table.source, kind, args.split, tested, dataset)
     permutations = read_permutations(args.data_root) if args.draw == "official" else None
     rerank = KReciprocal() if args.rerank else None
-    print(f"{args.protocol}: {len(samples)} images ...", file=sys.stderr, flush=True)
+    print(f"{name}: {len(samples)} images ...", file=sys.stderr, flush=True)
     result = evaluate(
-        features, samples, args.protocol, trials=args.trials if protocol.sampled else [args.split],
+        features, samples, name, trials=args.trials if protocol.sampled else [args.split],
         draw=args.draw, shots=args.shots, permutations=permutations, rerank=rerank,
         camera_pairs=args.camera_pairs,
     )  # fmt: skip
     if args.per_query:
         result.write_queries(args.per_query)
     drawn = dataset.drawn if dataset else drawn_people(samples[0].path)
-    entry = result.to_dict(drawn, weights=str(table.trained_on.get("source", "")))
+    # Rows of other programs stand next to the published numbers of DEEN.
+    method = table.provenance.get("method", "DEEN")
+    entry = result.to_dict(drawn, method, str(table.trained_on.get("source", "")))
     if args.json:
         print(json.dumps(entry, indent=2))
         return 0

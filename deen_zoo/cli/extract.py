@@ -29,20 +29,15 @@ below ROOT/test."""
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
     """The options of a FeatureExtractor, shared by the verbs that make one."""
     from ..data.images import check_intensity
-    from ..device import PRECISIONS
+    from ..training.settings import EXTRACTION, add_options
 
     add = parser.add_argument
     about = "a name, a checkpoint folder, or hf-hub:ORG/NAME; its weights are loaded"
     add("--model", required=required, help=about)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--precision", choices=(*PRECISIONS, "int8"), default="auto", help="int8: see quantize")
+    add_options(parser, EXTRACTION)
     add("--project", metavar="HEAD", help="short descriptors, by a head of deen-zoo project")
-    about = "openvino is faster on a CPU"
-    add("--engine", choices=("torch", "openvino"), default="torch", help=about)
-    add("--batch-size", type=int, default=64, metavar="N", help="images at a time")
     about = "16-bit images: full, minmax, percentile, or LOW,HIGH (default: as in training)"
     add("--intensity", type=check_intensity, metavar="RULE", help=about)
-    add("--threads", type=int, metavar="N", help="threads that decode (default: one per core)")
 
 
 def extractor(args: argparse.Namespace, **options: Any) -> Any:
@@ -64,14 +59,14 @@ def name_unreadable(unreadable: dict[str, str]) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..data.datasets import DATASETS, several_splits
+    from ..data.datasets import known_datasets, several_splits
 
     add = parser.add_argument
     add("source", nargs="+", metavar="SOURCE", help="images, folders (at any depth), CSV files")
     add("-o", "--output", required=True, metavar="FILE", help=".safetensors, .parquet, or .npz")
     add("--modality", choices=("visible", "infrared", "auto"), help="auto: grey is infrared")
-    about = "SOURCE is the root of such a tree: its test images, with labels"
-    add("--layout", choices=tuple(DATASETS), help=about)
+    about = f"SOURCE is the root of such a tree: its test images, with labels; {known_datasets()}"
+    add("--layout", metavar="DATASET", help=about)
     add("--split", type=int, default=1, metavar="N", help=f"one of {several_splits()}")
     add_model_arguments(parser, required=True)
     add("--descriptor", default="official", metavar="NAME", help="bn, pool, original, ...")

@@ -18,13 +18,14 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..data.datasets import DATASETS, several_splits
+    from ..data.datasets import known_datasets, several_splits
 
     add = parser.add_argument
     add("model", metavar="MODEL", help="a name or a checkpoint folder")
     add("images", metavar="FOLDER", help="labelled images of both modalities")
     add("output", metavar="OUT", help="the checkpoint folder to write")
-    add("--layout", choices=tuple(DATASETS), default="own", help="layout of FOLDER")
+    about = f"layout of FOLDER: {known_datasets()}"
+    add("--layout", metavar="DATASET", default="own", help=about)
     add("--split", type=int, default=1, metavar="N", help=f"one of {several_splits()}")
     add("--calibration-images", type=int, default=128, metavar="N", help="images of each modality")
     about = "least share of queries whose first hit stays"

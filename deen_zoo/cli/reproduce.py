@@ -30,9 +30,10 @@ STOPPED = "; the same command with --resume continues it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..training.settings import add_options
+    from ..training.settings import add_options, add_recipe_changes
 
     add_options(parser)
+    add_recipe_changes(parser)
     add = parser.add_argument
     add("--ablation", action="store_true", help="the seven rows of the paper's Table 4")
     about = "seed of the weights, the batches and the augmentation; several with --ablation"
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..data.datasets import get_dataset
     from ..errors import UserError
     from ..evaluation import terminal_table
     from ..training.ablation import ablate, table
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = vars(args).copy()
     ablation, as_json, seeds = (options.pop(key) for key in ("ablation", "json", "seed"))
-    output = options.pop("output") or f"runs/{args.dataset}"
+    output = options.pop("output") or f"runs/{get_dataset(args.dataset).name}"
     if ablation and args.eval_only:
         raise UserError("--ablation trains seven models: it does not go with --eval-only")
     if len(set(seeds)) < len(seeds) or (len(seeds) > 1 and not ablation):

@@ -136,8 +136,7 @@ def check_dataset(
     report = CheckReport(dataset.name, dataset.root)
     samples = _check_splits(dataset, report)
     _check_protocols(dataset, report)
-    if any(PROTOCOLS[name].official_draw for name in dataset.protocols()):
-        _check_permutations(dataset, report)
+    _check_permutations(dataset, report)
     _check_strays(dataset, samples, report)
     _check_images(dataset, samples, report, decode, progress)
     _check_what_is_left(dataset, report)
@@ -187,11 +186,14 @@ def _check_protocols(dataset: ReidDataset, report: CheckReport) -> None:
 
 
 def _check_permutations(dataset: ReidDataset, report: CheckReport) -> None:
-    """Can the SYSU authors' draw be made, in all ten trials?"""
+    """Can the draw of the dataset's authors be made, in all trials?"""
+    having = [PROTOCOLS[name] for name in dataset.protocols() if PROTOCOLS[name].official_draw]
+    if not having:
+        return
     try:
         permutations = read_permutations(dataset.root)
-        pool = [s for s in dataset.read_test()[0] if s.modality == "visible"]
-        for trial in range(10):
+        pool = [s for s in dataset.read_test()[0] if s.modality == having[0].gallery]
+        for trial in having[0].trials:
             draw_gallery(pool, trial, shots=10, permutations=permutations)
     except UserError as error:
         report.notes.append(Fault("official draw", "not available", str(error)))
@@ -202,7 +204,7 @@ def _check_strays(dataset: ReidDataset, samples: dict[str, Sample], report: Chec
     tops = {place.split("/")[0].lower() for place in (*dataset.folders, *samples)}
     known = {*samples, *(fault.where for fault in report.faults)}
     unused: dict[str, list[str]] = {}
-    for kind, relative in _walk(dataset.root, tops):
+    for kind, relative in _walk(dataset.root, tops, dataset.index):
         if relative in known:
             continue
         if is_image_name(relative.rsplit("/", 1)[-1]) and dataset.belongs(relative):
@@ -214,12 +216,12 @@ def _check_strays(dataset: ReidDataset, samples: dict[str, Sample], report: Chec
         report.notes.append(Fault("unused", f"{folder}/", detail))
 
 
-def _walk(root: str, folders: set[str]) -> Iterator[tuple[str, str]]:
-    """(kind, path below the root) of files, foreign folders and empty ones, sorted."""
+def _walk(root: str, folders: set[str], index: str) -> Iterator[tuple[str, str]]:
+    """(kind, path below the root) of files, foreign folders and empty ones outside ``index``."""
     for place, subs, files in os.walk(root, followlinks=True):
         relative = os.path.relpath(place, root).replace(os.sep, "/")
         prefix = "" if relative == "." else f"{relative}/"
-        if prefix.lower() in ("exp/", "idx/"):
+        if relative.lower() == index:
             subs.clear()
             continue
         subs.sort()

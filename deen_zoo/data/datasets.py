@@ -19,13 +19,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from ..errors import UserError, check_choice
+from ..errors import UserError, check_choice, load_object
 from .folder import OwnData
 from .protocols import INFRARED, PROTOCOLS, RULES, VISIBLE, Protocol, Sample
 from .reader import Fault, Listing, ReidDataset
 
 __all__ = ["DATASETS", "LLCM", "RegDB", "SyntheticLLCM", "SysuMM01", "get_dataset", "open_dataset"]
-__all__ += ["register_dataset", "register_protocol"]
+__all__ += ["known_datasets", "register_dataset", "register_protocol"]
 
 DATASETS: dict[str, type[ReidDataset]] = {}
 _Kind = TypeVar("_Kind", bound=type[ReidDataset])
@@ -69,11 +69,24 @@ def register_protocol(name: str, protocol: Protocol) -> Protocol:
 def get_dataset(name: str) -> type[ReidDataset]:
     """The class of a dataset, which holds all its facts.
 
+    Args:
+        name: A registered name, or ``package.module:Class`` of one's own.
+
     Raises:
         UserError: There is none; the message lists the known ones.
     """
+    if ":" in name:
+        kind = load_object(name, "dataset")
+        if not (isinstance(kind, type) and issubclass(kind, ReidDataset)):
+            raise UserError(f"dataset {name}: it is not a subclass of deen_zoo.data.ReidDataset")
+        return register_dataset(kind)
     check_choice("dataset", name, DATASETS)
     return DATASETS[name]
+
+
+def known_datasets() -> str:
+    """What names a dataset, in words."""
+    return f"{', '.join(DATASETS)}, or package.module:Class of your own"
 
 
 def several_splits() -> str:
@@ -93,7 +106,12 @@ class SysuMM01(ReidDataset):
     name, title = "sysu", "SYSU-MM01"
     home = "https://github.com/wuancong/SYSU-MM01"
     ask = f"the signed agreement in {home}"
+    cameras: ClassVar[Mapping[str, tuple[int, ...]]] = {
+        VISIBLE: (1, 2, 4, 5),
+        INFRARED: (3, 6),
+    }
     folders = (*(f"cam{camera}" for camera in range(1, 7)), "exp")
+    index = "exp"
     test_ids = "exp/test_id.txt"
     default_model = "deen_resnet50_sysu"
     erasing_area = (0.2, 0.8)
@@ -121,7 +139,7 @@ class SysuMM01(ReidDataset):
     def _read_folders(self, identities: list[int]) -> Listing:
         samples = [
             Sample(self._path(f"{folder}/{name}"), identity, camera, modality)
-            for modality, cameras in ((VISIBLE, (1, 2, 4, 5)), (INFRARED, (3, 6)))
+            for modality, cameras in self.cameras.items()
             for identity in identities
             for camera in cameras
             for folder in [f"cam{camera}/{identity:04d}"]
@@ -145,6 +163,7 @@ class RegDB(ReidDataset):
     home = "http://dm.dongguk.edu/link.html"
     ask = f"DBPerson-Recog-DB1 on {home}"
     folders = ("Visible", "Thermal", "idx")
+    index = "idx"
     default_model = "deen_resnet50_regdb"
     splits = range(1, 11)
     expected: ClassVar[Mapping[str, Mapping[str, int]]] = {
@@ -194,6 +213,7 @@ class LLCM(ReidDataset):
         *(f"test_vis/cam{camera}" for camera in test_cameras[VISIBLE]),
         *(f"test_nir/cam{camera}" for camera in test_cameras[INFRARED]),
     )  # fmt: skip
+    index = "idx"
     test_ids = "idx/test_id.txt"
     expected: ClassVar[Mapping[str, Mapping[str, int]]] = {  # as published; adjusted since
         "train": {"identities": 713, "visible": 16946, "infrared": 13975},
@@ -286,7 +306,8 @@ def open_dataset(name: str, root: str | os.PathLike[str], skip_broken: bool = Fa
 
     Args:
         name: ``"sysu"``, ``"regdb"``, ``"llcm"``, ``"own"`` for the user's own images (see
-            :class:`~deen_zoo.data.folder.OwnData`), ``"synthetic"``, or a registered one.
+            :class:`~deen_zoo.data.folder.OwnData`), ``"synthetic"``, a registered one, or
+            ``"package.module:Class"`` of one's own.
         root: The folder with ``cam1``, ``Visible``, ``test_vis`` or ``visible`` in it.
         skip_broken: Leave out what can't be trusted, with one counted warning, instead of raising.
 

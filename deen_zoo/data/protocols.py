@@ -13,7 +13,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UserError, check_choice, check_least, require
+from ..errors import UserError, check_choice, check_least, load_module, require
 
 __all__ = ["INFRARED", "PROTOCOLS", "RULES", "UNKNOWN", "VISIBLE", "Label", "Permutations"]
 __all__ += ["Protocol", "Rule", "Sample", "as_label", "draw_gallery", "get_protocol", "label_order"]
@@ -157,9 +157,15 @@ Sides = tuple[list[int], list[int]]
 def get_protocol(name: str) -> Protocol:
     """The protocol of this name.
 
+    Args:
+        name: Its name, or ``package.module:name`` where that module registers it.
+
     Raises:
         UserError: There is none; the message lists the known ones.
     """
+    module, _, name = name.rpartition(":")
+    if module:
+        load_module(module, "protocol")
     check_choice("protocol", name, PROTOCOLS)
     return PROTOCOLS[name]
 

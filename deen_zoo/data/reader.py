@@ -85,6 +85,7 @@ class ReidDataset:
         home: Where it is given out; empty for the user's own images.
         ask: How to ask for it.
         folders: Folders of a root that is of this layout; case does not matter in the first part.
+        index: The one of them that holds lists and no images; empty if there is none.
         splits: Numbers of its splits into training and test.
         test_ids: Index file of the people to test on, whatever the split; empty if there is none.
         expected: Counts to find in a complete copy, by split or protocol, and kind.
@@ -101,6 +102,7 @@ class ReidDataset:
     home: ClassVar[str] = ""
     ask: ClassVar[str] = ""
     folders: ClassVar[tuple[str, ...]] = ()
+    index: ClassVar[str] = ""
     splits: ClassVar[Sequence[int]] = (1,)
     test_ids: ClassVar[str] = ""
     expected: ClassVar[Mapping[str, Mapping[str, int]]] = {}
@@ -174,8 +176,8 @@ class ReidDataset:
         return Path(self.root, DRAWN).exists()
 
     @property
-    def world(self) -> int | None:
-        """Seed of the drawn people's world; None if they are real, or it is not known."""
+    def drawn_seed(self) -> int | None:
+        """Seed of the drawn people; None if they are real, or it is not known."""
         return read_object(Path(self.root, DRAWN)).get("seed")
 
     def train(self, split: int = 1) -> list[Sample]:

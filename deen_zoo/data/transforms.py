@@ -52,12 +52,11 @@ def random_erasing(
     rng: np.random.Generator,
     area: tuple[float, float],
     probability: float = 0.5,
-    aspect: float = 0.3,
     fill: RGB = IMAGENET_MEAN,
 ) -> Tensor:
     """Cover a random rectangle of a (3, H, W) image, in place (Zhong et al., arXiv:1708.04896).
 
-    The rectangle has a share of the image in ``area`` and a height/width in [aspect, 1/aspect],
+    The rectangle has a share of the image in ``area`` and a height/width in [0.3, 1/0.3],
     both uniform; up to 100 are drawn until one is smaller than the image in both directions
     (the reference's ``random_erasing.py``, which also fills a *normalised* image with the mean).
     """
@@ -66,7 +65,7 @@ def random_erasing(
     height, width = image.shape[1:]
     for _ in range(100):
         target = rng.uniform(*area) * height * width
-        ratio = rng.uniform(aspect, 1 / aspect)
+        ratio = rng.uniform(0.3, 1 / 0.3)
         h, w = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
         if h < height and w < width:
             top = rng.integers(0, height - h, endpoint=True)

@@ -50,7 +50,8 @@ def refuse_known_people(
     own: Any = trained_on.get("split")
     digest = trained_on.get("identities_sha256")
     tested = set(tested)
-    if dataset is not None and "people" in trained_on and dataset.world == trained_on.get("world"):
+    drawn_as = trained_on.get("world") if "people" in trained_on else None
+    if dataset is not None and drawn_as is not None and dataset.drawn_seed == drawn_as:
         # Drawn people have the same names in every dataset of one layout.
         drawn = DATASETS.get(str(trained_on.get("dataset")), kind)
         people: Any = trained_on["people"]

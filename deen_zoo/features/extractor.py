@@ -43,7 +43,7 @@ from .files import (
     write_feature_table,
 )
 from .project import Head, read_head
-from .sources import Decoded, Source, infrared_of, resolve_sources
+from .sources import Decoded, ImageList, infrared_of, resolve_sources
 
 __all__ = ["FeatureExtractor", "data_config", "extract", "weights_sha256"]
 
@@ -71,7 +71,7 @@ def weights_sha256(model: Any, classifier: bool = True) -> str:
 
 
 def _describe(
-    source: Source,
+    source: ImageList,
     batches: Sequence[Sequence[int]],
     engine: Callable[[Tensor, Tensor], Tensor],
     threads: int | None,
@@ -244,6 +244,7 @@ class FeatureExtractor:
         self.intensity = check_intensity(usual if intensity is None else intensity)
         self.provenance = {
             "model": str(getattr(model, "pretrained_cfg", {}).get("architecture", "unknown")),
+            "method": type(model).__name__,  # as published.json names it
             "weights_sha256": weights_sha256(model),
             "descriptor_sha256": weights_sha256(model, classifier=False),
             "preprocessing": json.dumps(config, sort_keys=True),
@@ -339,7 +340,7 @@ class FeatureExtractor:
         check_paths(names, "the source")
         if world.main:
             found.say_others()
-        found = Source(names, found.infrared, found.labels)
+        found = ImageList(names, found.infrared, found.labels)
         parts = _Parts(file, shard, found, self.provenance)
         lock = exclusive(parts.folder / "lock", f"{file}, to extract to it") if world.main else None
         with lock or contextlib.nullcontext():
@@ -427,14 +428,14 @@ class FeatureExtractor:
                 )
         return checked
 
-    def _table(self, source: Source, strict: bool) -> FeatureTable:
+    def _table(self, source: ImageList, strict: bool) -> FeatureTable:
         source.say_others()
         (table,) = self._tables(source, [range(len(source))], True, strict)
         source.say_auto(table.paths, table.labels["infrared"].tolist())
         return table
 
     def _tables(
-        self, source: Source, shards: Sequence[range], shown: bool, strict: bool = False
+        self, source: ImageList, shards: Sequence[range], shown: bool, strict: bool = False
     ) -> Iterator[FeatureTable]:
         """The rows of each shard, in order."""
         batches = [batch for shard in shards for batch in _split(shard, self.batch_size)]
@@ -491,7 +492,9 @@ class _Parts(Sequence[FeatureTable]):
     size and modification time. So parts of other images or options are never taken for its own.
     """
 
-    def __init__(self, file: Path, shard: int, source: Source, provenance: dict[str, str]) -> None:
+    def __init__(
+        self, file: Path, shard: int, source: ImageList, provenance: dict[str, str]
+    ) -> None:
         self.folder = file.with_name(f"{file.name}.parts")
         self.rows = _split(range(len(source)), shard)
         self.intensity = check_intensity(provenance["intensity"])
@@ -501,7 +504,7 @@ class _Parts(Sequence[FeatureTable]):
         ]
 
     @staticmethod
-    def _digest(source: Source, rows: range, provenance: dict[str, str]) -> str:
+    def _digest(source: ImageList, rows: range, provenance: dict[str, str]) -> str:
         files = {
             f"{source.items[i]} {source.infrared[i]} {source.labels[i]}": str(source.items[i])
             for i in rows

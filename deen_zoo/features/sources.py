@@ -21,7 +21,7 @@ from ..data.protocols import Label, Sample
 from ..errors import UserError
 from .files import label_column
 
-__all__ = ["Decoded", "Source", "infrared_of", "resolve_sources", "three_equal_channels"]
+__all__ = ["Decoded", "ImageList", "infrared_of", "resolve_sources", "three_equal_channels"]
 
 Item = Image.Image | np.ndarray[Any, Any] | str
 Labels = tuple[Label, Label]  # identity, camera
@@ -47,7 +47,7 @@ class Decoded(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageList:
     """Images to extract; ``infrared`` is None where the pixels decide (``modality="auto"``).
 
     ``others`` are the files of its folders that are no images by their names.
@@ -168,7 +168,7 @@ def _flatten(
         )
 
 
-def resolve_sources(source: Any, modality: Any) -> Source:
+def resolve_sources(source: Any, modality: Any) -> ImageList:
     """Images, folders, CSV files and samples, however nested, as one list.
 
     Args:
@@ -193,7 +193,7 @@ def resolve_sources(source: Any, modality: Any) -> Source:
     labels = [labels for _, _, labels in found]
     for column in zip(*labels, strict=True):
         label_column(column)  # a wrong one is said before the work
-    return Source([item for item, _, _ in found], own, labels, others)
+    return ImageList([item for item, _, _ in found], own, labels, others)
 
 
 def infrared_of(modality: Any, count: int) -> list[bool | None]:

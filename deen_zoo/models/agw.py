@@ -225,37 +225,37 @@ def _create_tvilfm(variant: str, pretrained: bool, **kwargs: Any) -> AGW:
     return build_model(AGW, variant, pretrained, **{**own, **kwargs})
 
 
-@register_reid_model
+@register_reid_model(imagenet=True)
 def agw_resnet50_sysu(pretrained: bool = False, **kwargs: Any) -> AGW:
     """AGW for SYSU-MM01: 395 training identities."""
     return build_model(AGW, "agw_resnet50_sysu", pretrained, **kwargs)
 
 
-@register_reid_model
+@register_reid_model(imagenet=True)
 def agw_resnet50_regdb(pretrained: bool = False, **kwargs: Any) -> AGW:
     """AGW for RegDB: 206 training identities."""
     return build_model(AGW, "agw_resnet50_regdb", pretrained, **kwargs)
 
 
-@register_reid_model
+@register_reid_model(imagenet=True)
 def agw_resnet50_llcm(pretrained: bool = False, **kwargs: Any) -> AGW:
     """AGW for LLCM: 713 training identities."""
     return build_model(AGW, "agw_resnet50_llcm", pretrained, **kwargs)
 
 
-@register_reid_model
+@register_reid_model(imagenet=True)
 def tvilfm_resnet50_sysu(pretrained: bool = False, **kwargs: Any) -> AGW:
     """The base model of TVI-LFM for SYSU-MM01: 395 training identities."""
     return _create_tvilfm("tvilfm_resnet50_sysu", pretrained, **kwargs)
 
 
-@register_reid_model
+@register_reid_model(imagenet=True)
 def tvilfm_resnet50_regdb(pretrained: bool = False, **kwargs: Any) -> AGW:
     """The base model of TVI-LFM for RegDB: 206 training identities."""
     return _create_tvilfm("tvilfm_resnet50_regdb", pretrained, **kwargs)
 
 
-@register_reid_model
+@register_reid_model(imagenet=True)
 def tvilfm_resnet50_llcm(pretrained: bool = False, **kwargs: Any) -> AGW:
     """The base model of TVI-LFM for LLCM: 713 training identities."""
     return _create_tvilfm("tvilfm_resnet50_llcm", pretrained, **kwargs)

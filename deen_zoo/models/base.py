@@ -22,7 +22,7 @@ __all__ = ["MODALITIES", "BNNeck", "ReidModel", "kept_args", "register_reid_mode
 
 MODALITIES = ("visible", "infrared")
 Modality = str | torch.Tensor | None
-NAMES: set[str] = set()  # of all models registered on the contract
+NAMES: dict[str, bool] = {}  # of all registered models: trained from ImageNet's weights or not
 NOT_KEPT = {"self", "__class__", "num_classes", "in_chans", "global_pool", "output_stride"}
 NOT_KEPT |= {"pretrained_backbone", "device", "dtype"}
 # The backbone of the tiny models of the tests and demonstrations.
@@ -32,12 +32,17 @@ TINY = dict(
 )
 
 
-def register_reid_model(entrypoint: Callable[..., Any]) -> Callable[..., Any]:
+def register_reid_model(
+    entrypoint: Callable[..., Any] | None = None, *, imagenet: bool = False
+) -> Callable[..., Any]:
     """Register a model with timm, and with this package's ``create_model`` and ``list_models``.
 
-    The entrypoint returns a :class:`ReidModel`, and its module has ``default_cfgs``.
+    The entrypoint returns a :class:`ReidModel`, and its module has ``default_cfgs``. With
+    ``imagenet`` it takes ``pretrained_backbone``, and is trained from ImageNet's weights.
     """
-    NAMES.add(entrypoint.__name__)
+    if entrypoint is None:
+        return functools.partial(register_reid_model, imagenet=imagenet)
+    NAMES[entrypoint.__name__] = imagenet
     return register_model(entrypoint)
 
 

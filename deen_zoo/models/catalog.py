@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import UserError
 
-__all__ = ["entries", "installed", "installed_splits", "weights_home", "where"]
+__all__ = ["entries", "installed", "installed_splits", "public_weights", "weights_home"]
 
 
 @functools.cache
@@ -70,10 +70,10 @@ def installed_splits(name: str) -> dict[int, Path]:
     return {split: splits[split] for splits in tags.values() for split in sorted(splits)}
 
 
-def where(model: str) -> str:
+def public_weights(model: str) -> str:
     """Say in one line where public weights of a model are, with the commands that install them.
 
-    >>> where("test_agw_resnet")
+    >>> public_weights("test_agw_resnet")
     ''
     """
     found = [entry for entry in entries() if entry["model"] == model]

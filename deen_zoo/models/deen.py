@@ -352,19 +352,19 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-@register_reid_model
+@register_reid_model(imagenet=True)
 def deen_resnet50_sysu(pretrained: bool = False, **kwargs: Any) -> DEEN:
     """DEEN for SYSU-MM01: 395 training identities."""
     return build_model(DEEN, "deen_resnet50_sysu", pretrained, **kwargs)
 
 
-@register_reid_model
+@register_reid_model(imagenet=True)
 def deen_resnet50_regdb(pretrained: bool = False, **kwargs: Any) -> DEEN:
     """DEEN for RegDB: 206 training identities, no fourth stage, C = 1024."""
     return build_model(DEEN, "deen_resnet50_regdb", pretrained, **{"num_stages": 3, **kwargs})
 
 
-@register_reid_model
+@register_reid_model(imagenet=True)
 def deen_resnet50_llcm(pretrained: bool = False, **kwargs: Any) -> DEEN:
     """DEEN for LLCM: 713 training identities."""
     return build_model(DEEN, "deen_resnet50_llcm", pretrained, **kwargs)

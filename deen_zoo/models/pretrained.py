@@ -35,8 +35,7 @@ from timm.models._pretrained import PretrainedCfg
 from ..errors import UserError, brief
 from ..io import sha256, write_atomically
 from .base import NAMES, ReidModel
-from .catalog import installed
-from .catalog import where as public_weights
+from .catalog import installed, public_weights
 
 # The default organisation is asked only for what is pinned: model -> (ORG/NAME@COMMIT, SHA-256).
 # Nobody who registers a name on the Hub can serve weights that way.
@@ -71,14 +70,16 @@ def build_model(cls: type[Model], variant: str, pretrained: bool, **kwargs: Any)
         kwargs.update(dee_mean=form != "paper", mfa_softmax=form == "paper")
         if kwargs.get("modality") == "visible":  # which it wrote where none was given
             del kwargs["modality"]
+    maps: Config = dict(out_indices=None, feature_cls="getter")  # None: of all stages
+    if "feature_cls" in kwargs:  # timm's others take numbers only
+        maps["out_indices"] = tuple(range(kwargs.get("num_stages", 4) + 1))
     try:
-        out_indices = tuple(range(kwargs.get("num_stages", 4) + 1))
         model: Model = build_model_with_cfg(
             cls,
             variant,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=dict(out_indices=out_indices, feature_cls="getter"),
+            feature_cfg=maps,
             **kwargs,
         )
     except (UserError, OSError):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.datasets import LLCM, RegDB
+from ..data.datasets import LLCM, RegDB, SysuMM01
 from ..data.protocols import INFRARED, VISIBLE
 from .world import Person, Pose, stream
 
@@ -147,7 +147,8 @@ def _index_llcm(root: Path, seed: int, paths: Paths, test: set[int]) -> None:
 _NINE = LLCM.test_cameras[VISIBLE]
 LAYOUTS = {
     "sysu": Layout(
-        _sysu_path, _index_sysu, (72, 192), False, 0.3, (1, 2, 4, 5), (3, 6), 0.8, 96 / 491, 4
+        _sysu_path, _index_sysu, (72, 192), False, 0.3, SysuMM01.cameras[VISIBLE],
+        SysuMM01.cameras[INFRARED], 0.8, 96 / 491, 4,
     ),
     "regdb": Layout(_regdb_path, _index_regdb, (64, 128), True, 0.2, (1,), (2,), 1.0, 0.5, 10),
     "llcm": Layout(

@@ -223,15 +223,13 @@ def _camera(layout: str, seed: int, number: int, modality: str) -> Camera:
     return Camera(seed, number, modality, spec.size, spec.low_light, spec.same_size)
 
 
-def contact_sheet(
-    layout: str = "llcm", seed: int = 0, identities: int = 6, views: int = 3
-) -> Image.Image:
-    """People of a world, two to a row: ``views`` visible pictures each, then as many infrared.
+def contact_sheet(layout: str = "llcm", seed: int = 0, identities: int = 6) -> Image.Image:
+    """Drawn people, two to a row: three visible pictures of each, then three infrared ones.
 
     Returns:
         An image with a palette of 128 colours, which halves the PNG of so much sensor noise.
     """
-    spec = LAYOUTS[layout]
+    spec, views = LAYOUTS[layout], 3
     width, height = spec.size
     sheet = Image.new(
         "RGB", (4 * views * width + 12, (identities + 1) // 2 * (height + 4)), "white"

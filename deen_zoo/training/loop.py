@@ -104,6 +104,9 @@ def _diverged(what: str, run: Run) -> str:
     )
 
 
+LOOK_EVERY = 50  # steps between looks at the loss, each of which waits for the device
+
+
 def train(
     task: Task,
     optimizer: torch.optim.Optimizer,
@@ -114,7 +117,6 @@ def train(
     test: Callable[[], dict[str, float]] | None = None,
     resume: bool = False,
     compile: bool = False,
-    log_every: int = 50,
     save_every: int | None = None,
 ) -> None:
     """Train to ``epochs`` epochs; the model ends with the last one's weights.
@@ -133,7 +135,6 @@ def train(
             processes call it.
         resume: Continue from the newest state of ``run``, if there is one.
         compile: Compile the task with ``torch.compile``.
-        log_every: Steps between looks at the loss, each of which waits for the device.
         save_every: Steps between saves within an epoch; None saves at its end only.
 
     Raises:
@@ -176,7 +177,7 @@ def train(
             totals.add(terms, norm)
             run.step += 1
             saving = save_every is not None and run.step % save_every == 0
-            if saving or run.step % log_every == 0:
+            if saving or run.step % LOOK_EVERY == 0:
                 totals.collect(run, world)
             if saving:
                 save()

@@ -33,7 +33,7 @@ from ..data.reader import DRAWN, ReidDataset
 from ..data.transforms import ChannelTransform, TrainTransform
 from ..device import choose_device, resolve_precision
 from ..distributed import Distributed, join
-from ..errors import UserError, plural
+from ..errors import UserError, load_object, plural
 from ..evaluation import ProtocolResult, evaluate, images_of, merge_trials
 from ..evaluation.known import people_digest, refuse_known_people
 from ..features.extractor import FeatureExtractor, data_config, extract, weights_sha256
@@ -48,7 +48,7 @@ from .loop import make_optimizer, train
 from .report import command, write_results
 from .settings import PEOPLE, TRY_WITHOUT_DATA, Settings
 from .state import Run
-from .tasks import load_object, task_class
+from .tasks import task_class
 
 __all__ = ["Settings", "reproduce"]
 
@@ -257,7 +257,7 @@ class _Work:
         samples = self.dataset.train(split)
         people = {sample.identity for sample in samples}
         trained_on = {
-            "dataset": settings.dataset,
+            "dataset": self.dataset.name,
             **({"drawn": True} if self.dataset.drawn else {}),
             "split": split,
             "seed": settings.seed,
@@ -526,11 +526,12 @@ def _build(settings: Settings, num_classes: int) -> Any:
         return model
     if size:
         arguments["pretrained_cfg_overlay"] = {"input_size": (3, *size)}
-    imagenet = not (settings.scratch or name.startswith("test"))
-    if ":" not in name:
-        arguments["pretrained_backbone"] = imagenet
+    name = name.rpartition(":")[2]
+    imagenet = NAMES.get(name, False) and not settings.scratch
+    if imagenet:
+        arguments["pretrained_backbone"] = True
     try:
-        return create_model(name.rpartition(":")[2], num_classes=num_classes, **arguments)
+        return create_model(name, num_classes=num_classes, **arguments)
     except TypeError as error:
         raise UserError(f"--model {name}: {error}; see recipe.model") from error
     except UserError as error:

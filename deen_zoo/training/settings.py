@@ -9,16 +9,17 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..data.datasets import DATASETS, get_dataset, several_splits
+from ..data.datasets import get_dataset, known_datasets, several_splits
 from ..data.reader import ReidDataset
 from ..device import PRECISIONS
 from ..errors import UserError
 from .recipes import RECIPES, Recipe, describe, get_recipe, shown
 from .sections import check_range, setting
 
-__all__ = ["Settings", "add_options"]
+__all__ = ["EXTRACTION", "Settings", "add_options", "add_recipe_changes"]
 
 PEOPLE = 96  # in a synthetic world that is drawn
+EXTRACTION = ("device", "precision", "engine", "batch_size", "threads")  # of an extractor, too
 TRY_WITHOUT_DATA = "without data, try 'deen-zoo reproduce synthetic'"
 
 
@@ -29,9 +30,7 @@ class Settings:
     The fields are described where they are declared, and by ``deen-zoo reproduce --help``.
     """
 
-    dataset: str = setting(
-        MISSING, f"{', '.join(DATASETS)}, which draws its own people, or a registered one"
-    )
+    dataset: str = setting(MISSING, f"{known_datasets()}; synthetic draws its own people")
     output: Path = setting(MISSING, "folder of the run (default: runs/DATASET)", metavar="FOLDER")
     data_root: Path = setting(MISSING, "folder of the dataset", metavar="FOLDER")
     recipe: Recipe = setting(
@@ -64,12 +63,12 @@ class Settings:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     precision: str = setting(
         "auto",
-        "precision of the arithmetic; auto is bfloat16 on a GPU that has it",
+        "auto is bfloat16 on a GPU that has it; int8 needs openvino and a folder of quantize",
         choices=(*PRECISIONS, "int8"),
     )
     engine: str = setting(
         "torch",
-        "computes the descriptors of --eval-only; int8 needs openvino and a folder of quantize",
+        "computes descriptors; openvino is faster on a CPU",
         choices=("torch", "openvino"),
     )
     compile: bool = setting(False, "use torch.compile")
@@ -79,7 +78,7 @@ class Settings:
     threads: int | None = setting(
         None, "threads that decode (default: one per core)", 1, type=int, metavar="N"
     )
-    batch_size: int = setting(64, "images at a time in evaluation", 1, type=int)
+    batch_size: int = setting(64, "images at a time, when descriptors are computed", 1, type=int)
     save_every: int | None = setting(None, "save within epochs too", 1, type=int, metavar="STEPS")
     skip_broken: bool = setting(False, "leave out broken images, with a counted warning")
     resume: bool = setting(False, "continue the run in --output")
@@ -176,9 +175,9 @@ def _check_together(kind: type[ReidDataset], given: dict[str, Any]) -> None:
         raise UserError("--precision int8 is OpenVINO's: give --engine openvino --eval-only")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of all fields of :class:`Settings` but the seed, and ``--set``."""
-    for item in fields(Settings):
+def add_options(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
+    """The options of all fields of :class:`Settings` but the seed, or of the named ones."""
+    for item in (item for item in fields(Settings) if not names or item.name in names):
         argument = {"help": item.metadata["help"], **item.metadata["argument"]}
         if item.name == "dataset":
             parser.add_argument(item.name, **argument)
@@ -187,6 +186,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             if item.default is False:
                 argument["action"] = "store_true"
             parser.add_argument(f"--{item.name.replace('_', '-')}", **argument)
+
+
+def add_recipe_changes(parser: argparse.ArgumentParser) -> None:
+    """``--set``, and all settings that it takes below the examples."""
     parser.add_argument(
         "--set",
         dest="changes",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +10,7 @@ from torch import Tensor, nn
 from ..data.loader import TrainBatch
 from ..device import autocast
 from ..distributed import Distributed
-from ..errors import UserError
+from ..errors import UserError, load_object
 from .losses import (
     batch_hard_triplet_loss,
     cpm_loss,
@@ -24,7 +21,7 @@ from .losses import (
 from .recipes import RECIPES, AGWLoss, DEENLoss, Recipe
 from .sections import Section
 
-__all__ = ["AGWTask", "DEENTask", "Task", "load_object", "task_class"]
+__all__ = ["AGWTask", "DEENTask", "Task", "task_class"]
 
 
 class Task(nn.Module):
@@ -127,23 +124,6 @@ class AGWTask(Task):
                 triplet = weighted_triplet_loss(pool, labels, variant == "squared")
             terms["triplet"] = loss.triplet * triplet
         return terms
-
-
-def load_object(name: str, option: str) -> Any:
-    """What ``package.module:name`` names.
-
-    Raises:
-        UserError: It cannot be imported; the message names the option that gave it.
-    """
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise UserError(f"{option} {name}: give package.module:name")
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # the user's own module, wherever the command lives
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{option} {name}: it cannot be imported ({error})") from error
 
 
 def task_class(name: str | None, model: Any = DEENTask) -> type[Task]:
