@@ -44,6 +44,7 @@ RIGHT, WRONG, PLAIN = "#1a9641", "#d7191c", "#8c8c8c"
 SAME, DIFFERENT = "#2b6cb0", "#d97706"
 INK, FAINT = "#1f2937", "#6b7280"
 SHOWN = (192, 72)  # height and width in pixels of an image on a ranking sheet
+IMAGE = (1.92, 0.72)  # the same in inches, where it is drawn
 BINS = 60  # of a histogram
 STYLE: dict[Any, Any] = {
     "font.size": 9.0,
@@ -115,23 +116,19 @@ def ranking_sheet(
     if not rows:
         raise UserError("a ranking sheet needs at least one query")
     k, correct = result.indices.shape[1], result.correct
-    image = SHOWN[0] / SHOWN[1]  # height of an image, in widths of a column
-    with _figure(file, 0.88 * (k + 1.4), 0.75 * len(rows) * (image + 0.6) + 0.6) as figure:
-        grid = figure.subplots(
-            len(rows), k + 2, squeeze=False,  # the second column is a gap
-            gridspec_kw={
-                "width_ratios": [1, 0.4] + k * [1], "wspace": 0.2, "hspace": 0.6 / image,
-                "left": 0, "right": 1, "bottom": 0,
-            },
-        )  # fmt: skip
-        for axes in grid.flat:
-            axes.set(xticks=[], yticks=[], frame_on=False)
-        grid[0, 0].set_title("query", loc="center")
-        for rank, axes in enumerate(grid[0, 2:], start=1):
-            axes.set_title(str(rank), loc="center")
-        for line, q in zip(grid, rows, strict=True):
-            modality = result.query.describe(q).get("modality", "")
-            _show(line[0], result.query, q, modality, INK, 1.2)
+    # All images stand in one pair of axes, in inches from its upper left corner: axes of their own
+    # for each take twice the time.
+    first = IMAGE[1] + 0.62  # left edge of the best hit
+    lefts = [first + rank * (IMAGE[1] + 0.15) for rank in range(k)]
+    high = IMAGE[0] + 0.42  # of a line
+    width, height = lefts[-1] + IMAGE[1], len(rows) * high
+    with _figure(file, width, height) as figure:
+        axes = figure.add_axes((0, 0, 1, 1))
+        for left, title in zip((0.0, *lefts), ("query", *range(1, k + 1)), strict=True):
+            axes.text(left + IMAGE[1] / 2, -0.08, str(title), ha="center", fontsize=9.5)
+        for line, q in enumerate(rows):
+            top, modality = line * high, result.query.describe(q).get("modality", "")
+            _show(axes, (0.0, top), result.query, q, modality, INK, 1.2)
             hits = zip(result.indices[q].tolist(), result.scores[q].tolist(), strict=True)
             for rank, (i, score) in enumerate(hits):
                 if i < 0:
@@ -139,8 +136,9 @@ def ranking_sheet(
                 right = None if correct is None else bool(correct[q, rank])
                 color, mark = {None: (PLAIN, ""), True: (RIGHT, "✓ "), False: (WRONG, "✗ ")}[right]
                 label, faded = f"{mark}{score:.3f}", score < threshold
-                _show(line[rank + 2], result.gallery, i, label, color, 2.6, faded)
-                line[rank + 2].xaxis.label.set_color(color)
+                _show(axes, (lefts[rank], top), result.gallery, i, label, color, 2.6, faded)
+        axes.set(xlim=(0, width), ylim=(height, 0))
+        axes.set_axis_off()
         handles = [
             Line2D([], [], marker="s", markersize=9, markerfacecolor="none", markeredgewidth=2,
                    linestyle="none", color=color, label=label)
@@ -151,7 +149,7 @@ def ranking_sheet(
             handles.append(Line2D([], [], linestyle="none", label=f"faded: below {threshold:.3f}"))
         figure.legend(
             handles=handles, loc="lower left", ncols=3, borderaxespad=1.5, alignment="left",
-            bbox_to_anchor=grid[0, 2].get_position().corners()[1],
+            bbox_to_anchor=(first / width, 1),
             title="Most similar images, best first. Number: similarity (1 = identical).",
         )  # fmt: skip
 
@@ -402,15 +400,21 @@ def _scaled(heat: Tensor, size: tuple[int, int]) -> np.ndarray[Any, Any]:
 
 
 def _show(
-    axes: Any, table: FeatureTable, row: int, label: str, color: str, width: float,
-    faded: bool = False,
+    axes: Any, place: tuple[float, float], table: FeatureTable, row: int, label: str, color: str,
+    width: float, faded: bool = False,
 ) -> None:  # fmt: skip
-    """An image in its frame; below it the label, and who or what is shown."""
-    image = open_image(table.paths[row], table.intensity)
-    axes.imshow(resize(image, SHOWN), alpha=0.35 if faded else 1.0)
-    axes.set_frame_on(True)
-    axes.spines[:].set(visible=True, color=color, linewidth=width)
+    """An image in its frame, its upper left corner in ``place``; below it the label, and who or
+    what is shown."""
+    from matplotlib.patches import Rectangle
+
+    (left, top), (high, wide) = place, IMAGE
+    image = resize(open_image(table.paths[row], table.intensity), SHOWN)
+    alpha = 0.35 if faded else 1.0
+    axes.imshow(image, alpha=alpha, aspect="auto", extent=(left, left + wide, top + high, top))
+    axes.add_patch(Rectangle(place, wide, high, fill=False, edgecolor=color, linewidth=width,
+                             joinstyle="miter", clip_on=False, zorder=3))  # fmt: skip
     about = table.describe(row)
     name = f"person {about['identity']}" if "identity" in about else Path(about["path"]).stem
     short = name if len(name) <= 12 else f"{name[:8]}…{name[-3:]}"  # as wide as the image
-    axes.set_xlabel(f"{label}\n{short}", fontsize=7.5, labelpad=3)
+    axes.text(left + wide / 2, top + high + 0.06, f"{label}\n{short}", ha="center", va="top",
+              fontsize=7.5, color=color)  # fmt: skip

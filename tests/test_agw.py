@@ -323,8 +323,10 @@ def test_schedule_and_batches_are_the_references(recipe, views):
 
 
 @pytest.mark.parametrize("recipe", ["agw", "caj", "agw-synthetic", "caj-synthetic"])
-def test_reproduce_trains_and_evaluates(recipe, llcm_tree, tmp_path, capsys):
+def test_reproduce_trains_and_evaluates(recipe, llcm_tree, tmp_path, capsys, monkeypatch):
     """On drawn people by each recipe as it is, but for fewer identities a batch."""
+    if recipe != "agw":  # the pictures of one run show the family's
+        monkeypatch.setattr("deen_zoo.training.report._draw", lambda *_: None)
     arguments = ["reproduce", "synthetic", "--data-root", str(llcm_tree), "--model", TINY]
     arguments += ["--recipe", recipe, "--output", str(tmp_path / "run"), "--epochs", "1"]
     arguments += ["--set", "data.identities_per_batch=3", "--protocols", "llcm-ir2vis"]

@@ -15,6 +15,7 @@ import pytest
 from deen_zoo.cli import main
 from deen_zoo.data import datasets, protocols
 from deen_zoo.models import base
+from deen_zoo.training import report
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.S | re.M)
@@ -26,6 +27,14 @@ def test_every_block_of_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     known = [(table, dict(table)) for table in (datasets.DATASETS, protocols.PROTOCOLS)]
     names = dict(base.NAMES)
+    draw = report._draw
+
+    def draw_the_losses(folder, *rest):
+        """Pictures of one run: the one whose curves have a term of its own."""
+        if folder.name == "loss":
+            draw(folder, *rest)
+
+    monkeypatch.setattr(report, "_draw", draw_the_losses)
     try:
         for kind, text in BLOCKS:
             file = re.match(r"# (\w+\.(?:py|toml))\n", text)
@@ -50,6 +59,7 @@ def test_every_block_of_the_page_runs(tmp_path, monkeypatch):
     assert history[0]["norm"] > 0
     log = Path("runs/loss/trial-1/log.csv").read_text().splitlines()[0]
     assert log.startswith("epoch,lr,loss,identity,triplet,cpm,orthogonality,norm,seconds")
+    assert Path("runs/loss/trial-1/curves.png").exists()
     history = json.loads(Path("runs/backbone/results.json").read_text())["models"][0]["history"]
     assert {"identity", "triplet"} < set(history[0]) and "cpm" not in history[0]
     gate = json.loads(Path("runs/gate/results.json").read_text())["protocols"]["gate-ir2vis"]
