@@ -78,7 +78,7 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 def load_module(name: str, option: str) -> ModuleType:
-    """Import a module of the user's own, of the working folder too.
+    """Import the module of ``package.module:name``, of the working folder too.
 
     Raises:
         UserError: It cannot be imported; the message names the option that gave it.
@@ -86,7 +86,7 @@ def load_module(name: str, option: str) -> ModuleType:
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # the user's own module, wherever the command lives
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(name.partition(":")[0])
     except ImportError as error:
         raise UserError(f"{option} {name}: it cannot be imported ({error})") from error
 
@@ -97,10 +97,9 @@ def load_object(name: str, option: str) -> Any:
     Raises:
         UserError: It cannot be imported; the message names the option that gave it.
     """
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise UserError(f"{option} {name}: give package.module:name")
     try:
-        return getattr(load_module(module, option), attribute)
+        return getattr(load_module(name, option), name.partition(":")[2])
     except AttributeError as error:
         raise UserError(f"{option} {name}: it cannot be imported ({error})") from error

@@ -191,7 +191,7 @@ def measured(results: Mapping[str, Any], digest: str) -> Measured:
     if which == "best" and len(models) > 1:
         raise UserError(
             "the results have the best epochs of several splits only as one mean, so these weights "
-            "have no numbers of their own: publish the last epoch, or a run with --trials N"
+            "have no numbers of their own: publish the last epoch, or a run with --splits N"
         )
     entries = []
     for entry in results["protocols"].values():

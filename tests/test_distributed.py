@@ -235,7 +235,7 @@ def test_regdbs_splits_in_two_processes(tmp_path):
 
     root, one, two = (tmp_path / name for name in ("regdb", "one", "two"))
     synthesize("regdb", root, 12, images_per_camera=2, workers=1)
-    options = ("--epochs", "1", "--trials", "1", "2", "--set", "optimizer.lr=0.001")
+    options = ("--epochs", "1", "--splits", "1", "2", "--set", "optimizer.lr=0.001")
     assert main(["reproduce", *command("regdb", root, one, 6, *options)]) == 0
     torchrun(*command("regdb", root, two, 3, *options), kill_when=two / "trial-2" / "log.csv")
     finished = [path.stat().st_mtime_ns for path in (two / "trial-1" / "states").rglob("*.*")]

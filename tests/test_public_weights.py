@@ -127,9 +127,9 @@ def test_the_ten_splits_are_evaluated_in_one_command(tmp_path, monkeypatch, caps
     assert [model["trial"] for model in results["models"]] == list(range(1, 11))
     assert len({model["last"]["sha256"] for model in results["models"]}) == 10
     folder = str(weights_home() / f"{name}.yyds-split3")
-    alone = evaluated(folder, "three", "--trials", "3")["protocols"][protocol]
+    alone = evaluated(folder, "three", "--splits", "3")["protocols"][protocol]
     assert alone["trials"] == [found["trials"][2]]
-    tagless = evaluated(name, "named", "--trials", "3", "7")["protocols"][protocol]
+    tagless = evaluated(name, "named", "--splits", "3", "7")["protocols"][protocol]
     assert tagless["trials"] == [found["trials"][2], found["trials"][6]]
 
     report = (tmp_path / "all" / "report.md").read_text()
@@ -145,7 +145,7 @@ def test_the_ten_splits_are_evaluated_in_one_command(tmp_path, monkeypatch, caps
         file.unlink()
     assert main([*command, f"{name}.yyds", "--output", str(tmp_path / "less")]) == 2
     error = capsys.readouterr().err
-    assert "split 4" in error and "--trials 1 2 3 5" in error and error.count("\n") == 1
+    assert "split 4" in error and "--splits 1 2 3 5" in error and error.count("\n") == 1
 
 
 @needs_official

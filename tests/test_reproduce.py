@@ -68,7 +68,7 @@ def read(folder):
 @pytest.mark.parametrize("dataset", PROTOCOLS)
 def test_the_whole_command(dataset, trees, tmp_path, capsys):
     output = tmp_path / "run"
-    trials = ["--trials", "2", "5"] if dataset == "regdb" else []
+    trials = ["--splits", "2", "5"] if dataset == "regdb" else []
     command = ["reproduce", dataset, "--data-root", str(trees[dataset]), "--output", str(output)]
     assert main([*command, *FAST, *trials]) == 0
     shown = capsys.readouterr()
@@ -163,7 +163,7 @@ def test_without_data_it_says_where_to_ask(dataset, place, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["llcm", "--trials", "2"], "RegDB's splits"),
+    (["llcm", "--splits", "2"], "RegDB's splits"),
     (["llcm", "--epochs", "0"], "--epochs 0: give 1 or more"),
     (["llcm", "--protocols", "sysu-all"], "choose from llcm's, llcm-ir2vis, "),
     (["llcm", "--batch-size", "-3"], "--batch-size -3: give 1 or more"),
@@ -175,8 +175,8 @@ def test_without_data_it_says_where_to_ask(dataset, place, tmp_path, capsys):
     (["unknown"], "choose from sysu, regdb, llcm"),
     (["llcm", "--seed", "0", "1"], "several seeds go with --ablation"),
     (["llcm", "--seed", "0", "0", "--ablation"], "0 0"),  # A7, as the next four: hours later
-    (["regdb", "--trials", "1", "1"], "each once"),
-    (["regdb", "--trials", "1", "99"], "1 to 10"),
+    (["regdb", "--splits", "1", "1"], "each once"),
+    (["regdb", "--splits", "1", "99"], "1 to 10"),
     (["llcm", "--task", "nowhere:Task"], "--task nowhere:Task"),
     (["llcm", "--model", "builtins:dict"], "--model builtins:dict"),
     (["llcm", "--set", "optimizer.learning_rate=1"], "optimizer.lr"),
@@ -244,7 +244,7 @@ def test_a_resume_with_anything_else_is_refused_by_name(change, says, started, c
 
 # Settings in which two halves of a run may differ: their numbers are the same.
 MAY_DIFFER = {
-    "output", "data_root", "cache", "epochs", "trials", "protocols", "people",
+    "output", "data_root", "cache", "epochs", "splits", "protocols", "people",
     "grad_checkpointing",  # to the bit: test_synthetic_twice_and_resumed_gives_the_same
     "save_every", "skip_broken", "resume", "eval_only",
 }  # fmt: skip
@@ -282,13 +282,13 @@ def test_a_resume_looks_at_all_splits_before_it_trains(tmp_path, monkeypatch, ca
     command = ["reproduce", "regdb", "--data-root", str(tmp_path / "regdb"), *FAST]
     command += ["--protocols", "regdb-ir2vis", "--output", str(tmp_path)]
     command += ["--set", "data.identities_per_batch=2", "--set", "data.images_per_modality=2"]
-    assert main([*command, "--trials", "1"]) == 0
+    assert main([*command, "--splits", "1"]) == 0
     for other, says in (
         (["--seed", "1"], "seed 0, now 1"),
         (["--batch-size", "7"], "batch_size 64, now 7"),
         (["--epochs", "1"], "--epochs 2 or more"),
     ):
-        assert main([*command, "--trials", "2", "1", "--resume", *other]) == 2
+        assert main([*command, "--splits", "2", "1", "--resume", *other]) == 2
         assert says in capsys.readouterr().err.splitlines()[-1]
         assert not (tmp_path / "trial-2").exists()
 
@@ -343,19 +343,19 @@ def test_results_never_lie_next_to_weights_of_which_they_say_nothing(
 
 
 def test_another_split_is_trained_when_a_run_is_resumed(tmp_path, monkeypatch, capsys):
-    """With --trials 2 --resume after --trials 1 it gave the results of split 1."""
+    """With --splits 2 --resume after --splits 1 it gave the results of split 1."""
     monkeypatch.setattr("deen_zoo.training.report._draw", lambda *_: None)
     tiny_trees.regdb(tmp_path / "regdb", 4, 2)
     command = ["reproduce", "regdb", "--data-root", str(tmp_path / "regdb"), *FAST, "--epochs", "1"]
     command += ["--protocols", "regdb-ir2vis", "--output", str(tmp_path)]
-    assert main([*command, "--trials", "1", "--output", str(tmp_path / "few")]) == 2
+    assert main([*command, "--splits", "1", "--output", str(tmp_path / "few")]) == 2
     option = "--set data.identities_per_batch=2"
     assert option in capsys.readouterr().err  # C9: the advice named no option
     command += [*option.split(), "--set", "data.images_per_modality=2"]
-    assert main([*command, "--trials", "1"]) == 0
+    assert main([*command, "--splits", "1"]) == 0
     one, first = read(tmp_path), tmp_path / "trial-1" / "log.csv"
     before = first.read_bytes()
-    assert main([*command, "--trials", "1", "2", "--resume"]) == 0
+    assert main([*command, "--splits", "1", "2", "--resume"]) == 0
     both = read(tmp_path)
     assert [model["trial"] for model in both["models"]] == [1, 2]
     trials = both["protocols"]["regdb-ir2vis"]["trials"]
@@ -404,7 +404,7 @@ def test_people_that_a_model_was_trained_on_are_not_scored(trees, tmp_path, caps
     """B8: the model of split 1 was scored on split 2, whose test set has its training people."""
     output = tmp_path / "run"
     command = ["reproduce", "regdb", "--data-root", str(trees["regdb"]), *FAST, "--epochs", "1"]
-    assert main([*command, "--trials", "1", "--output", str(output)]) == 0
+    assert main([*command, "--splits", "1", "--output", str(output)]) == 0
     checkpoint = output / "trial-1" / "checkpoint"
     trained = json.loads((checkpoint / "config.json").read_text())["deen_zoo"]["trained_on"]
     people = sorted({str(s.identity) for s in open_dataset("regdb", trees["regdb"]).train(1)})
@@ -415,14 +415,14 @@ def test_people_that_a_model_was_trained_on_are_not_scored(trees, tmp_path, caps
     }  # fmt: skip
     evaluation = [*command[:4], "--device", "cpu", "--threads", "1", "--eval-only", str(checkpoint)]
     capsys.readouterr()
-    assert main([*evaluation, "--trials", "2", "--output", str(tmp_path / "two")]) == 2
+    assert main([*evaluation, "--splits", "2", "--output", str(tmp_path / "two")]) == 2
     error = capsys.readouterr().err
     assert "trained on split 1" in error and "test set of split 2" in error
     # Named in another way, as installed weights and those of the Hub are, they know them as well.
-    named = [*evaluation[:-1], f"local-dir:{checkpoint}", "--trials", "2"]
+    named = [*evaluation[:-1], f"local-dir:{checkpoint}", "--splits", "2"]
     assert main([*named, "--output", str(tmp_path / "named")]) == 2
     assert "trained on split 1" in capsys.readouterr().err
-    assert main([*evaluation, "--trials", "1", "--output", str(tmp_path / "one")]) == 0
+    assert main([*evaluation, "--splits", "1", "--output", str(tmp_path / "one")]) == 0
 
 
 @pytest.mark.parametrize("name", ["synthetic", "llcm"])
@@ -512,7 +512,7 @@ def test_a_checkpoint_is_evaluated_at_the_intensity_it_was_trained_at(tmp_path, 
             counts = 7000 + 8 * np.asarray(image.convert("L").resize((32, 64))).astype(np.uint16)
         file.unlink()
         Image.fromarray(counts).save(file, "PNG")
-    command = ["reproduce", "regdb", "--data-root", str(root), *FAST[:2], *FAST[4:], "--trials",
+    command = ["reproduce", "regdb", "--data-root", str(root), *FAST[:2], *FAST[4:], "--splits",
                "1", "--protocols", "regdb-ir2vis", "--output"]  # fmt: skip
     scaled = "data.intensity=7000,9040"
     small = ["--set", "data.identities_per_batch=2", "--set", "data.images_per_modality=2"]

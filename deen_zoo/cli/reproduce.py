@@ -15,7 +15,7 @@ EXAMPLES = """\
   deen-zoo reproduce synthetic
   deen-zoo reproduce llcm --data-root /data/LLCM --output runs/llcm
   deen-zoo reproduce llcm --data-root /data/LLCM --output runs/llcm --resume
-  deen-zoo reproduce regdb --data-root /data/RegDB --trials 1 2 3
+  deen-zoo reproduce regdb --data-root /data/RegDB --splits 1 2 3
   deen-zoo reproduce sysu --data-root /data/SYSU-MM01 --recipe paper
   deen-zoo reproduce sysu --data-root /data/SYSU-MM01 --set optimizer.lr=0.05 --set loss.cpm=0.5
   deen-zoo reproduce sysu --data-root /data/SYSU-MM01 --recipe my.toml --task mine:MyTask

@@ -163,9 +163,9 @@ def get_protocol(name: str) -> Protocol:
     Raises:
         UserError: There is none; the message lists the known ones.
     """
-    module, _, name = name.rpartition(":")
-    if module:
-        load_module(module, "protocol")
+    if ":" in name:
+        load_module(name, "protocol")
+        name = name.partition(":")[2]
     check_choice("protocol", name, PROTOCOLS)
     return PROTOCOLS[name]
 

@@ -87,7 +87,7 @@ def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str,
         record = _record(settings, fingerprint, world)
         run = {
             "record": record,
-            "trials": list(settings.trials),
+            "trials": list(settings.splits),
             "epochs": settings.epochs,
             "protocols": list(settings.protocols),
         }
@@ -97,7 +97,7 @@ def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str,
         if settings.resume and not settings.eval_only:
             world.once(lambda: _check_states(settings, record))
         models, work = [], _Work(settings, dataset, world)
-        for split in settings.trials:
+        for split in settings.splits:
             entry = work.given(split) if settings.eval_only else work.train(split, record)
             models.append(entry)
             work.evaluate(entry)
@@ -126,7 +126,7 @@ def _finished(settings: Settings, run: dict[str, Any]) -> dict[str, Any] | None:
 
 def _check_states(settings: Settings, record: dict[str, Any]) -> None:
     """Refuse to resume any of the splits with other settings, before one of them is trained."""
-    for split in settings.trials:
+    for split in settings.splits:
         Run(settings.folder(split), record | {"trial": split}).check(settings.epochs)
 
 
@@ -142,7 +142,7 @@ def check_early(settings: Settings) -> None:
         other = read_object(file).get("eval_only")
         if other != settings.eval_only:
             raise UserError(f"{file} is of {other}: choose another --output")
-    for split in settings.trials:
+    for split in settings.splits:
         if settings.eval_only:
             _checkpoint(settings, split)
             if Run(settings.folder(split)).newest:
@@ -189,7 +189,7 @@ def _check_data(settings: Settings, world: Distributed) -> ReidDataset:
 
 def _check_matches(settings: Settings, dataset: ReidDataset) -> None:
     """Refuse a test set in which nobody is on both sides, before hours of training."""
-    for split in settings.trials:
+    for split in settings.splits:
         for name in settings.protocols:
             number = get_protocol(name).trials_of(split)[0]
             sides = dataset.query(name, number), dataset.gallery(name, number)
@@ -495,15 +495,15 @@ def _checkpoint(settings: Settings, split: int) -> str:
             have = " ".join(map(str, splits))
             raise UserError(
                 f"{source}: no weights of split {split} are installed: install them with "
-                f"'deen-zoo convert FILE --install', or evaluate those there are, --trials {have}"
+                f"'deen-zoo convert FILE --install', or evaluate those there are, --splits {have}"
             )
         return str(splits[split])
-    if len(settings.trials) > 1:
+    if len(settings.splits) > 1:
         folder = Path(source) / f"trial-{split}" / "checkpoint"
         if not folder.is_dir():
             raise UserError(
                 f"{folder}: there is no such folder; each split of {settings.kind.title} has a "
-                "model of its own: give the output folder of a run, or --trials with the one split "
+                "model of its own: give the output folder of a run, or --splits with the one split "
                 "of a checkpoint"
             )
         return str(folder)

@@ -42,7 +42,7 @@ class Settings:
         MISSING, "a model by name, or package.module:function (default: the dataset's)"
     )
     epochs: int = setting(MISSING, "stop after so many epochs (default: the recipe's)", 1, type=int)
-    trials: tuple[int, ...] = setting(
+    splits: tuple[int, ...] = setting(
         MISSING, f"some of {several_splits()}", type=int, nargs="+", metavar="N"
     )
     protocols: tuple[str, ...] = setting(
@@ -114,12 +114,12 @@ class Settings:
         for name, folder in (("--output", output), ("--cache", Path(given.get("cache", output)))):
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{name} {folder}: it is a file; give a folder")
-        trials = tuple(given.get("trials", kind.splits))
-        if "trials" in given and len(kind.splits) == 1:
-            raise UserError(f"--trials chooses among {several_splits()}; {dataset} has one")
-        if len(set(trials)) < len(trials) or not set(trials) <= set(kind.splits):
+        splits = tuple(given.get("splits", kind.splits))
+        if "splits" in given and len(kind.splits) == 1:
+            raise UserError(f"--splits chooses among {several_splits()}; {dataset} has one")
+        if len(set(splits)) < len(splits) or not set(splits) <= set(kind.splits):
             raise UserError(
-                f"--trials {' '.join(map(str, trials))}: choose from {kind.splits[0]} to "
+                f"--splits {' '.join(map(str, splits))}: choose from {kind.splits[0]} to "
                 f"{kind.splits[-1]}, each once"
             )
         for item in fields(cls):
@@ -143,7 +143,7 @@ class Settings:
             "task": recipe.task,
             "protocols": known,
         }
-        chosen = usual | given | {"recipe": recipe, "trials": trials}
+        chosen = usual | given | {"recipe": recipe, "splits": splits}
         for name in ("data_root", "cache"):
             chosen[name] = chosen[name] and Path(chosen[name])
         chosen["protocols"] = tuple(chosen["protocols"])
