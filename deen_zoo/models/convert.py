@@ -27,10 +27,10 @@ import torch
 from ..data.datasets import get_dataset, several_splits
 from ..data.reader import ReidDataset
 from ..errors import UserError, brief, check_choice
-from ..io import check_new_folder, sha256, whole_folder
+from ..io import check_new_folder, whole_folder
 from . import create_model, list_models, save_pretrained
 from .catalog import weights_home
-from .pretrained import WEIGHTS, in_words, misfits
+from .pretrained import in_words, misfits, read_config
 
 __all__ = ["SOURCES", "ConversionReport", "Source", "convert", "read_checkpoint", "recognise"]
 
@@ -450,15 +450,23 @@ def convert(
     target = weights_home() / f"{found.model}.{tag}" if folder is None else check_new_folder(folder)
 
     identities = _identities(found.state)
-    net = create_model(found.model, num_classes=identities, **found.source.arguments(found.model))
-    counters = {n: t for n, t in net.state_dict().items() if n.endswith("num_batches_tracked")}
+    with torch.device("meta"):
+        net = create_model(
+            found.model, num_classes=identities, **found.source.arguments(found.model)
+        )
+    counters = {
+        name: torch.zeros_like(tensor, device="cpu")
+        for name, tensor in net.state_dict().items()
+        if name.endswith("num_batches_tracked")
+    }
     weights = {**counters, **weights}
-    net.load_state_dict(weights)
+    net.load_state_dict(weights, assign=True)
     net.trained_on = {"source": found.source.tag, "dataset": kind.name}
     if split is not None:
         net.trained_on["split"] = split
     with whole_folder(target) as partial:
         save_pretrained(net, partial)
+        digest = read_config(partial)["deen_zoo"]["weights_sha256"]  # loading compares it
         loaded = timm.create_model(f"local-dir:{partial}", pretrained=True).state_dict()
         differing = [n for n, tensor in loaded.items() if not torch.equal(tensor, weights[n])]
         if differing:
@@ -475,7 +483,7 @@ def convert(
         source_keys=len(content["net"]),
         keys=len(weights),
         half_precision=half,
-        sha256=sha256(target / WEIGHTS),
+        sha256=digest,
         epoch=None if epoch is None else int(epoch),
         rank1=_score(content, "cmc"),
         mAP=_score(content, "mAP"),
