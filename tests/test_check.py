@@ -415,7 +415,7 @@ def test_official_draw_is_checked_beforehand(copy):
     assert not [n for n in check_dataset("sysu", root).notes if n.kind == "official draw"]
     write_permutations(root, drop=2)
     notes = [n for n in check_dataset("sysu", root).notes if n.kind == "official draw"]
-    assert len(notes) == 1 and "which is not on disk" in notes[0].detail
+    assert len(notes) == 1 and "not on disk" in notes[0].detail
 
 
 def test_counts_stand_beside_the_expected_ones(roots, monkeypatch):

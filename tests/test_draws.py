@@ -199,14 +199,14 @@ def test_official_draw_takes_the_first_of_the_permutation(tmp_path, protocol, ca
 def test_official_draw_errors(tmp_path):
     pytest.importorskip("scipy")
     dataset = open_dataset("sysu", trees.sysu(tmp_path))
-    with pytest.raises(UserError, match=r"rand_perm_cam\.mat: there is no such file; take it from"):
+    with pytest.raises(UserError, match=r"rand_perm_cam\.mat: .*no such file"):
         dataset.gallery("sysu-all", draw="official")
     mat = tmp_path / "exp/rand_perm_cam.mat"
     mat.write_bytes(b"not a mat file")
-    with pytest.raises(UserError, match="not the authors' rand_perm_cam.mat"):
+    with pytest.raises(UserError, match="not the authors'"):
         read_permutations(tmp_path)
     write_permutations(tmp_path, drop=3)  # drawn for a tree with three more images in each folder
-    with pytest.raises(UserError, match="which is not on disk"):
+    with pytest.raises(UserError, match="not on disk"):
         dataset.gallery("sysu-all", draw="official", shots=10)
     with pytest.raises(UserError, match="has no trial 10"):
         draw_gallery(dataset.test("visible"), 10, permutations=read_permutations(tmp_path))
@@ -238,5 +238,5 @@ def test_draw_arguments_are_checked(tmp_path):
         llcm.gallery("llcm-ir2vis", 10)
     with pytest.raises(UserError, match="trials 1 to 10, not"):
         regdb.query("regdb-vis2ir", 0)
-    with pytest.raises(UserError, match=r"protocol 'sysu-all' for LLCM; it has llcm-ir2vis"):
+    with pytest.raises(UserError, match=r"sysu-all.*llcm-ir2vis"):
         llcm.query("sysu-all")

@@ -99,7 +99,7 @@ def test_tables_are_joined_row_after_row(suffix, tmp_path):
     assert found.paths == [*first.paths, "/b/1.jpg"]
     assert found.labels["identity"].tolist() == [7, 8, 7, -1]
     assert found.unreadable == {"x": "gone", "y": "gone too"}
-    with pytest.raises(UserError, match="identity is unknown for 1 of 4"):
+    with pytest.raises(UserError, match="identity .*1 of 4"):
         found.samples()
     write_feature_table(tmp_path / f"g.{suffix}", [unlabelled])
     assert set(read_feature_table(tmp_path / f"g.{suffix}").labels) == {"infrared"}
@@ -198,7 +198,7 @@ def test_what_may_differ_and_what_does_not_say():
         (table(), table(provenance={}, source="o")),
         (table(provenance={}, source="o"), table()),
     ):
-        with pytest.raises(UserError, match="o does not say what made its features"):
+        with pytest.raises(UserError, match="o does not say"):
             check_comparable(a, b)
     with pytest.raises(UserError, match="features of 2 numbers"):
         check_comparable(table(), table(features=torch.zeros(3, 2)))
@@ -221,7 +221,7 @@ def test_other_intensities_are_said_where_both_have_infrared_rows(recwarn):
 @pytest.mark.parametrize("values", [[1.2, 1.7], [True, False], [2**63], [1, None], ["a", 1.5]])
 def test_labels_are_whole_numbers_or_words(values):
     """B2: floats were cut off, and people of 1.2 and 1.7 became one."""
-    with pytest.raises(UserError, match="whole number of 64 bits, or a word"):
+    with pytest.raises(UserError, match="64 bits"):
         label_column(values)
 
 

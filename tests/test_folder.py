@@ -72,10 +72,10 @@ def test_csv_faults_are_named_by_line(text, message, tmp_path):
 
 
 def test_csv_that_is_none(tmp_path):
-    with pytest.raises(UserError, match="there is no such file"):
+    with pytest.raises(UserError, match="no such file"):
         read_csv(tmp_path / "absent.csv")
     (tmp_path / "latin.csv").write_bytes(b"path,modality\n\xe9.jpg,visible\n")
-    with pytest.raises(UserError, match="not a CSV file in UTF-8"):
+    with pytest.raises(UserError, match="UTF-8"):
         read_csv(tmp_path / "latin.csv")
 
 
@@ -137,7 +137,7 @@ def test_own_data_is_a_dataset(tmp_path):
     write(tmp_path / "train/visible/17/x.jpg", "visible")
     write(tmp_path / "train/infrared/17/x.jpg", "infrared")
     assert main(["check", "own", str(tmp_path)]) == 1
-    with pytest.raises(UserError, match="identity 17: in both training and test"):
+    with pytest.raises(UserError, match="identity 17: "):
         open_dataset("own", tmp_path).train()
 
 
@@ -147,7 +147,7 @@ def test_own_data_mistakes(tmp_path, capsys):
         assert message in capsys.readouterr().err
         (tmp_path / "data").mkdir(exist_ok=True)
     (tmp_path / "images.csv").write_text("path,modality\nx.jpg,visible\n")
-    with pytest.raises(UserError, match=r"images\.csv: 1 row without an identity"):
+    with pytest.raises(UserError, match=r"images\.csv: 1 row"):
         open_folder(tmp_path)
 
 
@@ -217,7 +217,7 @@ def test_one_layout_for_evaluation_and_below_train_and_test_for_training(tmp_pat
     dataset = open_dataset("own", root)
     assert not dataset.trainable and len(dataset.query("own-ir2vis")) == 1
     assert dataset.fingerprint()["images"] == 2
-    with pytest.raises(UserError, match="no folder train in it; training needs ROOT/train"):
+    with pytest.raises(UserError, match="ROOT/train"):
         dataset.train()
 
 
@@ -226,10 +226,10 @@ def test_an_identity_without_images_is_a_fault(tmp_path):
     root = own_tree(tmp_path)
     (root / "train/visible/9").mkdir()
     (root / "train/visible/9/a.heic").write_bytes(b"x")
-    with pytest.raises(UserError, match="train/visible/9: no image in it that can be read"):
+    with pytest.raises(UserError, match="train/visible/9: no image"):
         open_dataset("own", root).train()
     assert [f.where for f in check_dataset("own", root).faults] == ["train/visible/9"]
     with pytest.warns(UserWarning, match="training set") as caught:
         open_dataset("own", root, skip_broken=True).train()
     said = " ".join(str(warning.message) for warning in caught)
-    assert "1 fault in the training set" in said and "train/visible/9/a.heic" in said
+    assert "1 fault" in said and "train/visible/9/a.heic" in said

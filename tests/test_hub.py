@@ -509,11 +509,11 @@ def test_weights_that_were_not_measured(folder, tmp_path):
         publish(tmp_path, "lab/tiny", dry_run=tmp_path / "out")
     bare = shutil.copytree(folder, tmp_path / "bare")
     (bare / "results.json").unlink()
-    with pytest.raises(UserError, match="nothing unmeasured is published: .*--eval-only"):
+    with pytest.raises(UserError, match="--eval-only"):
         publish(bare, "lab/tiny", dry_run=tmp_path / "out")
     weights = bare / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
-    with pytest.raises(UserError, match="is not the file that its config.json was written for"):
+    with pytest.raises(UserError, match="config.json was written"):
         publish(bare, "lab/tiny", results=folder / "results.json", dry_run=tmp_path / "out")
 
 

@@ -371,7 +371,7 @@ def test_labels_may_be_strings_or_words(protocol):
 def test_people_that_nobody_knows_are_not_one_person():
     """B2: images of a CSV file without identities were all of -1, and scored as one person."""
     unknown = [s._replace(identity=-1) for s in WORLD]
-    with pytest.raises(UserError, match="identity is not known: label it"):
+    with pytest.raises(UserError, match="identity is not known"):
         evaluate(FEATURES, unknown, "own-ir2vis")
     nowhere = [s._replace(camera=-1) for s in WORLD]  # RegDB's rule asks for no camera
     expected = evaluate(FEATURES, WORLD, "own-ir2vis").mean

