@@ -88,7 +88,9 @@ def _figure(file: str | os.PathLike[str], width: float, height: float) -> Iterat
         yield figure
         suffix = Path(file).suffix.lower()
         image = io.BytesIO()
-        figure.savefig(image, format=suffix[1:], dpi=150, metadata=UNDATED[suffix])
+        # Pillow's own level of compression, 6, takes three times as long and saves 4 %.
+        png: dict[str, Any] = {"pil_kwargs": {"compress_level": 4}} if suffix == ".png" else {}
+        figure.savefig(image, format=suffix[1:], dpi=150, metadata=UNDATED[suffix], **png)
     write_atomically(file, image.getvalue())
 
 

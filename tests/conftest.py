@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,13 @@ from deen_zoo.synthetic import synthesize
 
 torch.set_num_threads(1)
 keep_freed_memory()  # as every command does
+# With it OpenVINO reports each conversion to its makers, by dozens of processes that it forks.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the collector need not look at it again and again, nor at the end."""
+    gc.freeze()
 
 
 def _tree(

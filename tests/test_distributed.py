@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +14,8 @@ import torch
 from deen_zoo.distributed import Distributed, join
 from deen_zoo.synthetic import synthesize
 from deen_zoo.training.state import Run, load_state
+
+from . import forked
 
 SCRIPT = """
 import sys
@@ -70,31 +71,32 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(script: str, *arguments: str, size: int = 2) -> None:
-    """Run a script in ``size`` processes as torchrun does, on a free port."""
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(size),
-        "OMP_NUM_THREADS": "1",
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, *arguments],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[1],
-            stderr=subprocess.PIPE,
-            text=True,
+def ranks(*words: object, size: int = 2) -> list[forked.Program]:
+    """A program in ``size`` processes, with the environment that torchrun gives them."""
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    return [
+        forked.Program(
+            *words, env={**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         )
         for rank in range(size)
     ]
-    errors = [process.communicate(timeout=1000)[1] for process in started]
-    assert not any(process.returncode for process in started), errors
+
+
+def launch(*words: object) -> None:
+    """Run a program in two processes to its end, or until one of them fails."""
+    started = ranks(*words)
+    while None in (codes := [process.poll() for process in started]) and not any(codes):
+        time.sleep(0.01)
+    for process in started:
+        process.kill()
+    said = [process.communicate() for process in started]
+    assert codes == [0, 0], said
 
 
 @pytest.mark.slow
 def test_two_processes_train_one_model_and_share_the_images(llcm_tree, tmp_path):
-    launch(SCRIPT, str(llcm_tree), str(tmp_path))
+    launch("-c", SCRIPT, llcm_tree, tmp_path)
     one, two = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1))
     for name, tensor in one["state"].items():
         assert torch.equal(tensor, two["state"][name]), name
@@ -157,35 +159,49 @@ with join(torch.device("cpu")) as world:
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_same_batch():
     """A1: losses, gradients, batch statistics and weights of two steps, in float64 to 1e-9."""
-    launch(STEPS)
+    launch("-c", STEPS)
 
 
-def torchrun(*arguments: str, kill_when: Path | None = None) -> None:
-    """``torchrun -m deen_zoo.reproduce`` in two processes; all killed once a folder is there."""
+def torchrun(*arguments: str) -> None:
+    """``torchrun -m deen_zoo.reproduce`` itself, with two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                "--master-port", str(free_port()), "-m", "deen_zoo.reproduce"]  # fmt: skip
-    process = subprocess.Popen(
-        [*command, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    if kill_when is None:
-        output = process.communicate(timeout=1000)[0]
-        assert process.returncode == 0, output
-        return
-    while process.poll() is None and not kill_when.exists():
+    done = subprocess.run(
+        [*command, *arguments], cwd=forked.ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+REPRODUCE = """
+import sys
+from deen_zoo.cli import main
+from deen_zoo.training import report
+report._draw = lambda *_: None  # no pictures
+sys.exit(main(["reproduce", *sys.argv[1:]]))
+"""
+
+
+def in_two(*arguments: str) -> None:
+    """The same without torchrun, and without pictures."""
+    launch("-c", REPRODUCE, *arguments)
+
+
+def kill_two(*arguments: str, when: Path) -> None:
+    """Kill both processes once a file is there."""
+    started = ranks("-c", REPRODUCE, *arguments)
+    while not when.exists():
+        assert all(process.poll() is None for process in started), started[0].communicate()
         time.sleep(0.01)
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
-    for pid in (process.pid, *map(int, children)):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
-    assert kill_when.exists()
+    for process in started:
+        process.kill()
+    for process in started:
+        process.wait()
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr("deen_zoo.training.report._draw", lambda *_: None)
 
 
 def results(folder: Path) -> dict:
@@ -206,7 +222,7 @@ def command(dataset: str, root: Path, output: Path, per_batch: int, *more: str) 
 
 
 @pytest.mark.slow
-def test_reproduce_in_two_processes(llcm_tree, tmp_path):
+def test_reproduce_in_two_processes(llcm_tree, tmp_path, no_pictures):
     """A1, A2: it ended without results, or hung when resumed; now fresh, and resumed after both
     processes were killed, it has the numbers of one process with the same global batch."""
     from deen_zoo.cli import main
@@ -215,9 +231,9 @@ def test_reproduce_in_two_processes(llcm_tree, tmp_path):
     epochs = ("--epochs", "2", "--protocols", "llcm-ir2vis", "--set", "optimizer.lr=0.001")
     assert main(["reproduce", *command("llcm", llcm_tree, one, 6, *epochs)]) == 0
     torchrun(*command("llcm", llcm_tree, two, 3, *epochs))
-    torchrun(*command("llcm", llcm_tree, killed, 3, *epochs),
-             kill_when=killed / "states" / "epoch-00001-step-0000000")  # fmt: skip
-    torchrun(*command("llcm", llcm_tree, killed, 3, *epochs), "--resume")
+    saved = killed / "states" / "epoch-00001-step-0000000"
+    kill_two(*command("llcm", llcm_tree, killed, 3, *epochs), when=saved)
+    in_two(*command("llcm", llcm_tree, killed, 3, *epochs), "--resume")
     for name, mean in numbers(one).items():
         assert numbers(two)[name] == pytest.approx(mean, abs=0.005), name
     history = [[row["loss"] for row in results(f)["models"][0]["history"]] for f in (one, two)]
@@ -228,7 +244,7 @@ def test_reproduce_in_two_processes(llcm_tree, tmp_path):
 
 
 @pytest.mark.slow
-def test_regdbs_splits_in_two_processes(tmp_path):
+def test_regdbs_splits_in_two_processes(tmp_path, no_pictures):
     """A1, A2: killed between its splits and resumed, it has the numbers of one process; the
     finished split is not trained again."""
     from deen_zoo.cli import main
@@ -237,9 +253,9 @@ def test_regdbs_splits_in_two_processes(tmp_path):
     synthesize("regdb", root, 12, images_per_camera=2, workers=1)
     options = ("--epochs", "1", "--splits", "1", "2", "--set", "optimizer.lr=0.001")
     assert main(["reproduce", *command("regdb", root, one, 6, *options)]) == 0
-    torchrun(*command("regdb", root, two, 3, *options), kill_when=two / "trial-2" / "log.csv")
+    kill_two(*command("regdb", root, two, 3, *options), when=two / "trial-2" / "log.csv")
     finished = [path.stat().st_mtime_ns for path in (two / "trial-1" / "states").rglob("*.*")]
-    torchrun(*command("regdb", root, two, 3, *options), "--resume")
+    in_two(*command("regdb", root, two, 3, *options), "--resume")
     again = [path.stat().st_mtime_ns for path in (two / "trial-1" / "states").rglob("*.*")]
     assert again == finished
     assert [model["trial"] for model in results(two)["models"]] == [1, 2]
@@ -250,7 +266,7 @@ def test_regdbs_splits_in_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_ablation_in_two_processes(llcm_tree, tmp_path):
+def test_the_ablation_in_two_processes(llcm_tree, tmp_path, no_pictures):
     """A1, A2: killed in its third row and resumed, all seven are there; the finished ones are
     read back, and the first and the last have the numbers of one process."""
     from deen_zoo.cli import main
@@ -258,10 +274,10 @@ def test_the_ablation_in_two_processes(llcm_tree, tmp_path):
     options = ("--epochs", "1", "--protocols", "llcm-ir2vis", "--set", "optimizer.lr=0.001")
     both = [*command("llcm", llcm_tree, tmp_path, 3, *options), "--ablation"]
     folders = tmp_path / "ablation"
-    torchrun(*both, kill_when=folders / "dee+cpm" / "seed-0" / "log.csv")
+    kill_two(*both, when=folders / "dee+cpm" / "seed-0" / "log.csv")
     kept = folders / "baseline" / "seed-0" / "checkpoint" / "model.safetensors"
     before = kept.stat().st_mtime_ns
-    torchrun(*both, "--resume")
+    in_two(*both, "--resume")
     assert kept.stat().st_mtime_ns == before
     rows = json.loads((tmp_path / "ablation.json").read_text())["rows"]
     assert len(rows) == 7
@@ -302,6 +318,6 @@ with join(torch.device("cpu")) as world:
 @pytest.mark.slow
 def test_all_processes_stop_together(tmp_path):
     """A6: one process found the loss infinite, or could not write, and the others waited."""
-    launch(STOPS, str(tmp_path))
+    launch("-c", STOPS, tmp_path)
     for rank in (0, 1):
         assert (tmp_path / f"rank-{rank}").read_text() == "diverged FileNotFoundError"

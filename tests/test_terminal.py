@@ -29,7 +29,7 @@ from deen_zoo.features.files import FeatureTable, write_feature_table
 from deen_zoo.features.project import read_head
 from deen_zoo.io import reserved, sha256, whole_folder
 
-from . import test_hub, test_sources
+from . import forked, test_hub, test_sources
 
 ROOT = Path(__file__).parents[1]
 DEEN_ZOO = [sys.executable, "-m", "deen_zoo"]
@@ -42,12 +42,6 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 def environment(**more: str) -> dict[str, str]:
     keep = {k: v for k, v in os.environ.items() if not k.startswith("COV")}
     return keep | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | more
-
-
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    """A program in an interpreter of its own."""
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)
 
 
 def shell(command: str, *arguments: object, **more: str) -> subprocess.CompletedProcess[bytes]:
@@ -88,7 +82,8 @@ def test_a_command_imports_what_it_needs():
         "for module in LIGHT.values(): importlib.import_module('deen_zoo.' + module)\n"
         "print(*[m for m in ('timm', 'torchvision') if m in sys.modules])"
     )
-    done = python(code)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()) == (0, []), (done.stdout, done.stderr)
 
 
@@ -118,8 +113,8 @@ def test_a_signal_while_python_ends_changes_nothing():
         "import builtins; builtins.last = Last()\n"  # goes when the interpreter does
         "terminal.exit_quietly(0)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True)
-    assert (done.returncode, done.stderr) == (0, b"")
+    done = forked.run("-c", code, env=environment(), finalize=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @linux
@@ -140,7 +135,7 @@ def test_a_signal_within_a_finalizer_is_not_lost(number):
         "except KeyboardInterrupt as stop:\n"
         "    print(type(stop).__name__)\n"
     )
-    done = python(code)
+    done = forked.run("-c", code, env=environment(), finalize=True)
     assert done.stdout.split() == [{2: "KeyboardInterrupt", 15: "Terminated"}[number]], done
     assert done.stderr == ""
 
@@ -168,7 +163,7 @@ def test_a_signal_that_is_sent_again_too_early_is_not_lost():
         "except KeyboardInterrupt:\n"
         "    print('raised')\n"
     )
-    done = python(code)
+    done = forked.run("-c", code, env=environment(), finalize=True)
     assert (done.stdout, done.stderr) == ("raised\n", "")
 
 
@@ -185,8 +180,8 @@ def test_a_signal_is_not_logged_by_what_it_ends():
         "except KeyboardInterrupt:\n"
         "    logging.getLogger('torch').exception('failed')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True)
-    assert (done.returncode, done.stderr) == (0, b"")
+    done = forked.run("-c", code, env=environment(), finalize=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_closed_locale(tmp_path):
@@ -333,7 +328,7 @@ def start(words: list[str], cwd: Path, **more: str) -> subprocess.Popen[str]:
     return process
 
 
-def settle(process: subprocess.Popen[str]) -> str:
+def settle(process: subprocess.Popen[str] | forked.Program) -> str:
     """Wait until the process and all that it started have ended; its stderr."""
     said = process.communicate(timeout=1000)[1]
     no_orphans(process.pid)
@@ -347,85 +342,8 @@ def no_orphans(leader: int) -> None:
         time.sleep(0.01)
 
 
-# Forks commands from a process that has imported what takes seconds. As in a process of its own,
-# a command starts with no handlers and ends with Python's own end.
-FORKED = """
-import json, os, sys, tempfile
-import matplotlib.figure, onnxscript, sklearn.manifold
-from deen_zoo import models, terminal
-from deen_zoo.cli import main
-from deen_zoo.training import reproduce
-for line in iter(sys.stdin.readline, ""):
-    words, folder, more, closed = json.loads(line)
-    if child := os.fork():
-        print(child, flush=True)
-        sys.stdin.readline()  # until then it may be sent signals, also if it has ended
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        continue
-    os.setsid()
-    os.chdir(folder)
-    os.environ.update(more)
-    tempfile.tempdir = None
-    for number, file in enumerate((os.devnull, os.devnull, "../stderr")):
-        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-    if closed:
-        reader, writer = os.pipe()
-        os.dup2(writer, 1)
-        for number in (reader, writer, 2):
-            os.close(number)
-        sys.stderr = None  # as Python has it in a process that is started so
-    sys.orig_argv = [sys.executable, "-m", "deen_zoo", *words]
-    terminal.prepare()
-    sys.exit(main(words))
-"""
-
-
-class Forked:
-    """A command that is forked in a folder, in a session of its own.
-
-    ``closed`` is without a stderr, and with a reader of stdout that has left.
-    """
-
-    def __init__(
-        self, server: subprocess.Popen[str], words: list[str], cwd: Path, closed: bool = False,
-        **more: str,
-    ):  # fmt: skip
-        assert server.stdin is not None and server.stdout is not None
-        self.requests, self.answers = server.stdin, server.stdout
-        self.stderr = cwd.parent / "stderr"
-        print(json.dumps([words, str(cwd), more, closed]), file=self.requests, flush=True)
-        self.pid = int(self.answers.readline())
-        while not handles_signals(self.pid):
-            time.sleep(0.001)
-
-    def wait(self) -> tuple[int, str]:
-        """Its exit code and its stderr, once all that it started has ended."""
-        print(file=self.requests, flush=True)
-        code = int(self.answers.readline())
-        no_orphans(self.pid)
-        return code, self.stderr.read_text(errors="replace")
-
-
-@contextlib.contextmanager
-def serving(*before: str, **more: str) -> Iterator[subprocess.Popen[str]]:
-    """What :class:`Forked` forks from; ``before`` stands before Python on its command line."""
-    process = subprocess.Popen(
-        [*before, sys.executable, "-c", FORKED], env=environment(**more), text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
-    yield process
-    process.communicate(timeout=1000)  # the end of its stdin is its end
-
-
 @pytest.fixture(scope="module")
-def server() -> Iterator[subprocess.Popen[str]]:
-    with serving() as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def poor_server() -> Iterator[subprocess.Popen[str]]:
+def poor_server() -> Iterator[forked.Server]:
     """In a closed locale, with 64 open files and, where one can be mounted, a small /dev/shm."""
     mount = 'mount -t tmpfs -o size=16M tmpfs /dev/shm && exec "$@"'
     inside = ["unshare", "-rm", "bash", "-c", mount, "bash"]
@@ -434,8 +352,9 @@ def poor_server() -> Iterator[subprocess.Popen[str]]:
     except FileNotFoundError:
         allowed = False
     limit = ["bash", "-c", 'ulimit -n 64; exec "$@"', "bash"]
-    with serving(*limit, *(inside if allowed else []), **ASCII) as process:
-        yield process
+    server = forked.Server(*limit, *(inside if allowed else []), **ASCII)
+    yield server
+    server.close()
 
 
 @linux
@@ -539,7 +458,15 @@ def test_every_verb_in_a_poor_place(verb, works, poor_server, tmp_path):
     words, output = works[verb]
     work, home = tmp_path / "work", str(tmp_path / "home")
     work.mkdir()
-    code, _ = Forked(poor_server, [verb, *words], work, closed=True, DEEN_ZOO_HOME=home).wait()
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = forked.Program(
+        "-m", "deen_zoo", verb, *words, cwd=work, env=environment(DEEN_ZOO_HOME=home, **ASCII),
+        stdout=writer, no_stderr=True, finalize=True, server=poor_server,
+    )  # fmt: skip
+    os.close(writer)
+    code = process.wait()
+    no_orphans(process.pid)
     assert code in (0, 141, -signal.SIGPIPE)  # a traceback would be 1, a lost flush 120
     assert not output or whole(work / output)
 
@@ -548,7 +475,7 @@ def test_every_verb_in_a_poor_place(verb, works, poor_server, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200 * MOMENTS)
 @pytest.mark.parametrize("verb", TRIED)
-def test_signals_at_random_moments(verb, works, server, tmp_path):
+def test_signals_at_random_moments(verb, works, tmp_path):
     """A5, D6, E: one line, exit code 130 or 143, no traceback, no orphan, nothing half-written
     and nothing left in the folder for temporary files.
 
@@ -563,15 +490,18 @@ def test_signals_at_random_moments(verb, works, server, tmp_path):
         for path in (work, temporary):
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir()
-        more = {"TMPDIR": str(temporary), "DEEN_ZOO_HOME": str(work / "home")}
+        env = environment(TMPDIR=str(temporary), DEEN_ZOO_HOME=str(work / "home"))
         began = time.monotonic()
-        process = Forked(server, [verb, *words], work, **more)
+        process = forked.Program("-m", "deen_zoo", verb, *words, cwd=work, env=env, finalize=True)
+        while not handles_signals(process.pid):
+            time.sleep(0.001)
         number = (signal.SIGINT, signal.SIGTERM)[moment.random() < 0.5]
         after = moment.uniform(0, seconds)
         if n:
             time.sleep(after)
-            os.kill(process.pid, number)
-        code, said = process.wait()
+            process.send_signal(number)
+        said = settle(process)
+        code = process.returncode
         seconds = seconds or time.monotonic() - began
         context = (verb, n, after, code, said)
         assert code in ((0, 128 + number) if n else (0,)), context
