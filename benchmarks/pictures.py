@@ -43,10 +43,13 @@ def draw(extractor: FeatureExtractor, output: Path, people: int, seed: int) -> N
 
 
 def shrink(file: Path) -> None:
-    """256 colours are enough, and a third of the bytes."""
+    """256 colours are enough, and a third of the bytes; those of a large picture are chosen by a
+    smaller copy, in a tenth of the time."""
     with Image.open(file) as image:
-        small = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=4)
-    small.save(file, optimize=True)
+        whole = image.convert("RGB")
+    copy = whole.reduce(max(1, round((whole.width * whole.height / 250_000) ** 0.5)))
+    palette = copy.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=4)
+    whole.quantize(palette=palette, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from deen_zoo.device import keep_freed_memory
+from deen_zoo.io import exclusive
 from deen_zoo.synthetic import synthesize
 
 torch.set_num_threads(1)
@@ -27,11 +28,22 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def _shared(factory: pytest.TempPathFactory) -> Path:
+    """The session's folder, the same one in all workers."""
+    folder = factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 def _tree(
     factory: pytest.TempPathFactory, layout: str, images: int, test: float, seed: int = 0
 ) -> Path:
-    root = factory.mktemp("synthetic") / layout
-    synthesize(layout, root, 10, seed, images_per_camera=images, test_fraction=test, workers=1)
+    """Drawn by the first worker that wants it."""
+    root = _shared(factory) / "synthetic" / str(seed) / layout
+    with exclusive(root.with_name(f"{layout}.wait"), str(root), wait=True):
+        if not root.exists():
+            synthesize(
+                layout, root, 10, seed, images_per_camera=images, test_fraction=test, workers=1
+            )
     return root
 
 
@@ -39,10 +51,8 @@ def _tree(
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test sees the weights that the user has installed. OpenVINO's graphs are converted once
     for all tests and workers."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DEEN_ZOO_HOME", str(folder / "home"))
+        patch.setenv("DEEN_ZOO_HOME", str(_shared(tmp_path_factory) / "home"))
         yield
 
 
