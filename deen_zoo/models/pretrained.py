@@ -8,7 +8,6 @@ ever unpickled: timm would fall back on a pickle where there is no safetensors f
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import inspect
@@ -77,15 +76,14 @@ def build_model(cls: type[Model], variant: str, pretrained: bool, **kwargs: Any)
     if "feature_cls" in kwargs:  # timm's others take numbers only
         maps["out_indices"] = tuple(range(kwargs.get("num_stages", 4) + 1))
     try:
-        with contextlib.nullcontext() if classes is None else _NoRandomWeights():
-            model: Model = build_model_with_cfg(
-                cls,
-                variant,
-                pretrained,
-                pretrained_filter_fn=checkpoint_filter_fn,
-                feature_cfg=maps,
-                **kwargs,
-            )
+        model: Model = build_model_with_cfg(
+            cls if classes is None else functools.partial(_without_random_weights, cls),
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=maps,
+            **kwargs,
+        )
     except (UserError, OSError):
         raise
     except Exception as error:  # whatever timm and torch make of a stranger's numbers
@@ -102,14 +100,18 @@ def build_model(cls: type[Model], variant: str, pretrained: bool, **kwargs: Any)
     return model
 
 
-class _NoRandomWeights(TorchFunctionMode):
-    """Leave out the random initialisation: all but the classifier is loaded, by
-    :func:`checkpoint_filter_fn`. It is most of the time that a full-size model takes to load."""
+def _without_random_weights(cls: type[Model], **kwargs: Any) -> Model:
+    """A model whose weights are about to be loaded, all but the classifier: see
+    :func:`checkpoint_filter_fn`. Drawing them is most of the time that a full-size one takes."""
+    with _NoRandomWeights():
+        return cls(**kwargs)
 
-    RANDOM = (
-        *(nn.init.kaiming_uniform_, nn.init.kaiming_normal_, nn.init.normal_, nn.init.uniform_),
-        *(nn.init.trunc_normal_, torch.Tensor.normal_, torch.Tensor.uniform_),
-    )
+
+class _NoRandomWeights(TorchFunctionMode):
+    RANDOM = frozenset(
+        (nn.init.kaiming_uniform_, nn.init.kaiming_normal_, nn.init.normal_, nn.init.uniform_,
+         nn.init.trunc_normal_, torch.Tensor.normal_, torch.Tensor.uniform_)
+    )  # fmt: skip
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
