@@ -2,8 +2,6 @@
 
 import os
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,6 +15,8 @@ from deen_zoo.training.state import (
     save_state,
     set_random_state,
 )
+
+from . import forked
 
 
 def test_everything_comes_back(tmp_path):
@@ -104,9 +104,7 @@ except OSError as error:
 def test_a_full_disk_leaves_the_previous_state(tmp_path):
     """A limit on the size of files stands for a disk without room."""
     path = tmp_path / "last.safetensors"
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True
-    )
+    done = forked.run("-c", FULL_DISK, path)
     assert f"cannot write {path}: File too large; the file of that name is still the previous" in (
         done.stdout
     )

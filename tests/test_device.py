@@ -1,9 +1,10 @@
 """How memory is kept."""
 
-import subprocess
 import sys
 
 import pytest
+
+from . import forked
 
 # Forty times 64 MB from the system would be 16,384 page faults each time.
 FAULTS = """
@@ -21,10 +22,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
 def test_freed_memory_is_taken_again():
-    faults = {
-        how: int(subprocess.run(
-            [sys.executable, "-c", FAULTS, how], capture_output=True, check=True, text=True
-        ).stdout)
-        for how in ("kept", "given back")
-    }  # fmt: skip
+    faults = {how: int(forked.run("-c", FAULTS, how).stdout) for how in ("kept", "given back")}
     assert faults["kept"] < faults["given back"] / 10, faults

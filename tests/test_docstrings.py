@@ -9,8 +9,6 @@ import inspect
 import os
 import pkgutil
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -20,6 +18,8 @@ from typing import Any
 import pytest
 
 import deen_zoo
+
+from . import forked
 
 ROOT = Path(__file__).parents[1]
 MODULES = [
@@ -131,8 +131,7 @@ def test_what_is_public_has_a_docstring(module: ModuleType) -> None:
 def test_the_reference_builds_without_warnings(tmp_path: Path) -> None:
     """``docs/build_api.py`` makes every warning an error."""
     pytest.importorskip("pdoc")
-    command = [sys.executable, str(ROOT / "docs/build_api.py"), str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    done = forked.run(ROOT / "docs/build_api.py", tmp_path, cwd=tmp_path, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     page = (tmp_path / "deen_zoo/evaluation/metrics.html").read_text(encoding="utf-8")
     assert "evaluate_ranking" in page and "greater is more alike" in page

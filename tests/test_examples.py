@@ -29,7 +29,7 @@ import deen_zoo
 from deen_zoo.cli import main as deen_zoo_main
 from deen_zoo.data.images import open_image
 
-from . import browser
+from . import browser, forked
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -45,11 +45,9 @@ def load(name: str) -> ModuleType:
 
 def run(*arguments: object) -> str:
     """An example in a process of its own, from another folder; its stdout."""
-    name, *rest = map(str, arguments)
-    command = [sys.executable, str(ROOT / f"examples/{name}.py"), *rest]
-    done = subprocess.run(
-        command, cwd=ROOT.parent, env=environment(), capture_output=True, text=True, timeout=1000
-    )
+    name, *rest = arguments
+    file = ROOT / f"examples/{name}.py"
+    done = forked.run(file, *rest, cwd=ROOT.parent, env=environment())
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -207,20 +205,27 @@ sys.addaudithook(note)
 
 
 @contextmanager
-def served(*arguments: str, notes: Path, end: signal.Signals = signal.SIGINT) -> Iterator[str]:
-    """The demo in a process of its own: its address. In ``notes`` goes each host that it calls."""
-    (notes.parent / "sitecustomize.py").write_text(EAVESDROPPER)
-    env = environment() | {"CALLED": str(notes)}
-    env["PYTHONPATH"] += os.pathsep + str(notes.parent)
+def served(
+    *arguments: str, notes: Path | None = None, end: signal.Signals = signal.SIGINT
+) -> Iterator[str]:
+    """The demo in a process of its own: its address. In ``notes`` goes each host that it calls,
+    from Python's start on."""
+    env = environment()
     env["TMPDIR"] = tempfile.mkdtemp()  # not below tmp_path: sockets' names are limited in length
     port = browser.free_port()
-    command = [sys.executable, str(ROOT / "examples/demo.py"), f"--port={port}", *arguments]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT.parent,
-        env=env,
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )  # a shell's background jobs, and what they start, would ignore Ctrl-C
+    words = [str(ROOT / "examples/demo.py"), f"--port={port}", *arguments]
+    process: subprocess.Popen[bytes] | forked.Program
+    if notes is None:
+        process = forked.Program(*words, cwd=ROOT.parent, env=env)
+    else:
+        (notes.parent / "sitecustomize.py").write_text(EAVESDROPPER)
+        env |= {"CALLED": str(notes), "PYTHONPATH": f"{ROOT}{os.pathsep}{notes.parent}"}
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            cwd=ROOT.parent,
+            env=env,
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        )  # a shell's background jobs, and what they start, would ignore Ctrl-C
     address = f"http://127.0.0.1:{port}/"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -332,9 +337,8 @@ def test_demo_keeps_to_itself(sysu_tree: Path, tmp_path: Path) -> None:
     (gallery / "secret.txt").write_text("secret")
     (gallery / "secret.jpg").write_text("not an image, but named like one")
     with served(
-        "--gallery", str(gallery), "--queries", str(gallery), notes=tmp_path / "called.txt",
-        end=signal.SIGTERM,
-    ) as address:  # fmt: skip
+        "--gallery", str(gallery), "--queries", str(gallery), end=signal.SIGTERM
+    ) as address:
         status, page = answer(address)
         assert status == 200 and b"test_deen_resnet" in page and b"drawn people only" in page
         assert answer(address, Host="evil.example")[0] == 400

@@ -6,11 +6,8 @@ import functools
 import gc
 import importlib.util
 import json
-import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,8 +28,9 @@ from deen_zoo.features import extractor as module
 from deen_zoo.features.extractor import FeatureExtractor, extract, weights_sha256
 from deen_zoo.features.files import read_feature_table
 from deen_zoo.io import exclusive
-from tests import parity, seeded
+from tests import forked, parity, seeded
 from tests.reference import needs_official
+from tests.test_distributed import launch
 
 GOLDEN = Path(__file__).with_name("golden") / "descriptors.npz"
 SIZE, STEP = (128, 64), 32
@@ -281,24 +279,25 @@ def test_many_threads_share_one_extractor(files, precision, count):
     assert digest(make.model) == before and not make.model.training
 
 
-def daemon(queue, checkpoint: str, file: str) -> None:
-    if sys.platform != "win32":
-        import resource
+DAEMON = """
+import json, multiprocessing, resource, sys
+from deen_zoo import FeatureExtractor
 
-        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-    torch.set_num_threads(1)
-    queue.put(FeatureExtractor(checkpoint, "cpu")(file, "visible").tolist())
+def work(checkpoint, file):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    print(json.dumps(FeatureExtractor(checkpoint, "cpu")(file, "visible").tolist()), flush=True)
+
+process = multiprocessing.get_context("fork").Process(target=work, args=sys.argv[1:], daemon=True)
+process.start()
+process.join()
+"""
 
 
 def test_a_daemonic_process_with_few_open_files(files, checkpoint):
     """A8: it asserted that daemons have no children, or hung on sockets and shared memory."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    arguments = (queue, checkpoint, str(files[0]))
-    process = context.Process(target=daemon, args=arguments, daemon=True)
-    process.start()
-    rows = torch.tensor(queue.get(timeout=1000))
-    process.join()
+    done = forked.run("-c", DAEMON, checkpoint, files[0])
+    assert done.stdout, done.stderr
+    rows = torch.tensor(json.loads(done.stdout))
     torch.testing.assert_close(rows, FeatureExtractor(checkpoint, "cpu")(files[0], "visible"))
 
 
@@ -845,23 +844,11 @@ def test_two_processes_write_the_same_file(files, checkpoint, tmp_path):
         "    make = FeatureExtractor(sys.argv[1], 'cpu', threads=1, batch_size=5)\n"
         "    make.write(sys.argv[2], sys.argv[3], 'visible', world, shard=10)\n"
     )
-    (tmp_path / "run.py").write_text(code)
-    arguments = [str(tmp_path / "run.py"), checkpoint, str(folder)]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    launch += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     two, one = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
-    subprocess.run([*launch, *arguments, str(two)], check=True, env=environment, timeout=1000)
-    subprocess.run(
-        [sys.executable, *arguments, str(one)], check=True, env=environment, timeout=1000
-    )
+    launch("-c", code, checkpoint, folder, two)
+    done = forked.run("-c", code, checkpoint, folder, one)
+    assert done.returncode == 0, done.stderr
     assert same(two, one)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ from deen_zoo.models.pretrained import local_config, sha256
 from deen_zoo.training.recipes import get_recipe
 from deen_zoo.training.state import load_state, save_state
 
+from . import forked
+
 pytestmark = pytest.mark.slow
 # The folder of a test is shared by its examples: each writes the file that it reads.
 TRY = settings(
@@ -42,6 +45,13 @@ TRY = settings(
     phases=(Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+
+
+@pytest.fixture(autouse=True)
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that reads a MATLAB file has SciPy already, for each of the examples."""
+    run = SimpleNamespace(run=lambda command, **_: forked.run(*command[1:]))
+    monkeypatch.setattr("deen_zoo.data.protocols.subprocess", run)
 
 
 # The command line.

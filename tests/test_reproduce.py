@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -33,6 +32,7 @@ from deen_zoo.training.sections import flatten
 from deen_zoo.training.settings import Settings
 from deen_zoo.training.state import Run
 
+from . import forked
 from . import trees as tiny_trees
 
 PROTOCOLS = {
@@ -614,9 +614,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(trees, tmp_path):
     command = ["reproduce", "llcm", "--data-root", str(trees["llcm"]), "--output", str(output)]
     assert main([*command, *FAST, "--epochs", "1"]) == 0
     more = [*command, *FAST, "--resume"]
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, *more], capture_output=True, text=True, check=False
-    )
+    done = forked.run("-c", FULL_DISK, *more)
     last = done.stderr.splitlines()[-1]
     said = r"deen-zoo reproduce: error: cannot write \S+/state\.safetensors: File too large"
     assert done.returncode == 2 and re.fullmatch(said, last), last

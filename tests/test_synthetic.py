@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -24,6 +23,8 @@ from deen_zoo.errors import UserError
 from deen_zoo.io import reserved
 from deen_zoo.synthetic import LAYOUTS, Person, contact_sheet, picture, synthesize, tree
 from deen_zoo.synthetic.tree import _signals_wait
+
+from . import forked
 
 DOCS = Path(__file__).parents[1] / "docs"
 NAMES = {
@@ -190,14 +191,12 @@ synthesize("llcm", sys.argv[1], 60, workers=3)
 """
 
 
-def drawing(root: Path) -> subprocess.Popen[str]:
+def drawing(root: Path) -> forked.Program:
     """A process that draws a tree, in a group of its own."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", DRAW, root],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
-    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process = forked.Program("-c", DRAW, root)
+    while process.said(0) != "begun\n":
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
     return process
 
 

@@ -1,8 +1,5 @@
 """The task beside the reference, one step and its optimiser; the loop, killed and resumed."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +16,7 @@ from deen_zoo.training.recipes import RECIPES, override
 from deen_zoo.training.state import Run, load_state
 from deen_zoo.training.tasks import DEENTask
 
-from . import parity, seeded
+from . import forked, parity, seeded
 from .reference import needs_official, official
 
 GOLDEN = Path(__file__).parent / "golden" / "step.npz"
@@ -389,13 +386,7 @@ print(len(cases))
 @pytest.mark.slow
 def test_killed_at_any_step_and_resumed_it_is_the_same_to_the_bit(llcm_tree, tmp_path):
     """B5: a kill between two files left results of one epoch and weights of another."""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(llcm_tree), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = forked.run("-c", KILLED, llcm_tree, tmp_path)
     assert done.returncode == 0, done.stderr
     cases = int(done.stdout)
     newest = Run(tmp_path / "whole").newest
