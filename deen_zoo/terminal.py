@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -72,8 +73,10 @@ def is_command() -> bool:
 def prepare() -> None:
     """Open closed standard streams on the null device, and let a signal end the process at once.
 
-    For the time before any work: nothing is on the disk yet that would have to be cleaned up.
+    For the time before any work: nothing is on the disk yet that would have to be cleaned up, and
+    what is imported stays, so that collecting garbage would only take time.
     """
+    gc.disable()
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # 2>&-: the next file opened would take its number
             with contextlib.suppress(OSError):
@@ -92,12 +95,15 @@ def prepare() -> None:
 
 def interrupt_work() -> None:
     """From here on a signal raises: KeyboardInterrupt or :class:`Terminated`."""
+    gc.freeze()
+    gc.enable()
     _handle(_raise)
     sys.unraisablehook = _send_again
 
 
 def exit_quietly(code: int) -> None:
     """From here on a signal ends the process with ``code``: its work and its output are done."""
+    gc.freeze()  # Python's own end would look through all of it
     _handle(lambda number, frame: os._exit(code))
     atexit.register(_handle, signal.SIG_IGN)  # Python's own end would put the default back
 

@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -89,18 +90,19 @@ class Program:
         no_stderr: Start it without one, as a shell does for ``2>&-``.
         finalize: End it as Python does, which destroys all that was imported in half a second;
             otherwise it ends after its exit handlers, as the processes of ``multiprocessing`` do.
+        again: Packages that it imports anew, which read the environment as they are imported.
         server: What it is forked from, if not from the one for all.
     """
 
     def __init__(
         self, *words: object, cwd: str | Path = ROOT, env: dict[str, str] | None = None,
         stdin: int | None = None, stdout: int | None = None, no_stderr: bool = False,
-        finalize: bool = False, server: Server | None = None,
+        finalize: bool = False, again: Sequence[str] = (), server: Server | None = None,
     ) -> None:  # fmt: skip
         self.returncode: int | None = None
         self._written = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115, they stay open
         request = {"words": list(map(str, words)), "cwd": str(cwd), "env": env or dict(os.environ)}
-        request["finalize"] = finalize
+        request |= {"again": again, "finalize": finalize}
         out, err = (file.fileno() for file in self._written)
         out = out if stdout is None else stdout
         with open(os.devnull) as nothing:
@@ -182,7 +184,9 @@ def _serve(requests: socket.socket) -> tuple[dict[str, Any], list[int]]:
         requests.send(json.dumps(answer).encode())
 
 
-def _begin(words: list[str], cwd: str, env: dict[str, str], streams: list[int]) -> None:
+def _begin(
+    words: list[str], cwd: str, env: dict[str, str], again: list[str], streams: list[int]
+) -> None:
     """Do what is done in a new process before the program runs."""
     os.closerange(0, 3)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -212,6 +216,8 @@ def _begin(words: list[str], cwd: str, env: dict[str, str], streams: list[int]) 
     sys.orig_argv = [sys.executable, *words]
     if terminal.is_command():
         terminal.prepare()
+    for name in [name for name in sys.modules if name.partition(".")[0] in again]:
+        del sys.modules[name]
 
 
 def _run(kind: str, *rest: str) -> None:

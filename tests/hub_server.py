@@ -10,8 +10,6 @@ import base64
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +19,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import yaml
+
+from . import forked
 
 TOKEN = "hf_of_the_tests"
 
@@ -289,23 +289,27 @@ class Client:
         env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
         # Not the client's 10 seconds: the machine may be busy.
         env |= {"HF_HUB_ETAG_TIMEOUT": "600", "HF_HUB_DOWNLOAD_TIMEOUT": "600"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            env=env | {"OMP_NUM_THREADS": "1"} | environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        stdin, requests = os.pipe()
+        answers, stdout = os.pipe()
+        self.process = forked.Program(
+            "-c", WORKER, env=env | environment, stdin=stdin, stdout=stdout,
+            again=("deen_zoo", "huggingface_hub", "timm", "transformers"),
+        )  # fmt: skip
+        os.close(stdin)
+        os.close(stdout)
+        self.requests, self.answers = os.fdopen(requests, "w"), os.fdopen(answers)
 
     def run(self, code: str) -> Any:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(code) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
+        print(json.dumps(code), file=self.requests, flush=True)
+        line = self.answers.readline()
+        assert line, self.process.said(1)
+        answer = json.loads(line)
         if "error" in answer:
             raise ClientError(answer["error"], answer["kind"])
         return answer["result"]
 
     def close(self) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        self.requests.close()
+        self.answers.close()

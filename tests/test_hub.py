@@ -609,7 +609,8 @@ def test_ones_own_images_are_real_people(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_folder_of_a_run_is_taken_as_it_is(tmp_path):
+def test_the_folder_of_a_run_is_taken_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("deen_zoo.training.report._draw", lambda *_: None)  # no pictures
     run = tmp_path / "run"
     arguments = ["synthetic", "--people", "14", "--epochs", "1", "--threads", "1"]
     assert main(["reproduce", *arguments, "--output", str(run), "--device", "cpu"]) == 0

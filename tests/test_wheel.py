@@ -48,7 +48,7 @@ assert model.forward_embedding(torch.zeros(1, 3, 128, 64), "infrared").shape == 
 """
 REPRODUCE = """
 sys.exit(main(["reproduce", "synthetic", "--output", sys.argv[3], "--epochs", "1",
-               "--people", "24", "--threads", "1"]))
+               "--people", "14", "--threads", "1"]))
 """
 
 
