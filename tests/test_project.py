@@ -1,4 +1,4 @@
-"""PCA whitening next to a plain SVD, and its way from fit to extraction."""
+"""PCA, whitened in part, next to a plain SVD, and its way from fit to extraction."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def table(count: int, width: int = 40, people: int = 12, seed: int = 0) -> Featu
 @pytest.mark.parametrize(("count", "dim"), [(300, 8), (30, 8), (300, 40)])
 def test_projected_rows_are_white_and_equal_an_svd(count, dim):
     made = table(count)
-    head = fit_head(made, dim)
+    head = fit_head(made, dim, whiten=1)
     rows = made.features - made.features.mean(0)
     _, values, vectors = torch.linalg.svd(rows.double(), full_matrices=False)
     wanted = rows.double() @ vectors[:dim].T / (values[:dim] / (count - 1) ** 0.5)
@@ -39,6 +39,18 @@ def test_projected_rows_are_white_and_equal_an_svd(count, dim):
     covariance = found.T @ found / (count - 1)
     torch.testing.assert_close(covariance, torch.eye(dim), rtol=0, atol=2e-3)
     torch.testing.assert_close(head(made.features).norm(dim=1), torch.ones(count))
+
+
+@pytest.mark.parametrize("whiten", [0.0, 0.5])
+def test_rows_are_whitened_as_far_as_is_asked(whiten):
+    made = table(300)
+    head = fit_head(made, 40, whiten)
+    found = (made.features - head.mean) @ head.components
+    rows = made.features - made.features.mean(0)
+    deviation = torch.linalg.svdvals(rows.double()) / (299) ** 0.5
+    torch.testing.assert_close(found.std(0).double(), deviation ** (1 - whiten), rtol=1e-4, atol=0)
+    if whiten == 0:  # a rotation
+        torch.testing.assert_close(torch.pdist(found), torch.pdist(rows), rtol=1e-4, atol=0)
 
 
 def test_mistakes(tmp_path):
@@ -50,6 +62,8 @@ def test_mistakes(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             fit_head(made, dim)
+    with pytest.raises(UserError, match=r"whiten 1\.5"):
+        fit_head(table(30), 3, 1.5)
     head = fit_head(table(30), 3)
     for name in ("model.safetensors", "head.npz", "absent/head.safetensors"):
         with pytest.raises(UserError, match="head"):

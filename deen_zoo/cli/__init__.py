@@ -32,7 +32,7 @@ VERBS = {
     "weights": "list the public weights of real people, and which are installed",
     "convert": "convert a public checkpoint to a folder that timm loads",
     "quantize": "write int8 weights for OpenVINO, calibrated and checked on images",
-    "project": "fit short descriptors: PCA whitening of features",
+    "project": "fit short descriptors: PCA of features",
     "publish": "publish a checkpoint folder to the Hugging Face Hub, with its model card",
     "export": "write a model as ONNX, OpenVINO, TorchScript or torch.export, checked against torch",
 }

@@ -1,4 +1,4 @@
-"""Fit short descriptors: PCA whitening of features, applied by extract --project.
+"""Fit short descriptors: PCA of features, applied by extract --project.
 
 Give features of many images like those to be searched, extracted with the model and options that
 the head is to be used with. Labels are not needed, but for the table of --evaluate.
@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("features", nargs="+", metavar="FEATURES", help="feature files; several are joined")
     add("-o", "--output", required=True, metavar="HEAD", help="the head, .safetensors")
     add("--dim", type=int, default=256, metavar="N", help="numbers in a descriptor")
+    about = "0 leaves distances as they are, 1 makes all directions count the same"
+    add("--whiten", type=float, default=0.5, metavar="POWER", help=about)
     about = "labelled features of other people: print mAP against size, infrared to visible"
     add("--evaluate", nargs="+", metavar="FEATURES", help=about)
     add("--json", action="store_true", help="print what was written as JSON")
@@ -35,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
     held_out = read_feature_table(*args.evaluate) if args.evaluate else None
     if held_out:
         check_comparable(table, held_out)
-    head = fit_head(table, args.dim)
+    head = fit_head(table, args.dim, args.whiten)
     write_head(head, args.output)
-    sizes = size_table(table, held_out) if held_out else []
+    sizes = size_table(table, held_out, whiten=args.whiten) if held_out else []
     if args.json:
         found = {"file": args.output, "dim": head.dim, "rows": len(table), "sizes": sizes}
         print(json.dumps(found))

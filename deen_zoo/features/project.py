@@ -1,4 +1,4 @@
-"""Short descriptors: PCA whitening, fitted on features and kept with the model."""
+"""Short descriptors: PCA, whitened in part, fitted on features and kept with the model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Head:
 
     Attributes:
         mean: (D,) float32.
-        components: (D, dim) float32, each direction divided by its standard deviation.
+        components: (D, dim) float32, each direction divided by a power of its standard deviation.
         provenance: What made the features that it was fitted on.
     """
 
@@ -58,47 +58,56 @@ class Head:
             )
 
 
-def fit_head(table: FeatureTable, dim: int = 256) -> Head:
-    """Fit PCA whitening on the rows of a table; labels are not used.
+def fit_head(table: FeatureTable, dim: int = 256, whiten: float = 0.5) -> Head:
+    """Fit PCA on the rows of a table, whitened in part; labels are not used.
 
-    Directions in which the rows vary less are scaled up, so that all count the same. Give images
-    like those to be searched, and at least ten times as many as ``dim`` for a good estimate.
+    Give images like those to be searched, and at least ten times as many as ``dim`` for a good
+    estimate.
 
     Args:
         table: More than ``dim`` rows; of more than 8,192, evenly spread ones are used.
         dim: Numbers in a descriptor.
+        whiten: The power of its standard deviation that each direction is divided by: 0 leaves
+            distances as they are, 1 makes all directions count the same, also those of noise.
 
     Raises:
         UserError: Too few rows, or rows of fewer numbers, NaN or infinity.
     """
     check_least("dim", dim, 1)
+    if not 0 <= whiten <= 1:
+        raise UserError(f"whiten {whiten}: give a power from 0 to 1")
     count, width = table.features.shape
     if dim >= count or dim > width:
         raise UserError(
             f"{table.source}: {count} rows of {width} numbers give at most "
             f"{min(count - 1, width)} directions, not {dim}: give more images or a smaller --dim"
         )
+    mean, directions, deviation = _principal(table)
+    if len(deviation) < dim:
+        raise UserError(
+            f"{table.source}: the rows vary in {len(deviation)} directions only, not {dim}"
+        )
+    return Head(mean, directions[:, :dim] / deviation[:dim] ** whiten, table.provenance)
+
+
+def _principal(table: FeatureTable) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (D,), the directions (D, K) in which the rows vary, and their deviation (K,) in them."""
     table.check_finite()
-    step = -(-count // ROWS)
+    step = -(-len(table) // ROWS)
     rows = table.features[::step].float()
-    if dim >= len(rows):
-        raise UserError(f"dim {dim}: at most {len(rows) - 1} directions are fitted")
     mean, least = rows.mean(0), 1e-6 * float(rows.abs().max())
     rows = rows - mean
-    if len(rows) < width:  # the smaller of the two matrices with the same eigenvalues
+    if len(rows) < rows.shape[1]:  # the smaller of the two matrices with the same eigenvalues
         values, vectors = torch.linalg.eigh(rows @ rows.T)
-        values, vectors = values.flip(0)[:dim], vectors.flip(1)[:, :dim]
         directions = rows.T @ vectors / values.clamp(min=1e-12).sqrt()
     else:
         values, directions = torch.linalg.eigh(rows.T @ rows)
-        values, directions = values.flip(0)[:dim], directions.flip(1)[:, :dim]
     deviation = (values.clamp(min=0) / (len(rows) - 1)).sqrt()
-    found = int((deviation > least).sum())
-    if found < dim:
-        raise UserError(f"{table.source}: the rows vary in {found} directions only, not {dim}")
+    kept = (deviation > least).nonzero()[:, 0].flip(0)
+    directions = directions[:, kept]
     # A direction may point either way: its largest number is made positive.
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
-    return Head(mean, directions * largest.sign() / deviation, table.provenance)
+    return mean, directions * largest.sign(), deviation[kept]
 
 
 def write_head(head: Head, file: str | os.PathLike[str]) -> None:
@@ -138,7 +147,10 @@ def read_head(file: str | os.PathLike[str]) -> Head:
 
 
 def size_table(
-    fitted: FeatureTable, held_out: FeatureTable, dims: Sequence[int] = (128, 256, 512, 2048)
+    fitted: FeatureTable,
+    held_out: FeatureTable,
+    dims: Sequence[int] = (128, 256, 512, 2048),
+    whiten: float = 0.5,
 ) -> list[dict[str, Any]]:
     """mAP and rank-1 of infrared queries against visible images, by the size of the descriptor.
 
@@ -147,22 +159,22 @@ def size_table(
         held_out: Rows with identities and modalities, of other people.
         dims: Sizes; those that ``fitted`` is too small for, or varies in too few directions for,
             are left out. All numbers come last.
+        whiten: As of :func:`fit_head`.
 
     Returns:
         Rows of ``dim``, ``mAP`` and ``r1``, fractions.
     """
     from ..evaluation.metrics import evaluate_ranking
 
-    fitted.check_finite()
+    mean, directions, deviation = _principal(fitted)
+    components, most = directions / deviation**whiten, min(len(deviation), len(fitted) - 1)
     infrared, ids = held_out.label("infrared"), held_out.label("identity")
+    whole = held_out.features.float()
+    sizes = [(dim, (whole - mean) @ components[:, :dim]) for dim in dims if dim <= most]
     out = []
-    for dim in (*dims, None):
-        rows = held_out.features.float()
-        try:
-            rows = F.normalize(rows) if dim is None else fit_head(fitted, dim)(rows)
-        except UserError:  # too few rows, numbers or directions
-            continue
+    for dim, rows in (*sizes, (whole.shape[1], whole)):
+        rows = F.normalize(rows)
         similarity = (rows[infrared] @ rows[~infrared].T).numpy()
         found = evaluate_ranking(similarity, ids[infrared], ids[~infrared], rule="regdb")
-        out.append({"dim": rows.shape[1], "mAP": float(found.mAP), "r1": float(found.cmc[0])})
+        out.append({"dim": dim, "mAP": float(found.mAP), "r1": float(found.cmc[0])})
     return out
