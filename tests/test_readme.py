@@ -173,7 +173,7 @@ def test_the_readme_can_be_read_in_a_few_minutes():
 
 def test_figures_of_scale_stand_on_the_page_that_says_how_they_were_measured():
     section = README.partition("## Clients and scale")[2].partition("\n| ")[0]
-    figures = re.findall(r"(?<![\w.,])(\d[\d,.]*) (?:ms|s|rows)\b", section)
+    figures = re.findall(r"(?<![\w.,])(\d[\d,.]*) (?:ms|s|rows|images/s)\b", section)
     assert len(figures) > 5
     page = set(re.findall(r"\d[\d,.]*\d|\d", PAGES["docs/clients.md"]))
     assert [figure for figure in figures if figure not in page] == []
