@@ -91,8 +91,8 @@ def embed_in_one_pass(
 ) -> Tensor:
     """``model.forward_embedding`` with the mirrored images in the same batch as the images.
 
-    For graphs: they have half of the nodes that two passes have, and are converted in half the
-    time. In eager mode two passes need less memory.
+    For graphs: they have half of the nodes that two passes have, and are converted faster. In eager
+    mode two passes need less memory.
     """
     if not flip:
         rows: Tensor = model.forward_embedding(images, modality, False, descriptor)
