@@ -354,7 +354,9 @@ def poor_server() -> Iterator[forked.Server]:
     limit = ["bash", "-c", 'ulimit -n 64; exec "$@"', "bash"]
     server = forked.Server(*limit, *(inside if allowed else []), **ASCII)
     yield server
+    left = forked.Program("-c", "import time; time.sleep(600)", server=server)
     server.close()
+    no_orphans(left.pid)
 
 
 @linux
