@@ -23,9 +23,18 @@ keep_freed_memory()  # as every command does
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
-def pytest_collection_finish() -> None:
-    """What is imported stays: the collector need not look at it again and again, nor at the end."""
+def pytest_sessionstart() -> None:
+    """What is imported stays: the collector of garbage need not look at it again and again."""
     gc.freeze()
+    gc.enable()  # tests/__init__.py turned it off
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.freeze()  # Python's end would look through all there is
 
 
 def _shared(factory: pytest.TempPathFactory) -> Path:

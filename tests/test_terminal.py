@@ -412,6 +412,7 @@ def works(tmp_path_factory, llcm_tree) -> dict[str, tuple[list[str], str]]:
     (checkpoint / "results.json").write_text(json.dumps(results))
     return {
         "reproduce": (["llcm", "--data-root", str(llcm_tree), *tiny, "--scratch", "--epochs", "1",
+                       "--protocols", "llcm-ir2vis", "--set", "data.image_size=[64, 32]",
                        "--output", "run"], "run/checkpoint"),
         "evaluate": ([file, "--protocol", "own-ir2vis"], ""),
         "extract": ([infrared, "--modality", "infrared", *tiny, "-o", "o.safetensors"],
