@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("layout", choices=tuple(LAYOUTS), help="whose layout")
     add("root", metavar="ROOT", help="folder to write: new, or empty")
     add("--identities", type=int, default=32, metavar="N", help="people")
-    add("--seed", type=seed, default=0, help="number of the world")
+    add("--seed", type=seed, default=0, help="seed of the people and their pictures")
     usual = ", ".join(f"{name} {spec.images_per_camera}" for name, spec in LAYOUTS.items())
     about = f"images of each person in each camera that sees them ({usual})"
     add("--images-per-camera", type=int, metavar="N", help=about)

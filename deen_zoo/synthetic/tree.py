@@ -63,7 +63,7 @@ def synthesize(
         layout: One of :data:`~deen_zoo.synthetic.LAYOUTS`, by its dataset's name.
         root: A folder that does not exist yet, or is empty.
         identities: How many people, from 4 up to 9,999.
-        seed: Number of the world: the same people, cameras and pictures for the same number.
+        seed: The same people, cameras and pictures for the same number.
         images_per_camera: Images of each identity in each camera (and modality) that sees it;
             by default 4 for SYSU-MM01, 10 for RegDB and 2 for LLCM.
         test_fraction: Share of the identities to test on; by default as in the real dataset
@@ -207,7 +207,7 @@ def _draw_person(layout: str, seed: int, job: Job) -> int:
 def picture(
     layout: str, seed: int, identity: int, camera: int, modality: str, take: int
 ) -> Image.Image:
-    """One picture of the world ``seed``, as :func:`synthesize` saves it."""
+    """One picture of those that ``seed`` draws, as :func:`synthesize` saves it."""
     person, place = _person(seed, identity), _camera(layout, seed, camera, modality)
     pose = Pose(seed, identity, camera, modality, take)
     infrared = int(modality == "infrared")
