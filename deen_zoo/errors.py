@@ -25,17 +25,13 @@ class MissingExtraError(UserError, ImportError):
 
 
 def check_least(name: str, number: int, least: int) -> None:
-    """Raises:
-    UserError: ``number`` is below ``least``.
-    """
+    """Raise UserError if ``number`` is below ``least``."""
     if number < least:
         raise UserError(f"{name} {number}: give {least} or more")
 
 
 def check_choice(what: str, value: object, valid: Iterable[str]) -> None:
-    """Raises:
-    UserError: ``value`` is none of the valid names.
-    """
+    """Raise UserError unless ``value`` is one of the valid names."""
     if value not in (names := list(valid)):
         raise UserError(f"{what} {value!r}: choose from {', '.join(names)}")
 
@@ -62,8 +58,8 @@ def require(module: str, extra: str) -> ModuleType:
     """Import an optional dependency, or say how to install it.
 
     Args:
-        module: Dotted name to import, such as ``"matplotlib.pyplot"``.
-        extra: The extra of this package that brings it, such as ``"viz"``.
+        module: Dotted name to import, such as ``"onnx.checker"``.
+        extra: The extra of this package that brings it, such as ``"export"``.
 
     Raises:
         MissingExtraError: ``module`` cannot be imported.

@@ -23,8 +23,9 @@ from .features.engines import embed_in_one_pass, traced
 from .features.extractor import data_config
 from .io import check_target, reserved, whole_file
 from .models import ReidModel
+from .models.base import MODALITIES
 
-__all__ = ["FORMATS", "MODALITIES", "OUTPUTS", "ExportReport", "export_model"]
+__all__ = ["FORMATS", "OUTPUTS", "ExportReport", "export_model"]
 
 FORMATS = {
     ".onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -33,7 +34,6 @@ FORMATS = {
     ".pt2": (),
 }  # and what writing it needs
 OUTPUTS = ("embedding", "logits")
-MODALITIES = ("visible", "infrared", "input")
 BATCHES = (1, 3)
 TOLERANCE = 1e-4  # relative where outputs exceed 1
 
@@ -171,7 +171,7 @@ def export_model(
 
 def _check(model: ReidModel, path: Path, output: str, modality: str, options: Note) -> None:
     check_choice("output", output, OUTPUTS)
-    check_choice("modality", modality, MODALITIES)
+    check_choice("modality", modality, (*MODALITIES, "input"))
     check_choice("descriptor", options["descriptor"] or "official", model.descriptors)
     check_choice("ending", path.suffix, FORMATS)
     check_target(path)

@@ -15,7 +15,15 @@ from typing import Any
 from .errors import UserError
 
 __all__ = ["check_new_folder", "check_target", "cores", "exclusive", "file_states"]
-__all__ += ["read_object", "reserved", "sha256", "whole_file", "whole_folder", "write_atomically"]
+__all__ += [
+    "read_object",
+    "reserved",
+    "sha256",
+    "sha256_of",
+    "whole_file",
+    "whole_folder",
+    "write_atomically",
+]
 
 
 def cores() -> int:
@@ -95,13 +103,19 @@ def check_new_folder(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def sha256(path: str | os.PathLike[str], digest: Any = None) -> str:
-    """SHA-256 (or another, begun ``digest``) of a file, in hex."""
-    digest = digest or hashlib.sha256()
+def sha256(path: str | os.PathLike[str], begun: Any = None) -> str:
+    """SHA-256 (or another, ``begun``) of a file, in hex."""
+    found = begun or hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return str(digest.hexdigest())
+            found.update(chunk)
+    return str(found.hexdigest())
+
+
+def sha256_of(content: bytes | str) -> str:
+    """SHA-256 of what is in memory, in hex; of text in UTF-8."""
+    data = content.encode(errors="surrogateescape") if isinstance(content, str) else content
+    return hashlib.sha256(data).hexdigest()
 
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -115,15 +129,15 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def file_states(files: Mapping[str, str]) -> str:
     """SHA-256 of names, and of the sizes and modification times of the files at their paths."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for name, path in files.items():
         try:
             status = os.stat(path)
             state = f"{status.st_size} {status.st_mtime_ns}"
         except (OSError, ValueError):  # ValueError: no name that a file can have
             state = "missing"
-        digest.update(f"{name}\0{state}\0".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+        found.update(f"{name}\0{state}\0".encode(errors="surrogateescape"))
+    return found.hexdigest()
 
 
 @contextlib.contextmanager

@@ -90,7 +90,7 @@ class Program:
         no_stderr: Start it without one, as a shell does for ``2>&-``.
         finalize: End it as Python does, which destroys all that was imported in half a second;
             otherwise it ends after its exit handlers, as the processes of ``multiprocessing`` do.
-        again: Packages that it imports anew, which read the environment as they are imported.
+        again: Packages that it imports again, which read the environment as they are imported.
         server: What it is forked from, if not from the one for all.
     """
 

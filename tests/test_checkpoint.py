@@ -83,7 +83,7 @@ def test_other_safetensors_are_no_state(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="is not a training state"):
+    with pytest.raises(UserError, match="training state"):
         load_state(tmp_path / "model.safetensors")
 
 

@@ -105,7 +105,7 @@ def test_search_folders_given(llcm_tree: Path, tmp_path: Path, capsys) -> None:
 def test_score_another_model(tmp_path: Path, capsys) -> None:
     results = load("score_another_model").main(["--output", str(tmp_path)])
     out = capsys.readouterr().out
-    assert "poster" not in out  # no published number beside drawn people
+    assert "poster" not in out  # no published number next to drawn people
     for forward, backward in zip(results["edges"], results["colours"], strict=True):
         assert forward.mean["r1"] > 2 * backward.mean["r1"]
         assert len(forward.trials) == 10 and forward.std["r1"] > 0

@@ -48,7 +48,7 @@ def extractor() -> FeatureExtractor:
     return tiny()
 
 
-# The descriptor beside the reference's
+# The descriptor next to the reference's
 
 
 def reference_rows(net, x) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Losses beside a slow oracle, the reference (live where it is at hand) and its golden numbers."""
+"""Losses next to a slow oracle, the reference (live where it is at hand) and its golden numbers."""
 
 import json
 from itertools import combinations

@@ -1,4 +1,4 @@
-"""The published numbers, and measured ones printed beside them."""
+"""The published numbers, and measured ones printed next to them."""
 
 from __future__ import annotations
 

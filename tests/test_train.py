@@ -1,4 +1,4 @@
-"""The task beside the reference, one step and its optimiser; the loop, killed and resumed."""
+"""The task next to the reference, one step and its optimiser; the loop, killed and resumed."""
 
 from pathlib import Path
 
@@ -267,7 +267,7 @@ def test_a_task_must_keep_its_losses(llcm_tree, tmp_path):
         return terms if len(seen) == 1 else {"identity": terms["identity"]}
 
     task.losses = losses
-    with pytest.raises(deen_zoo.errors.UserError, match="the same ones in every step"):
+    with pytest.raises(deen_zoo.errors.UserError, match="every step"):
         train(task, optimizer, loader, run, CPU, 1)
 
 

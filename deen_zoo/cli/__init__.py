@@ -47,8 +47,8 @@ LIGHT = {
     "project": "features.project",
 }
 
-OK, UNUSABLE, USER_ERROR, BROKEN_PIPE = 0, 1, 2, 141
-STOPPED = (("interrupted", 130), ("terminated", 143))
+USER_ERROR, BROKEN_PIPE = 2, 141
+ENDED = (("interrupted", 130), ("terminated", 143))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -159,7 +159,7 @@ def _run(argv: Sequence[str] | None) -> int:
         # An import that is interrupted may raise an ImportError or the like instead.
         stop = error if isinstance(error, KeyboardInterrupt) else terminal.received()
         if stop is not None:
-            name, code = STOPPED[isinstance(stop, terminal.Terminated)]
+            name, code = ENDED[isinstance(stop, terminal.Terminated)]
             print(f"deen-zoo {first.verb}: {name}{getattr(module, 'STOPPED', '')}", file=sys.stderr)
             return code
         if isinstance(error, (UserError, OSError)):

@@ -86,8 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if args.per_query:
         result.write_queries(args.per_query)
     drawn = dataset.drawn if dataset else drawn_people(samples[0].path)
-    # Rows of other programs stand next to the published numbers of DEEN.
-    method = table.provenance.get("method", "DEEN")
+    method = table.provenance.get("method")
     entry = result.to_dict(drawn, method, str(table.trained_on.get("source", "")))
     if args.json:
         print(json.dumps(entry, indent=2))

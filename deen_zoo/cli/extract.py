@@ -43,8 +43,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool) -> None
 def extractor(args: argparse.Namespace, **options: Any) -> Any:
     """The FeatureExtractor of the options above."""
     from ..features.extractor import FeatureExtractor
+    from ..training.settings import EXTRACTION
 
-    names = ("device", "precision", "batch_size", "threads", "intensity", "engine", "project")
+    names = (*EXTRACTION, "intensity", "project")
     common = {name: getattr(args, name) for name in names}
     return FeatureExtractor(args.model, **(common | options))
 

@@ -19,6 +19,7 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..data.datasets import known_datasets, several_splits
+    from ..training.settings import add_options
 
     add = parser.add_argument
     add("model", metavar="MODEL", help="a name or a checkpoint folder")
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "least share of queries whose first hit stays"
     add("--same-first-hit", type=float, default=0.985, metavar="SHARE", help=about)
     add("--map-drop", type=float, default=0.01, metavar="DROP", help="largest loss of mAP, of 1")
-    add("--threads", type=int, metavar="N", help="threads that decode (default: one per core)")
+    add_options(parser, ["threads"])
     add("--json", action="store_true", help="print the comparison as JSON")
 
 

@@ -7,7 +7,6 @@ images take 5.7 GB of disk, and no memory but what the system lends to its page 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from ..errors import UserError
-from ..io import cores, exclusive, file_states, whole_folder
+from ..errors import UserError, plural
+from ..io import cores, exclusive, file_states, sha256_of, whole_folder
 from .images import Intensity, Pixels, check_intensity, open_image, resize
 
 __all__ = ["DecodedCache", "open_cache", "read_image"]
@@ -136,7 +135,7 @@ def _fingerprint(paths: Sequence[str], intensity: Intensity) -> str:
     places = [os.path.abspath(path) for path in paths]
     root = os.path.commonpath(places) if places else ""
     states = file_states({place[len(root) :]: place for place in places})
-    return hashlib.sha256(f"{intensity} {PIL.__version__} {states}".encode()).hexdigest()
+    return sha256_of(f"{intensity} {PIL.__version__} {states}")
 
 
 def _build(target: Path, paths: Sequence[str], size: tuple[int, int], intensity: Intensity) -> None:
@@ -185,4 +184,7 @@ def _build(target: Path, paths: Sequence[str], size: tuple[int, int], intensity:
             os.fsync(file.fileno())
         (partial / "index.json").write_text(json.dumps({"size": size, "broken": broken}))
     whole = len(paths) - len(broken)
-    print(f"decoded {whole:,} images; {len(broken)} broken files left out", file=sys.stderr)
+    print(
+        f"decoded {plural(whole, 'image')}; {plural(len(broken), 'broken file')} left out",
+        file=sys.stderr,
+    )

@@ -212,7 +212,7 @@ def _check_strays(dataset: ReidDataset, samples: dict[str, Sample], report: Chec
         else:
             report.notes.append(Fault(kind, relative, "not part of the dataset; ignored"))
     for folder, names in unused.items():
-        detail = f"{len(names)} images in no split, such as {names[0]}; ignored"
+        detail = f"{plural(len(names), 'image')} in no split, such as {names[0]}; ignored"
         report.notes.append(Fault("unused", f"{folder}/", detail))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import warnings
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from ..errors import UserError, check_choice, plural
-from ..io import file_states, read_object
+from ..io import file_states, read_object, sha256_of
 from .images import is_foreign_name, is_image_name
 from .protocols import (
     INFRARED,
@@ -255,7 +254,7 @@ class ReidDataset:
             "dataset": self.name,
             "images": len(names),
             "counts": counts,
-            "sha256": hashlib.sha256(os.fsencode("\n".join(names))).hexdigest(),
+            "sha256": sha256_of("\n".join(names)),
             "content": file_states({name: paths[name] for name in names}),
         }
 

@@ -20,6 +20,7 @@ from ..errors import UserError
 from .images import Pixels, resize
 
 __all__ = [
+    "TRANSFORMS",
     "ChannelTransform",
     "EvalTransform",
     "TrainTransform",
@@ -155,6 +156,9 @@ class ChannelTransform(TrainTransform):
         if choice < 3 or rng.random() < self.grayscale:
             mix_channels(only, choice)
         return [only]
+
+
+TRANSFORMS = {"deen": TrainTransform, "caj": ChannelTransform}  # as recipes name them
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,12 +10,13 @@ from ..data.datasets import DATASETS
 from ..data.protocols import Label, as_label
 from ..data.reader import ReidDataset
 from ..errors import UserError
+from ..io import sha256_of
 
 
 def people_digest(identities: Iterable[Label]) -> str:
     """SHA-256 of the sorted names of some people, as checkpoints and feature files hold it."""
     names = "\n".join(sorted({str(as_label(identity)) for identity in identities}))
-    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+    return sha256_of(names)
 
 
 def _training_people(dataset: ReidDataset, split: int) -> set[Label]:

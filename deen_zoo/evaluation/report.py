@@ -46,7 +46,8 @@ def _rows(results: Sequence[Mapping[str, Any]]) -> list[Row]:
     rows: list[Row] = []
     for result in results:
         trials, mean, std = len(result["trials"]), result["mean"], result["std"]
-        how = f"measured, {plural(trials, (result['draw'] or 'split') + ' trial')}"
+        kind = f"{result['draw']} draw" if result["draw"] else "split"
+        how = f"measured, {plural(trials, kind)}"
         how += f", {result['descriptor']}" if "descriptor" in result else ""
         spread = [f" ± {100 * std[key]:.2f}" if trials > 1 else "" for key in METRICS]
         cells = [f"{100 * mean[key]:.2f}{s}" for key, s in zip(METRICS, spread, strict=True)]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..data.datasets import get_dataset
-from ..data.protocols import Sample, get_protocol
+from ..data.protocols import Label, Sample, get_protocol
 from ..errors import UserError
 from ..io import write_atomically
 from .metrics import Ranking
@@ -50,8 +50,8 @@ class CameraPair(NamedTuple):
     ``r1`` and ``mAP`` are None where the protocol leaves no match between the two.
     """
 
-    query_camera: int
-    gallery_camera: int
+    query_camera: Label
+    gallery_camera: Label
     queries: float  # valid ones, mean over trials
     r1: float | None
     mAP: float | None
@@ -119,15 +119,17 @@ class ProtocolResult:
         return counts
 
     def to_dict(
-        self, drawn: bool = False, method: str = "DEEN", weights: str | None = None
+        self, drawn: bool = False, method: str | None = None, weights: str | None = None
     ) -> dict[str, Any]:
         """For ``results.json``: plain numbers, fractions; next to counts and published numbers,
         unless the people are drawn.
 
-        Those are of the method, or, where the weights are converted, what their source reports
-        (:func:`~deen_zoo.evaluation.published`); another measurement than the published has none.
+        Those are of the method (DEEN, to compare with, where it is not known), or, where the
+        weights are converted, what their source reports (:func:`~deen_zoo.evaluation.published`);
+        another measurement than the published has none.
         """
         other = drawn or self.name != self.protocol
+        method = "DEEN" if method is None else method
         result = {
             "protocol": self.protocol,
             "name": self.name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import threading
@@ -20,7 +19,7 @@ from .. import __version__
 from ..data.transforms import EvalTransform
 from ..device import autocast
 from ..errors import UserError, check_choice, require
-from ..io import exclusive, whole_folder
+from ..io import exclusive, sha256_of, whole_folder
 from ..models.base import MODALITIES
 from ..models.catalog import weights_home
 
@@ -184,8 +183,8 @@ class OpenVINOEngine:
         ):
             print("this CPU has no bfloat16: OpenVINO computes in float32", file=sys.stderr)
         facts = graph_facts(options, key)
-        digest = hashlib.sha256(json.dumps([facts, __version__], sort_keys=True).encode())
-        name = f"{key[:16]}-{digest.hexdigest()[:16]}"
+        told = sha256_of(json.dumps([facts, __version__], sort_keys=True))
+        name = f"{key[:16]}-{told[:16]}"
         self._home = weights_home().parent / "openvino" / name
         self._ranges: dict[str, Tensor] = {}
         if self.precision == "int8":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -30,7 +29,7 @@ from ..data.transforms import EvalTransform, eval_transform
 from ..device import choose_device, resolve_precision
 from ..distributed import Distributed
 from ..errors import UserError, check_choice, check_least
-from ..io import exclusive, file_states
+from ..io import exclusive, file_states, sha256_of
 from ..models import open_model
 from ..models.pretrained import weights_bytes
 from .engines import ENGINES, OpenVINOEngine, TorchEngine
@@ -67,7 +66,7 @@ def data_config(model: Any) -> dict[str, Any]:
 def weights_sha256(model: Any, classifier: bool = True) -> str:
     """SHA-256 of the ``model.safetensors`` that :func:`deen_zoo.save_pretrained` would write, or
     of its tensors without the classifier, which makes no descriptor."""
-    return hashlib.sha256(weights_bytes(model, classifier)).hexdigest()
+    return sha256_of(weights_bytes(model, classifier))
 
 
 def _describe(
@@ -244,7 +243,7 @@ class FeatureExtractor:
         self.intensity = check_intensity(usual if intensity is None else intensity)
         self.provenance = {
             "model": str(getattr(model, "pretrained_cfg", {}).get("architecture", "unknown")),
-            "method": type(model).__name__,  # as published.json names it
+            "method": str(getattr(model, "method", "")),
             "weights_sha256": weights_sha256(model),
             "descriptor_sha256": weights_sha256(model, classifier=False),
             "preprocessing": json.dumps(config, sort_keys=True),
@@ -510,7 +509,7 @@ class _Parts(Sequence[FeatureTable]):
             for i in rows
         }
         text = json.dumps(provenance, sort_keys=True) + file_states(files)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return sha256_of(text)[:16]
 
     def missing(self) -> list[int]:
         """The parts that are not there, damaged, or without an image that can be read now."""

@@ -49,7 +49,7 @@ from torch import Tensor
 from ..data.images import Intensity, check_intensity
 from ..data.protocols import Sample, as_label
 from ..data.reader import ReidDataset
-from ..errors import UserError, brief, require
+from ..errors import UserError, brief, plural, require
 from ..io import check_target, whole_file
 
 __all__ = ["FeatureTable", "check_comparable", "check_output", "label_column"]
@@ -549,7 +549,9 @@ def _checked(source: str, arrays: dict[str, Any]) -> FeatureTable:
     if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
         raise UserError(f"{source}: paths is not a list of strings")
     if len(paths) != len(features):
-        raise UserError(f"{source}: {len(paths)} paths for {len(features)} rows of features")
+        raise UserError(
+            f"{source}: {plural(len(paths), 'path')} for {plural(len(features), 'row')} of features"
+        )
     labels = {
         name: _label(source, name, arrays[name], len(paths)) for name in _LABELS if name in arrays
     }

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..errors import UserError, check_least
+from ..errors import UserError, check_least, plural
 from ..io import check_target, sha256, write_atomically
 from .files import FeatureTable
 
@@ -79,14 +79,14 @@ def fit_head(table: FeatureTable, dim: int = 256, whiten: float = 0.5) -> Head:
     count, width = table.features.shape
     if dim >= count or dim > width:
         raise UserError(
-            f"{table.source}: {count} rows of {width} numbers give at most "
-            f"{min(count - 1, width)} directions, not {dim}: give more images or a smaller --dim"
+            f"{table.source}: {plural(count, 'row')} of {width} numbers give at most "
+            f"{plural(min(count - 1, width), 'direction')}, not {dim}: give more images or a "
+            "smaller --dim"
         )
     mean, directions, deviation = _principal(table)
     if len(deviation) < dim:
-        raise UserError(
-            f"{table.source}: the rows vary in {len(deviation)} directions only, not {dim}"
-        )
+        found = plural(len(deviation), "direction")
+        raise UserError(f"{table.source}: the rows vary in {found} only, not {dim}")
     return Head(mean, directions[:, :dim] / deviation[:dim] ** whiten, table.provenance)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from ..data.cache import read_image
 from ..data.protocols import Sample, as_label
-from ..errors import UserError, check_least, require
+from ..errors import UserError, check_least, plural, require
 from ..evaluation.metrics import evaluate_ranking
 from ..io import check_new_folder, whole_folder
 from ..models.base import MODALITIES
@@ -72,7 +72,9 @@ def quantize(
     people = [{str(s.identity) for s in samples if s.modality == kind} for kind in MODALITIES]
     both = sorted(people[0] & people[1])
     if len(both) < 4:
-        raise UserError(f"{len(both)} identities have images of both modalities: give at least 4")
+        raise UserError(
+            f"images of both modalities: {plural(len(both), 'identity')}; give at least 4"
+        )
     calibrating, tested = set(both[::2]), set(both[1::2])
     exact = FeatureExtractor(model, "cpu", "float32", threads=threads)
     options = dict(model=exact.model, flip=exact.flip, descriptor="official")

@@ -153,6 +153,8 @@ class AGW(ReidModel):
         dd = {"device": device, "dtype": dtype}
         drop = dict(drop_path_rate=drop_path_rate, drop_block_rate=drop_block_rate)
         self.flip = flip
+        if stem_act:  # without it the model is TVI-LFM's, whose README prints no numbers
+            self.method = "CAJ" if flip else "AGW"
         self.visible_stem, self.infrared_stem, trunk, dims = resnet_parts(
             backbone, backbone_args, pretrained_backbone, drop, in_chans=in_chans, **dd
         )

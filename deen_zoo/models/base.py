@@ -95,6 +95,7 @@ class ReidModel(nn.Module):
         descriptors: Width of each descriptor by name; the first, ``"official"``, is the one that
             the family's results were published with.
         flip: Whether the published results add the descriptor of the mirrored image.
+        method: The method whose published numbers are of such a model; empty if there are none.
         task: ``"module:Class"`` of the family's training task; None for DEEN's, whose terms that
             need branches vanish without them.
         model_args: What ``config.json`` keeps to build the model again.
@@ -103,6 +104,7 @@ class ReidModel(nn.Module):
     """
 
     flip = True
+    method = ""
     task: str | None = None
     trained_on: dict[str, Any] | None = None
     modality: str | None  # TorchScript reads this

@@ -26,7 +26,7 @@ import torch
 
 from ..data.datasets import get_dataset, several_splits
 from ..data.reader import ReidDataset
-from ..errors import UserError, brief, check_choice
+from ..errors import UserError, brief, check_choice, plural
 from ..io import check_new_folder, whole_folder
 from . import create_model, list_models, save_pretrained
 from .catalog import weights_home
@@ -235,7 +235,7 @@ class ConversionReport:
             "or": self.same_names
             and f"{', '.join(self.same_names)}, whose files have the same "
             "names and shapes: if it is one of those, give --source",
-            "model": f"{self.model}: {self.dataset}{split}, {self.identities} identities",
+            "model": f"{self.model}: {self.dataset}{split}, {plural(self.identities, 'identity')}",
             "tensors": f"{self.source_keys} in the file, {self.keys} in model.safetensors, equal "
             "bit for bit after loading the folder with timm",
             "sha256": self.sha256,

@@ -219,6 +219,7 @@ class DEEN(ReidModel):
         drop_rate: Dropout on DEE's output, as in the reference.
     """
 
+    method = "DEEN"
     task = "deen_zoo.training.tasks:DEENTask"
 
     def __init__(

@@ -34,8 +34,8 @@ from timm.models._pretrained import PretrainedCfg
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import UserError, brief
-from ..io import sha256, write_atomically
+from ..errors import UserError, brief, plural
+from ..io import sha256, sha256_of, write_atomically
 from .base import NAMES, ReidModel
 from .catalog import installed, public_weights
 
@@ -217,8 +217,8 @@ def _classes(stated: int, found: int) -> int:
 
 def _other_classes(found: int, stated: int) -> UserError:
     return UserError(
-        f"the checkpoint was trained on {found} identities and the model is for {stated}: give "
-        f"num_classes={found} to load it whole, or num_classes=0 to leave the classifier out"
+        f"the checkpoint was trained on {plural(found, 'identity')} and the model is for {stated}: "
+        f"give num_classes={found} to load it whole, or num_classes=0 to leave the classifier out"
     )
 
 
@@ -331,11 +331,11 @@ def misfits(found: dict[str, torch.Size], wanted: dict[str, torch.Size]) -> dict
     }
 
 
-def in_words(misfits: dict[str, list[str]], most: int = 4) -> str:
+def in_words(misfits: dict[str, list[str]]) -> str:
     """The first names of each kind of :func:`misfits`."""
     return "; ".join(
-        f"{kind}: {', '.join(names[:most])}"
-        + (f" and {len(names) - most} more" if len(names) > most else "")
+        f"{kind}: {', '.join(names[:4])}"
+        + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         for kind, names in misfits.items()
         if names
     )
@@ -356,7 +356,7 @@ def save_pretrained(model: Any, folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = weights_bytes(model)
-    config = model_config(model, hashlib.sha256(weights).hexdigest())
+    config = model_config(model, sha256_of(weights))
     write_atomically(folder / WEIGHTS, weights)
     write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     return folder

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, plural
 
 __all__ = [
     "batch_hard_triplet_loss",
@@ -179,7 +179,7 @@ def _distinct(labels: Tensor) -> Tensor:
     identities: Tensor = torch.unique(labels)
     if len(identities) < 2:
         raise UserError(
-            f"a batch of {len(identities)} identity has no negatives: "
+            f"a batch of {plural(len(identities), 'identity')} has no negatives: "
             "draw at least 2 identities per batch (data.identities_per_batch)"
         )
     return identities

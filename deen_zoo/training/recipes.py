@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from ..data.images import check_intensity
-from ..errors import UserError, require
+from ..errors import UserError
 from .sections import Section, convert, flatten, parse, setting
 
 __all__ = [
@@ -320,7 +320,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     if sys.version_info >= (3, 11):
         import tomllib
     else:
-        tomllib = require("tomli", extra="train")
+        import tomli as tomllib
     try:
         return dict(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:

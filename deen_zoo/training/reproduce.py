@@ -30,7 +30,7 @@ from ..data.images import check_intensity
 from ..data.loader import TrainLoader
 from ..data.protocols import Sample, get_protocol
 from ..data.reader import DRAWN, ReidDataset
-from ..data.transforms import ChannelTransform, TrainTransform
+from ..data.transforms import TRANSFORMS, TrainTransform
 from ..device import choose_device, resolve_precision
 from ..distributed import Distributed, join
 from ..errors import UserError, load_object, plural
@@ -315,8 +315,9 @@ class _Work:
         data, config = self.settings.recipe.data, data_config(model)
         same = {name: getattr(data, name) for name in ("pad", "grayscale", "flip", "erasing")}
         area = data.erasing_area or self.settings.kind.erasing_area
-        kind = ChannelTransform if data.augmentation == "caj" else TrainTransform
-        return kind(**same, erasing_area=area, mean=config["mean"], std=config["std"])
+        return TRANSFORMS[data.augmentation](
+            **same, erasing_area=area, mean=config["mean"], std=config["std"]
+        )
 
     def checkpoints(self, model: Any, run: Run, split: int) -> dict[str, Any]:
         """Write the checkpoint folders of the last and the best epoch."""
@@ -413,7 +414,7 @@ class _Work:
         self.facts = {
             "descriptor": descriptor,
             "source": str(trained_on.get("source", "")),  # of converted weights, in the catalog
-            "method": type(model).__name__,  # as published.json names it
+            "method": model.method,
         }
         if settings.eval_only and _own_function(settings) is None:
             self.facts["model"] = model.pretrained_cfg["architecture"]

@@ -126,7 +126,7 @@ class AGWTask(Task):
         return terms
 
 
-def task_class(name: str | None, model: Any = DEENTask) -> type[Task]:
+def task_class(name: str | None, model: Any = None) -> type[Task]:
     """The task that is named, or else the one that the model's family names as ``model.task``."""
     name = name or getattr(model, "task", None)
     if name is None:
