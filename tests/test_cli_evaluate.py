@@ -85,7 +85,7 @@ def test_table_options_and_per_query(tmp_path, capsys):
     arguments += ["--camera-pairs", "--per-query", str(rows)]
     assert main(["evaluate", str(file), *arguments]) == 0
     out = capsys.readouterr().out
-    assert "llcm-vis2ir, 2-shot + k-reciprocal re-ranking" in out and "2 seeded trials" in out
+    assert "llcm-vis2ir, 2-shot + k-reciprocal re-ranking" in out and "2 seeded draws" in out
     assert "no match" in out
     with open(rows, newline="") as lines:
         assert len(list(csv.reader(lines))) == 1 + 2 * sum(~COLUMNS["infrared"])

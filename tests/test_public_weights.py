@@ -135,8 +135,8 @@ def test_the_ten_splits_are_evaluated_in_one_command(tmp_path, monkeypatch, caps
     report = (tmp_path / "all" / "report.md").read_text()
     rows = [line.split("|")[1:-1] for line in report.splitlines() if line.startswith("| ")]
     measured, published, difference = ([cell.strip() for cell in row] for row in rows[2:5])
-    assert measured[0] == protocol and "10 split trials, image alone" in measured[1]
-    assert "YYDS" in published[1] and "10 split trials, image alone" in published[1]
+    assert measured[0] == protocol and "10 splits, image alone" in measured[1]
+    assert "YYDS" in published[1] and "10 splits, image alone" in published[1]
     assert published[2] == "89.13" and published[6] == "81.76" and difference[1] == "difference"
     assert float(difference[2]) == pytest.approx(float(measured[2].split()[0]) - 89.13, abs=0.006)
 

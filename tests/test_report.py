@@ -168,7 +168,7 @@ def test_markdown_has_measured_above_published():
     result = RESULTS["llcm-ir2vis"]
     rows = table_rows(report([result]))
     assert rows[0] == ["protocol", "numbers", "r1", "r5", "r10", "r20", "mAP", "mINP"]
-    assert rows[2][:2] == ["llcm-ir2vis", "measured, 2 seeded trials"]
+    assert rows[2][:2] == ["llcm-ir2vis", "measured, 2 seeded draws"]
     assert rows[2][2] == f"{100 * result.mean['r1']:.2f} ± {100 * result.std['r1']:.2f}"
     assert rows[3][1:] == [
         "DEEN: CVPR 2023 poster, Table 3",
@@ -208,7 +208,7 @@ def test_other_measurements_stand_beside_no_published_number():
 
 def test_a_single_trial_has_no_spread_and_reports_can_be_made_from_json():
     result = RESULTS["regdb-vis2ir"]
-    assert "±" not in report([result]) and "measured, 1 split trial" in report([result])
+    assert "±" not in report([result]) and "measured, 1 split" in report([result])
     for results in RESULTS.values():
         stored = json.loads(json.dumps(results.to_dict()))
         assert report([stored]) == report([results])

@@ -104,7 +104,7 @@ class ReidModel(nn.Module):
     """
 
     flip = True
-    method = ""
+    method: str = ""
     task: str | None = None
     trained_on: dict[str, Any] | None = None
     modality: str | None  # TorchScript reads this
