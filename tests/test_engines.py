@@ -21,6 +21,8 @@ from deen_zoo.features.extractor import FeatureExtractor
 from deen_zoo.features.files import read_feature_table
 from deen_zoo.features.quantize import quantize
 
+from .forked import run
+
 pytest.importorskip("openvino")
 KINDS = ["visible", "infrared", "infrared"]
 
@@ -228,6 +230,23 @@ def test_calibration_images_are_scaled_as_in_training(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         quantize(checkpoint, samples, tmp_path / "int8")
     assert int(seen[0].max()) - int(seen[0].min()) > 200
+
+
+@pytest.mark.slow
+def test_a_conversion_is_reported_to_nobody():
+    """OpenVINO sends some thirty messages to its makers for each, by processes that it forks."""
+    pytest.importorskip("openvino")
+    code = (
+        "import sys, deen_zoo\n"
+        "from deen_zoo.data.transforms import eval_transform\n"
+        "from deen_zoo.features.engines import convert\n"
+        "from deen_zoo.features.extractor import data_config\n"
+        "model = deen_zoo.create_model('test_deen_resnet')\n"
+        "convert(model, 'visible', False, 'official', eval_transform(data_config(model)))\n"
+        "print([name for name in sys.modules if name.startswith('openvino_telemetry.')])"
+    )
+    done = run("-c", code)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import threading
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,12 @@ __all__ = ["ENGINES", "OpenVINOEngine", "TorchEngine", "convert", "pixel_statist
 
 ENGINES = ("torch", "openvino")
 HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
+
+
+def openvino() -> ModuleType:
+    """OpenVINO, without the reports of each conversion that it and NNCF send to their makers."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    return require("openvino", extra="openvino")
 
 
 class TorchEngine:
@@ -130,7 +137,7 @@ def convert(
     OpenVINO's CPU plugin fails on these graphs with a dynamic batch and is no faster with larger
     ones: it computes several images at once in streams.
     """
-    ov = require("openvino", extra="openvino")
+    ov = openvino()
     preprocess = require("openvino.preprocess", extra="openvino")
     module = _OneStem(model, modality, flip, descriptor).eval()
     example = (torch.zeros(2, 3, *transform.size),)
@@ -174,7 +181,7 @@ class OpenVINOEngine:
     def __init__(
         self, options: dict[str, Any], precision: str, key: str, folder: Path | None
     ) -> None:
-        ov = require("openvino", extra="openvino")
+        ov = openvino()
         self.precision = "float32" if precision == "auto" else precision
         check_choice("precision", precision, ("auto", *HINTS))
         self._core, self._options = ov.Core(), options
@@ -258,7 +265,7 @@ class OpenVINOEngine:
             with self._lock:
                 if (kind, hint) not in self._compiled:
                     self._compiled[kind, hint] = self._compile(kind, hint)
-            ov = require("openvino", extra="openvino")
+            ov = openvino()
             mine[kind, hint] = ov.AsyncInferQueue(self._compiled[kind, hint])
         return mine[kind, hint]
 
@@ -275,7 +282,7 @@ class OpenVINOEngine:
 
     def _convert(self, kind: str, file: Path) -> None:
         """Write a graph; of several processes that want it the others wait."""
-        ov = require("openvino", extra="openvino")
+        ov = openvino()
         with exclusive(self._home / f"{kind}.lock", f"the graphs in {self._home}", wait=True):
             if not file.exists():
                 with whole_folder(self._home / kind) as folder:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..data.cache import read_image
 from ..data.protocols import Sample, as_label
@@ -19,12 +20,10 @@ from ..errors import UserError, check_least, plural, require
 from ..evaluation.metrics import evaluate_ranking
 from ..io import check_new_folder, whole_folder
 from ..models.base import MODALITIES
-from .engines import convert, graph_facts, pixel_statistics
+from .engines import convert, graph_facts, openvino, pixel_statistics
 from .extractor import FeatureExtractor
 
 __all__ = ["quantize"]
-
-BATCH = 8  # calibration images at a time
 
 
 def quantize(
@@ -59,9 +58,9 @@ def quantize(
     """
     from ..models import save_pretrained
 
+    ov = openvino()
     nncf = require("nncf", extra="openvino")
-    ov = require("openvino", extra="openvino")
-    check_least("images", images, BATCH)
+    check_least("images", images, 8)
     check_new_folder(output)
     if strange := [s for s in samples if not isinstance(s, Sample)]:
         raise UserError(
@@ -92,17 +91,9 @@ def quantize(
             statistics = pixel_statistics(torch.from_numpy(pixels))
             facts["pixels"][kind] = [statistics.amin(0).tolist(), statistics.amax(0).tolist()]
             facts["calibration_images"] += len(pixels)
-            # In whole batches, whose wider ranges keep more first hits (80 % of the shipped model's
-            # on drawn people) than those of single images (65 %); images come round again to
-            # fill the last one.
-            batches = np.resize(pixels, (-(-len(pixels) // BATCH) * BATCH, *pixels.shape[1:]))
-            data = nncf.Dataset(list(batches.reshape(-1, BATCH, *pixels.shape[1:])))
             graph = convert(modality=kind, **options)
-            graph.reshape([BATCH, *pixels.shape[1:]])
             with contextlib.redirect_stdout(sys.stderr):  # where progress belongs
-                preset = nncf.QuantizationPreset.MIXED
-                graph = nncf.quantize(graph, data, preset=preset, subset_size=len(batches) // BATCH)
-            graph.reshape([1, *pixels.shape[1:]])
+                graph = _to_int8(nncf, graph, pixels)
             target = folder / "openvino" / kind
             target.mkdir(parents=True)
             ov.save_model(graph, target / "graph.xml", compress_to_fp16=False)
@@ -122,6 +113,26 @@ def quantize(
         report["calibration_images"] = facts["calibration_images"]
         record.write_text(json.dumps({**facts, **report}, indent=2))
     return report
+
+
+def _to_int8(nncf: Any, graph: Any, pixels: NDArray[np.uint8]) -> Any:
+    """Quantize a graph of one image by calibration images (n, H, W, 3).
+
+    NNCF's usual choices cost descriptors much more: on the shipped model and drawn people they kept
+    78 % of the first hits and a mean cosine of 0.981 with float32, these 92 % and 0.999. Its fast
+    correction of biases is what harms; ranges of all values, not of most, are a little better.
+    """
+    ranges = nncf.quantization.range_estimator.RangeEstimatorParametersSet.MINMAX
+    advanced = nncf.AdvancedQuantizationParameters(
+        disable_bias_correction=True, activations_range_estimator_params=ranges
+    )
+    return nncf.quantize(
+        graph,
+        nncf.Dataset(list(pixels[:, None])),
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=len(pixels),
+        advanced_parameters=advanced,
+    )
 
 
 def _compare(
