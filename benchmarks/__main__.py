@@ -79,7 +79,7 @@ def table(rows: Sequence[Row]) -> str:
             ratio += f" ({row.low:.3g} to {row.high:.3g})"
         target = "" if row.target is None else f"{row.target:.3g}x"
         target += " (missed)" if row.met is False else ""
-        timm = "" if row.timm is None else f"{row.timm:.3g}x"
+        timm = "" if row.timm_ratio is None else f"{row.timm_ratio:.3g}x"
         figures = (_figure(row.figure, row.unit), _figure(row.reference, row.unit))
         engine = f"{row.engine} {row.precision}".strip()
         cells = (row.work, engine, *figures, ratio, timm, target, row.note)

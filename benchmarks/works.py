@@ -46,7 +46,7 @@ class Row:
         ratio: How many times faster, or smaller, this package is: the median over rounds.
         low: The lowest ratio of a round.
         high: The highest ratio of a round.
-        timm: The same ratio to a plain timm ResNet-50.
+        timm_ratio: The same ratio to a plain timm ResNet-50.
         target: What the ratio should be.
         note: How well the results agree, or why there is no figure.
     """
@@ -60,7 +60,7 @@ class Row:
     ratio: float | None = None
     low: float | None = None
     high: float | None = None
-    timm: float | None = None
+    timm_ratio: float | None = None
     target: float | None = None
     note: str = ""
 
