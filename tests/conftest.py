@@ -28,6 +28,8 @@ def pytest_sessionstart() -> None:
     """What is imported stays: the collector of garbage need not look at it again and again."""
     gc.freeze()
     gc.enable()  # tests/__init__.py turned it off
+    # A shell lets what it starts in the background ignore interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
