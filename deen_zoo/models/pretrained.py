@@ -31,8 +31,6 @@ from safetensors.torch import load_file, save
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._hub import load_model_config_from_path
 from timm.models._pretrained import PretrainedCfg
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from ..errors import UserError, brief, plural
 from ..io import sha256, sha256_of, write_atomically
@@ -66,7 +64,7 @@ def build_model(cls: type[Model], variant: str, pretrained: bool, **kwargs: Any)
     Raises:
         UserError: The weights cannot be had, or do not fit.
     """
-    place, origin, classes, kwargs = _load_plan(variant, pretrained, kwargs)
+    place, origin, kwargs = _load_plan(variant, pretrained, kwargs)
     form = kwargs.pop("form", None)
     if form is not None:  # a configuration of version 0.1.0
         kwargs.update(dee_mean=form != "paper", mfa_softmax=form == "paper")
@@ -77,7 +75,7 @@ def build_model(cls: type[Model], variant: str, pretrained: bool, **kwargs: Any)
         maps["out_indices"] = tuple(range(kwargs.get("num_stages", 4) + 1))
     try:
         model: Model = build_model_with_cfg(
-            cls if classes is None else functools.partial(_without_random_weights, cls),
+            cls,
             variant,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
@@ -95,42 +93,16 @@ def build_model(cls: type[Model], variant: str, pretrained: bool, **kwargs: Any)
         ) from error
     if isinstance(model, ReidModel):  # and not its features_only wrapper
         model.trained_on = origin.get("trained_on")
-        if classes is not None and classes != model.num_classes:
-            model.reset_classifier(model.num_classes)  # which was not loaded
     return model
 
 
-def _without_random_weights(cls: type[Model], **kwargs: Any) -> Model:
-    """A model whose weights are about to be loaded, all but the classifier: see
-    :func:`checkpoint_filter_fn`. Drawing them is most of the time that a full-size one takes."""
-    with _NoRandomWeights():
-        return cls(**kwargs)
-
-
-class _NoRandomWeights(TorchFunctionMode):
-    RANDOM = frozenset(
-        (nn.init.kaiming_uniform_, nn.init.kaiming_normal_, nn.init.normal_, nn.init.uniform_,
-         nn.init.trunc_normal_, torch.Tensor.normal_, torch.Tensor.uniform_)
-    )  # fmt: skip
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:  # fmt: skip
-        if func in self.RANDOM:
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def _load_plan(
-    variant: str, pretrained: bool, kwargs: Config
-) -> tuple[str, Config, int | None, Config]:
+def _load_plan(variant: str, pretrained: bool, kwargs: Config) -> tuple[str, Config, Config]:
     """Replace the source of ``build_model_with_cfg``'s arguments by a verified local file.
 
     Returns:
         Folder or repository of the configuration ("" for the package's own), what it says of the
-        weights (its ``deen_zoo``), how many identities the classifier of the weights' file has
-        (None without a file), and the arguments. A Hub id among them is pinned to the commit that
-        was found.
+        weights (its ``deen_zoo``), and the arguments. A Hub id among them is pinned to the commit
+        that was found.
 
     Raises:
         UserError: The weights cannot be had or must not be loaded; the message says what to do.
@@ -161,14 +133,14 @@ def _load_plan(
         config, place = hub_config(given["hf_hub_id"], variant, cache_dir)
         overlay["hf_hub_id"] = place
     if not pretrained:
-        return place, {}, None, kwargs
+        return place, {}, kwargs
 
     cfg = vars(resolve_pretrained_cfg(variant, given, overlay))
     from_hub = cfg.get("source") == "hf-hub"
     if cfg.get("source") == "local-dir":
         file = Path(cfg["file"]) / WEIGHTS
     elif cfg.get("state_dict") and not from_hub:
-        return place, {}, None, kwargs
+        return place, {}, kwargs
     elif cfg.get("file") and not from_hub:
         file = Path(cfg["file"])
     elif cfg.get("url") and not cfg.get("hf_hub_id"):
@@ -188,7 +160,7 @@ def _load_plan(
     if config and "num_classes" not in kwargs and not _classes(cfg["num_classes"], classes):
         kwargs["num_classes"] = overlay["num_classes"] = 0
     kwargs["pretrained_cfg_overlay"] = {**overlay, "file": str(file), "source": ""}
-    return place, config.get("deen_zoo") or _shipped(file), classes, kwargs
+    return place, config.get("deen_zoo") or _shipped(file), kwargs
 
 
 def _shipped(file: Path) -> Config:
