@@ -15,15 +15,8 @@ from typing import Any
 from .errors import UserError
 
 __all__ = ["check_new_folder", "check_target", "cores", "exclusive", "file_states"]
-__all__ += [
-    "read_object",
-    "reserved",
-    "sha256",
-    "sha256_of",
-    "whole_file",
-    "whole_folder",
-    "write_atomically",
-]
+__all__ += ["read_object", "reserved", "sha256", "sha256_of", "whole_file", "whole_folder"]
+__all__ += ["write_atomically"]
 
 
 def cores() -> int:

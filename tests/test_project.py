@@ -11,6 +11,7 @@ from PIL import Image
 
 from deen_zoo.cli import main
 from deen_zoo.errors import UserError
+from deen_zoo.features import project
 from deen_zoo.features.extractor import FeatureExtractor
 from deen_zoo.features.files import FeatureTable
 from deen_zoo.features.project import Head, fit_head, read_head, size_table, write_head
@@ -82,6 +83,15 @@ def test_mistakes(tmp_path):
     with pytest.raises(UserError, match="not a head"):
         read_head(tmp_path / "bad.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
+
+
+def test_there_are_fewer_directions_than_rows_that_are_fitted_on(monkeypatch):
+    """Of many rows some are taken; beyond these the directions are of rounding alone."""
+    monkeypatch.setattr(project, "ROWS", 20)
+    assert fit_head(table(300), 19).dim == 19
+    with pytest.raises(UserError, match="19 directions"):
+        fit_head(table(300), 20)
+    assert [row["dim"] for row in size_table(table(300), table(200), dims=(15, 25))] == [15, 40]
 
 
 def test_a_table_of_sizes():

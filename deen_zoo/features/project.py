@@ -103,7 +103,7 @@ def _principal(table: FeatureTable) -> tuple[Tensor, Tensor, Tensor]:
     else:
         values, directions = torch.linalg.eigh(rows.T @ rows)
     deviation = (values.clamp(min=0) / (len(rows) - 1)).sqrt()
-    kept = (deviation > least).nonzero()[:, 0].flip(0)
+    kept = (deviation > least).nonzero()[:, 0].flip(0)[: len(rows) - 1]  # more would be rounding
     directions = directions[:, kept]
     # A direction may point either way: its largest number is made positive.
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
@@ -167,7 +167,7 @@ def size_table(
     from ..evaluation.metrics import evaluate_ranking
 
     mean, directions, deviation = _principal(fitted)
-    components, most = directions / deviation**whiten, min(len(deviation), len(fitted) - 1)
+    components, most = directions / deviation**whiten, len(deviation)
     infrared, ids = held_out.label("infrared"), held_out.label("identity")
     whole = held_out.features.float()
     sizes = [(dim, (whole - mean) @ components[:, :dim]) for dim in dims if dim <= most]
