@@ -29,7 +29,7 @@ from deen_zoo import create_model
 from deen_zoo.data.images import open_image, resize
 from deen_zoo.data.transforms import EvalTransform
 from deen_zoo.device import keep_freed_memory
-from deen_zoo.features.engines import HINTS, convert
+from deen_zoo.features.engines import HINTS, to_openvino
 
 from . import workloads
 from .contest import Spec
@@ -64,7 +64,7 @@ def training(spec: Spec, precision: str) -> tuple[Parts, float, int]:
 def describing(spec: Spec, precision: str) -> tuple[Parts, float, int]:
     """The same of one visible image in OpenVINO, without the mirrored one."""
     model = create_model(spec.model).eval()
-    graph = convert(model, "visible", False, "official", EvalTransform(spec.size))
+    graph = to_openvino(model, "visible", False, "official", EvalTransform(spec.size))
     settings = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_NUM_THREADS": spec.threads, "PERF_COUNT": True}  # fmt: skip
     request = ov.Core().compile_model(graph, "CPU", settings).create_infer_request()
@@ -84,7 +84,7 @@ def describing(spec: Spec, precision: str) -> tuple[Parts, float, int]:
 def streams(spec: Spec, precision: str, rounds: int = 9) -> dict[tuple[int, int], list[float]]:
     """Images per second of each round, by images at a time and streams, alternating."""
     model = create_model(spec.model).eval()
-    graph = convert(model, "visible", False, "official", EvalTransform(spec.size))
+    graph = to_openvino(model, "visible", False, "official", EvalTransform(spec.size))
     queues: dict[tuple[int, int], Any] = {}
     for images, number in itertools.product((1, 4, 8), (1, 2)):
         graph.reshape([images, *spec.size, 3])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError, brief, check_choice, require
-from .features.engines import embed_in_one_pass, traced
+from .features.engines import traced
 from .features.extractor import data_config
 from .io import check_target, reserved, whole_file
 from .models import ReidModel
@@ -75,21 +75,17 @@ class ExportReport:
 
 
 class _Function(nn.Module):
-    """A function of ``images``, and of ``modality`` where it is an input.
+    """A function of ``images``, and of ``modality`` where it is an input."""
 
-    ``embed`` is :func:`embed_in_one_pass` in what is exported, and the model's own method in what
-    the file is compared with.
-    """
-
-    def __init__(self, model: ReidModel, note: Note, embed: Callable[..., Tensor]) -> None:
+    def __init__(self, model: ReidModel, note: Note) -> None:
         super().__init__()
-        self.model, self.note, self.embed = model, note, embed
+        self.model, self.note = model, note
 
     def forward(self, images: Tensor, modality: Tensor | None = None) -> Tensor:
         note, told = self.note, self.note["modality"] if modality is None else modality
         if note["output"] == "logits":
             return self.model.forward(images, told)
-        rows = self.embed(self.model, images, told, note["flip"], note["descriptor"])
+        rows = self.model.forward_embedding(images, told, note["flip"], note["descriptor"])
         return nn.functional.normalize(rows) if note["normalize"] else rows
 
 
@@ -143,12 +139,10 @@ def export_model(
         **options,
         "preprocessing": {**config, "input_size": (model.in_chans, height, width)},
     }
-    plain = copy.deepcopy(model).cpu().float().eval()
-    function = _Function(plain, note, embed_in_one_pass).eval()
-    own = _Function(plain, note, type(plain).forward_embedding).eval()
+    function = _Function(copy.deepcopy(model).cpu().float(), note).eval()
     try:
         with torch.inference_mode():
-            wanted = {name: own(**inputs) for name, inputs in checks.items()}
+            wanted = {name: function(**inputs) for name, inputs in checks.items()}
     except (ValueError, RuntimeError) as error:  # not every size fits the network
         raise UserError(f"size {height} {width}: {brief(error)}") from error
     with reserved(path), whole_file(path) as partial:

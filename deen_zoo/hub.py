@@ -199,7 +199,7 @@ def measured(results: Mapping[str, Any], digest: str) -> Measured:
         if which == "best":
             own |= {part: entry["best"][part] for part in ("mean", "std")}
         elif len(models) > 1:
-            row = next(row for row in entry["trials"] if row["trial"] == model["trial"])
+            row = next(row for row in entry["trials"] if row["trial"] == model["split"])
             own |= {"mean": row, "std": dict.fromkeys(METRICS, 0.0), "trials": [row]}
         for part, key in itertools.product(("mean", "std"), METRICS):
             value = own[part].get(key)
@@ -212,7 +212,7 @@ def measured(results: Mapping[str, Any], digest: str) -> Measured:
     if not entries:
         raise UserError("the results are of no protocol: evaluate again")
     dataset = get_dataset(results["dataset"])
-    split = model["trial"] if len(dataset.splits) > 1 else None
+    split = model["split"] if len(dataset.splits) > 1 else None
     # A drawn world has no published counts, also where it stands in for a real dataset.
     counted = not dataset.expected or any(entry["expected_counts"] for entry in entries)
     drawn = dataset.synthetic or not counted

@@ -230,11 +230,7 @@ def similarities(
 
 
 def tsne(
-    table: FeatureTable,
-    file: str | os.PathLike[str],
-    people: int = 20,
-    seed: int = 0,
-    perplexity: float = 20.0,
+    table: FeatureTable, file: str | os.PathLike[str], people: int = 20, seed: int = 0
 ) -> None:
     """Draw a t-SNE of some persons (Figure 5 f-j of the poster).
 
@@ -246,7 +242,6 @@ def tsne(
         file: The picture.
         people: Number of persons, drawn from those with images of both modalities.
         seed: Seed of the choice of persons and of t-SNE.
-        perplexity: Size of t-SNE's neighbourhoods, lowered where there are few images.
 
     Raises:
         UserError: Fewer than two persons have images of both modalities, ``people`` is below 2, or
@@ -268,8 +263,8 @@ def tsne(
     chosen = sorted(both[i] for i in order)
     part = table.select(np.isin(ids, chosen))
     part.check_finite()
-    limit = min(perplexity, (len(part) - 1) / 3)
-    fit = TSNE(2, perplexity=limit, metric="cosine", init="random", random_state=seed)
+    near = min(20, (len(part) - 1) / 3)  # neighbours
+    fit = TSNE(2, perplexity=near, metric="cosine", init="random", random_state=seed)
     places = fit.fit_transform(part.features.float().numpy())
     with _figure(file, 5.2, 4.8) as figure:
         axes = figure.add_subplot()

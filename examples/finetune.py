@@ -18,8 +18,7 @@ from typing import NamedTuple
 import torch
 
 from deen_zoo import FeatureExtractor, create_model, save_pretrained
-from deen_zoo.data import Sample, TrainLoader
-from deen_zoo.data.folder import open_folder
+from deen_zoo.data import Sample, TrainLoader, open_dataset
 from deen_zoo.data.protocols import label_order
 from deen_zoo.data.transforms import TrainTransform
 from deen_zoo.device import choose_device
@@ -106,7 +105,7 @@ def main(argv: list[str] | None = None) -> Scores:
     with tempfile.TemporaryDirectory() as scratch:
         output = args.output or Path(scratch, "run")
         output.mkdir(parents=True)
-        samples = open_folder(args.data or draw_people(Path(scratch, "mine")))
+        samples = open_dataset("own", args.data or draw_people(Path(scratch, "mine"))).test()
         training, test = split(samples, args.test_share)
         people = len({sample.identity for sample in training})
         model = create_model(args.model, pretrained=True, num_classes=people)  # a new classifier

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 from deen_zoo import FeatureExtractor
 from deen_zoo.data import Sample, open_dataset
-from deen_zoo.data.folder import open_folder
 from deen_zoo.search import Calibration, SearchResult, calibrate, search
 from deen_zoo.synthetic import synthesize
 
@@ -42,7 +41,7 @@ def find(args: argparse.Namespace, scratch: str) -> Found:
     if not query:
         query, gallery, labelled = draw_people(f"{scratch}/people")
     if args.labelled:
-        labelled = open_folder(args.labelled)
+        labelled = open_dataset("own", args.labelled).test()
     extractor = FeatureExtractor(args.model)
     queries = extractor.table(query, modality="infrared")
     everyone = extractor.table(gallery, modality="visible")

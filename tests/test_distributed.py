@@ -253,12 +253,12 @@ def test_regdbs_splits_in_two_processes(tmp_path, no_pictures):
     synthesize("regdb", root, 12, images_per_camera=2, workers=1)
     options = ("--epochs", "1", "--splits", "1", "2", "--set", "optimizer.lr=0.001")
     assert main(["reproduce", *command("regdb", root, one, 6, *options)]) == 0
-    kill_two(*command("regdb", root, two, 3, *options), when=two / "trial-2" / "log.csv")
-    finished = [path.stat().st_mtime_ns for path in (two / "trial-1" / "states").rglob("*.*")]
+    kill_two(*command("regdb", root, two, 3, *options), when=two / "split-2" / "log.csv")
+    finished = [path.stat().st_mtime_ns for path in (two / "split-1" / "states").rglob("*.*")]
     in_two(*command("regdb", root, two, 3, *options), "--resume")
-    again = [path.stat().st_mtime_ns for path in (two / "trial-1" / "states").rglob("*.*")]
+    again = [path.stat().st_mtime_ns for path in (two / "split-1" / "states").rglob("*.*")]
     assert again == finished
-    assert [model["trial"] for model in results(two)["models"]] == [1, 2]
+    assert [model["split"] for model in results(two)["models"]] == [1, 2]
     trials = results(two)["protocols"]["regdb-vis2ir"]["trials"]
     assert [trial["trial"] for trial in trials] == [1, 2]
     for name, mean in numbers(one).items():

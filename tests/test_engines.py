@@ -41,11 +41,11 @@ def graphs() -> dict[str, object]:
 
 @pytest.fixture
 def converted_once(graphs, monkeypatch):
-    convert = engines.convert
+    to_openvino = engines.to_openvino
 
     def once(**options):
         if options["modality"] not in graphs:
-            graphs[options["modality"]] = convert(**options)
+            graphs[options["modality"]] = to_openvino(**options)
         return graphs[options["modality"]].clone()
 
     for module in ("engines", "quantize"):
@@ -66,7 +66,7 @@ def test_rows_equal_torchs(images, make, monkeypatch, converted_once):
     one = make(images[4], modality[4])
     torch.testing.assert_close(one[0], wanted[4], rtol=0, atol=1e-5)
     assert make((), "visible").shape == (0, make.dim)
-    monkeypatch.setattr(engines, "convert", None)  # the graphs are on the disk by now
+    monkeypatch.setattr(engines, "to_openvino", None)  # the graphs are on the disk by now
     again = FeatureExtractor("test_deen_resnet", engine="openvino")
     assert torch.equal(again(images, modality), make(images, modality))
     assert make.provenance["engine"] == "openvino"
@@ -97,7 +97,7 @@ def test_engines_that_convert_at_the_same_time_wait_for_one_another(tmp_path, mo
     """Each removed the folder that the other one was writing, in another process as well."""
     converted = []
 
-    def convert(**options):
+    def to_openvino(**options):
         converted.append(options["modality"])
         time.sleep(0.3)
         return "graph"
@@ -108,7 +108,7 @@ def test_engines_that_convert_at_the_same_time_wait_for_one_another(tmp_path, mo
             time.sleep(0.3)
             file.write_text(graph)
 
-    monkeypatch.setattr(engines, "convert", convert)
+    monkeypatch.setattr(engines, "to_openvino", to_openvino)
     monkeypatch.setattr(engines, "require", lambda *names, **extra: Files)
     file = tmp_path / "home" / "visible" / "graph.xml"
 
@@ -239,10 +239,10 @@ def test_a_conversion_is_reported_to_nobody():
     code = (
         "import sys, deen_zoo\n"
         "from deen_zoo.data.transforms import eval_transform\n"
-        "from deen_zoo.features.engines import convert\n"
+        "from deen_zoo.features.engines import to_openvino\n"
         "from deen_zoo.features.extractor import data_config\n"
         "model = deen_zoo.create_model('test_deen_resnet')\n"
-        "convert(model, 'visible', False, 'official', eval_transform(data_config(model)))\n"
+        "to_openvino(model, 'visible', False, 'official', eval_transform(data_config(model)))\n"
         "print([name for name in sys.modules if name.startswith('openvino_telemetry.')])"
     )
     done = run("-c", code)

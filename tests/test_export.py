@@ -196,13 +196,13 @@ def test_command(model, tmp_path, capsys):
     assert set(report["differences"]) == {"1 infrared", "3 infrared"}
     assert main(["export", str(folder), str(tmp_path / "deen.txt"), "--modality=visible"]) == 2
     assert ".onnx" in capsys.readouterr().err
-    for option in ("--no-flip", "--raw", "--normalize", "--no-normalize", "--descriptor=bn"):
+    for option in ("--no-flip", "--raw", "--descriptor=bn"):
         logits = ["--modality", "visible", "--output", "logits", option]
         assert main(["export", str(folder), str(tmp_path / "logits.pt"), *logits]) == 2
         assert "leave" in capsys.readouterr().err and not (tmp_path / "logits.pt").exists()
     x, _ = batch(model, 3)
-    for options, change in (([], {}), (["--raw", "--no-flip"], {"flip": False, "normalize": False}),
-                            (["--no-normalize"], {"normalize": False})):  # fmt: skip
+    plain = {"flip": False, "normalize": False}
+    for options, change in (([], {}), (["--raw", "--no-flip"], plain)):
         command = ["export", str(folder), str(target), "--modality", "visible", *options]
         assert main(command) == 0
         assert "visible only" in capsys.readouterr().out

@@ -57,9 +57,9 @@ def test_every_block_of_the_page_runs(tmp_path, monkeypatch):
             del sys.modules[module]
     history = json.loads(Path("runs/loss/results.json").read_text())["models"][0]["history"]
     assert history[0]["norm"] > 0
-    log = Path("runs/loss/trial-1/log.csv").read_text().splitlines()[0]
+    log = Path("runs/loss/split-1/log.csv").read_text().splitlines()[0]
     assert log.startswith("epoch,lr,loss,identity,triplet,cpm,orthogonality,norm,seconds")
-    assert Path("runs/loss/trial-1/curves.png").exists()
+    assert Path("runs/loss/split-1/curves.png").exists()
     history = json.loads(Path("runs/backbone/results.json").read_text())["models"][0]["history"]
     assert {"identity", "triplet"} < set(history[0]) and "cpm" not in history[0]
     gate = json.loads(Path("runs/gate/results.json").read_text())["protocols"]["gate-ir2vis"]

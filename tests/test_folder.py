@@ -10,7 +10,7 @@ import pytest
 
 from deen_zoo.cli import main
 from deen_zoo.data import Sample, check_dataset, open_dataset
-from deen_zoo.data.folder import UNKNOWN, list_images, open_folder, read_csv
+from deen_zoo.data.folder import UNKNOWN, list_images, read_csv
 from deen_zoo.errors import UserError
 from deen_zoo.evaluation import evaluate
 
@@ -83,7 +83,8 @@ def test_two_folders(tmp_path):
     write(tmp_path / "visible/0007/a.jpg", "visible")
     write(tmp_path / "visible/12/cam3/b.jpg", "visible")
     write(tmp_path / "infrared/7/x.bmp", "infrared")
-    assert [(os.path.relpath(s.path, tmp_path), *s[1:]) for s in open_folder(tmp_path)] == [
+    samples = open_dataset("own", tmp_path).test()
+    assert [(os.path.relpath(s.path, tmp_path), *s[1:]) for s in samples] == [
         ("visible/0007/a.jpg", 7, 1, "visible"),
         ("visible/12/cam3/b.jpg", 12, 3, "visible"),
         ("infrared/7/x.bmp", 7, 2, "infrared"),
@@ -93,8 +94,8 @@ def test_two_folders(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["visible/1/a.jpg"], "no folder infrared in it; lay images out"),
-        (["a.jpg"], "no folder visible in it; lay images out"),
+        (["visible/1/a.jpg"], "no folder infrared"),
+        (["a.jpg"], "no folder visible and infrared"),
         (["visible/a.jpg", "infrared/1/a.jpg"], "visible/a.jpg: not visible/IDENTITY"),
         (["visible/1/a/b/c.jpg", "infrared/1/a.jpg"], "not visible/IDENTITY"),
         (["visible/1/a.jpg", "infrared/1/a.txt"], "no infrared image"),
@@ -106,7 +107,7 @@ def test_other_layouts_are_refused(names, message, tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     with pytest.raises(UserError, match=message):
-        open_folder(tmp_path)
+        open_dataset("own", tmp_path).test()
 
 
 def own_tree(root):
@@ -148,7 +149,7 @@ def test_own_data_mistakes(tmp_path, capsys):
         (tmp_path / "data").mkdir(exist_ok=True)
     (tmp_path / "images.csv").write_text("path,modality\nx.jpg,visible\n")
     with pytest.raises(UserError, match=r"images\.csv: 1 row"):
-        open_folder(tmp_path)
+        open_dataset("own", tmp_path).test()
 
 
 def test_own_protocols_over_a_feature_file(tmp_path, capsys):

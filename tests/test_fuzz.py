@@ -23,8 +23,8 @@ from PIL import Image
 
 import deen_zoo
 from deen_zoo.cli import VERBS, load_verb, main
-from deen_zoo.data import check_dataset, open_image, read_permutations
-from deen_zoo.data.folder import open_folder, read_csv
+from deen_zoo.data import check_dataset, open_dataset, open_image, read_permutations
+from deen_zoo.data.folder import read_csv
 from deen_zoo.errors import UserError
 from deen_zoo.evaluation.known import refuse_known_people
 from deen_zoo.features.files import FeatureTable, read_feature_table, write_feature_table
@@ -213,7 +213,7 @@ def test_any_csv(tmp_path: Path, data: st.DataObject) -> None:
     file.write_bytes(damaged(data, whole))
     one_line(lambda: read_csv(file))
     one_line(lambda: read_csv(file, "auto"))
-    one_line(lambda: open_folder(tmp_path))
+    one_line(lambda: open_dataset("own", tmp_path).test())
 
 
 INDEX = {

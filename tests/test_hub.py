@@ -98,7 +98,7 @@ def results(digest, dataset="llcm", protocols=("llcm-ir2vis", "llcm-vis2ir"), **
         "eval_only": None, "device": "cpu", "processes": 1, "precision": "auto",
         "versions": {"deen_zoo": "0.1.0", "torch": "2"},
         "data": {"dataset": dataset, "images": 1234, "counts": {}, "sha256": "ab" * 32},
-        "models": [{"trial": 1, "history": [], "last": last}],
+        "models": [{"split": 1, "history": [], "last": last}],
         "protocols": {name: entry(i, name) for i, name in enumerate(protocols)},
         **changes,
     }  # fmt: skip
@@ -549,7 +549,7 @@ def test_a_split_has_its_own_numbers():
     """RegDB's means are over ten models: a card of one has that one's trial."""
     content = results("a", "regdb", ("regdb-vis2ir",))
     content["models"] = [
-        {"trial": t, "last": {"checkpoint": "", "epoch": 5, "sha256": "ab"[t]}} for t in (0, 1)
+        {"split": t, "last": {"checkpoint": "", "epoch": 5, "sha256": "ab"[t]}} for t in (0, 1)
     ]
     found = measured(content, "b")
     trials = content["protocols"]["regdb-vis2ir"]["trials"]

@@ -181,4 +181,4 @@ def test_sizes_must_agree():
         size, intensity = (64, 64), "full"
 
     with pytest.raises(UserError, match=r"cache has size \(64, 64\), not \(32, 16\)"):
-        TrainLoader([], SIZE, TrainTransform(), cache=Cache())
+        TrainLoader([], SIZE, TrainTransform(), 2, 2, cache=Cache())

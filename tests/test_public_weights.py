@@ -124,7 +124,7 @@ def test_the_ten_splits_are_evaluated_in_one_command(tmp_path, monkeypatch, caps
     found = results["protocols"][protocol]
     assert [trial["trial"] for trial in found["trials"]] == list(range(1, 11))
     assert found["mean"]["mAP"] == pytest.approx(sum(t["mAP"] for t in found["trials"]) / 10)
-    assert [model["trial"] for model in results["models"]] == list(range(1, 11))
+    assert [model["split"] for model in results["models"]] == list(range(1, 11))
     assert len({model["last"]["sha256"] for model in results["models"]}) == 10
     folder = str(weights_home() / f"{name}.yyds-split3")
     alone = evaluated(folder, "three", "--splits", "3")["protocols"][protocol]

@@ -91,8 +91,8 @@ def test_the_whole_command(dataset, trees, tmp_path, capsys, monkeypatch):
     )
     assert {"torch", "timm", "deen_zoo"} <= set(results["versions"])
 
-    folders = [output / f"trial-{n}" for n in (2, 5)] if trials else [output]
-    assert [model["trial"] for model in results["models"]] == ([2, 5] if trials else [1])
+    folders = [output / f"split-{n}" for n in (2, 5)] if trials else [output]
+    assert [model["split"] for model in results["models"]] == ([2, 5] if trials else [1])
     for folder, model in zip(folders, results["models"], strict=True):
         assert {"checkpoint", "best", "states", "log.csv", "curves.png"} <= {
             path.name for path in folder.iterdir()
@@ -292,7 +292,7 @@ def test_a_resume_looks_at_all_splits_before_it_trains(tmp_path, monkeypatch, ca
     ):
         assert main([*command, "--splits", "2", "1", "--resume", *other]) == 2
         assert says in capsys.readouterr().err.splitlines()[-1]
-        assert not (tmp_path / "trial-2").exists()
+        assert not (tmp_path / "split-2").exists()
 
 
 def test_an_ablation_with_rows_of_other_settings_is_refused(llcm_tree, tmp_path, capsys):
@@ -355,11 +355,11 @@ def test_another_split_is_trained_when_a_run_is_resumed(tmp_path, monkeypatch, c
     assert option in capsys.readouterr().err  # C9: the advice named no option
     command += [*option.split(), "--set", "data.images_per_modality=2"]
     assert main([*command, "--splits", "1"]) == 0
-    one, first = read(tmp_path), tmp_path / "trial-1" / "log.csv"
+    one, first = read(tmp_path), tmp_path / "split-1" / "log.csv"
     before = first.read_bytes()
     assert main([*command, "--splits", "1", "2", "--resume"]) == 0
     both = read(tmp_path)
-    assert [model["trial"] for model in both["models"]] == [1, 2]
+    assert [model["split"] for model in both["models"]] == [1, 2]
     trials = both["protocols"]["regdb-ir2vis"]["trials"]
     assert trials[:1] == one["protocols"]["regdb-ir2vis"]["trials"] and len(trials) == 2
     assert first.read_bytes() == before  # which has its seconds
@@ -407,7 +407,7 @@ def test_people_that_a_model_was_trained_on_are_not_scored(trees, tmp_path, caps
     output = tmp_path / "run"
     command = ["reproduce", "regdb", "--data-root", str(trees["regdb"]), *FAST, "--epochs", "1"]
     assert main([*command, "--splits", "1", "--output", str(output)]) == 0
-    checkpoint = output / "trial-1" / "checkpoint"
+    checkpoint = output / "split-1" / "checkpoint"
     trained = json.loads((checkpoint / "config.json").read_text())["deen_zoo"]["trained_on"]
     people = sorted({str(s.identity) for s in open_dataset("regdb", trees["regdb"]).train(1)})
     assert trained == {
@@ -519,41 +519,27 @@ def test_a_checkpoint_is_evaluated_at_the_intensity_it_was_trained_at(tmp_path, 
     scaled = "data.intensity=7000,9040"
     small = ["--set", "data.identities_per_batch=2", "--set", "data.images_per_modality=2"]
     assert main([*command, str(tmp_path / "run"), "--epochs", "1", *small, "--set", scaled]) == 0
-    again = ["--eval-only", str(tmp_path / "run/trial-1/checkpoint")]
+    again = ["--eval-only", str(tmp_path / "run/split-1/checkpoint")]
     assert main([*command, str(tmp_path / "again"), *again]) == 0
     assert main([*command, str(tmp_path / "full"), *again, "--set", "data.intensity=full"]) == 0
     run, same, other = (read(tmp_path / name)["protocols"]["regdb-ir2vis"]
                         for name in ("run", "again", "full"))  # fmt: skip
     assert used == [(7000.0, 9040.0)] * 3 + ["full"]  # test and evaluation of the run, then alone
     assert same["mean"] == run["mean"]
-    assert FeatureExtractor(tmp_path / "run/trial-1/checkpoint").intensity == (7000.0, 9040.0)
+    assert FeatureExtractor(tmp_path / "run/split-1/checkpoint").intensity == (7000.0, 9040.0)
     assert FeatureExtractor("test_deen_resnet").intensity == "full"
     assert "9040" in same["descriptor"] and "9040" not in other["descriptor"]
 
 
-def test_a_half_drawn_world_is_drawn_again(tmp_path):
-    """A3: it was "not LLCM" ever after, with or without --resume."""
-    root = tmp_path / "run" / "data"
-    for folder in ("vis/0001", ".unfinished"):  # as 0.1.0 left it
-        (root / folder).mkdir(parents=True)
-    settings = Settings.create("synthetic", tmp_path / "run", people=8)
-    reproduce._draw(settings)
-    assert (root / "synthetic.json").is_file() and not (root / ".unfinished").exists()
-    assert open_dataset("synthetic", root).train()
-
-
-@pytest.mark.parametrize("place", ["thesis", "run/data"])
-def test_an_unfinished_mark_is_no_leave_to_remove_a_folder(place, tmp_path, capsys):
+def test_a_folder_of_other_files_is_no_place_to_draw_people(tmp_path, capsys):
     """Any file or folder called .unfinished was enough for --data-root to be removed."""
-    root = tmp_path / place
-    chapter = root / ("vis" if place == "thesis" else "thesis") / "chapter1.txt"
+    chapter = tmp_path / "run/data/vis/chapter1.txt"
     chapter.parent.mkdir(parents=True)
     chapter.write_text("years of work")
-    (root / ".unfinished").touch()
-    command = ["reproduce", "synthetic", "--people", "8", "--output", str(tmp_path / "run")]
-    assert main([*command, "--data-root", str(root)]) == 2
+    (tmp_path / "run/data/.unfinished").touch()  # as 0.1.0 left a tree half drawn
+    assert main(["reproduce", "synthetic", "--people", "8", "--output", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
-    assert str(root) in error and ".unfinished" in error and "--data-root" in error
+    assert str(tmp_path / "run/data") in error and "remove" in error
     assert chapter.read_text() == "years of work"
 
 
@@ -692,7 +678,7 @@ def example_results(folder):
     (folder / "checkpoint").mkdir()
     row = {"epoch": 1, "loss": 4.0, "identity": 2.0, "triplet": 1.0, "cpm": 0.5}
     model = {
-        "trial": 1,
+        "split": 1,
         "history": [{**row, "orthogonality": 0.5, "seconds": 1.0, "r1": 0.5, "mAP": 0.4}],
         "last": {"checkpoint": "checkpoint", "epoch": 1, "sha256": "abc"},
     }

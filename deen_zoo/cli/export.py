@@ -26,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--descriptor", help="which embedding (default: official)")
     about = "without the mirrored image: half the time"
     add("--no-flip", dest="flip", action="store_const", const=False, help=about)
-    about = "scale embeddings to length 1, as extract does (default)"
-    add("--normalize", action=argparse.BooleanOptionalAction, help=about)
-    about = "the same as --no-normalize"
+    about = "embeddings as the reference compares them, not scaled to length 1"
     add("--raw", dest="normalize", action="store_const", const=False, help=about)
     add("--size", nargs=2, type=int, metavar=("H", "W"), help="image size, if not the model's")
     add("--json", action="store_true", help="print the report as JSON")

@@ -14,7 +14,7 @@ from dataclasses import asdict
 EXAMPLES = """\
   deen-zoo publish runs/llcm/checkpoint my-lab/deen_resnet50_llcm --dry-run preview
   deen-zoo publish runs/llcm/checkpoint my-lab/deen_resnet50_llcm --tag v1
-  deen-zoo publish runs/regdb/trial-1/checkpoint my-lab/deen_resnet50_regdb --private
+  deen-zoo publish runs/regdb/split-1/checkpoint my-lab/deen_resnet50_regdb --private
   deen-zoo publish converted my-lab/deen-official --results runs/official/results.json"""
 
 

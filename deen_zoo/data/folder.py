@@ -13,7 +13,7 @@ from .images import is_foreign_name, is_image_name
 from .protocols import INFRARED, UNKNOWN, VISIBLE, Label, Sample, as_label
 from .reader import Fault, Listing, ReidDataset
 
-__all__ = ["UNKNOWN", "OwnData", "list_images", "open_folder", "read_csv"]
+__all__ = ["UNKNOWN", "OwnData", "list_images", "read_csv"]
 
 COLUMNS = ("path", "identity", "camera", "modality")
 
@@ -107,24 +107,6 @@ def _label(text: str, name: str, where: str) -> Label:
     return as_label(text, f"{where}: {name}") if text else UNKNOWN
 
 
-def open_folder(root: str | os.PathLike[str]) -> list[Sample]:
-    """Labelled samples of one folder, visible ones first.
-
-    Either ``ROOT/visible`` and ``ROOT/infrared``, each with a folder for every identity, named by
-    a number (``0007`` and ``7`` are the same) or a word (``person_001``), and the images in it, or
-    in ``0007/cam3`` where cameras are known; or ``ROOT/images.csv``, as :func:`read_csv` takes it.
-    Where no camera is known, the visible images are of camera 1 and the infrared ones of camera 2.
-
-    Raises:
-        UserError: Another layout, or an identity without images; the message names the first thing
-            that does not fit.
-    """
-    samples, faults, _ = _read_folder(Path(root).expanduser())
-    if faults:
-        raise UserError(f"{root}: {faults[0].where}: {faults[0].detail}")
-    return samples
-
-
 _NUMBER = {VISIBLE: 1, INFRARED: 2}  # the camera where none is known
 
 
@@ -182,8 +164,11 @@ def _sample(path: str, folder: Path) -> Sample:
 class OwnData(ReidDataset):
     """The user's own images.
 
-    ``ROOT/visible`` and ``ROOT/infrared``, or ``ROOT/images.csv``, as :func:`open_folder` takes
-    them, can be evaluated, extracted and searched. To train, lay out ``ROOT/train`` and
+    Either ``ROOT/visible`` and ``ROOT/infrared``, each with a folder for every identity, named by
+    a number (``0007`` and ``7`` are the same) or a word (``person_001``), and the images in it, or
+    in ``0007/cam3`` where cameras are known; or ``ROOT/images.csv``, as :func:`read_csv` takes it.
+    Where no camera is known, the visible images are of camera 1 and the infrared ones of camera 2.
+    Such a root can be evaluated, extracted and searched. To train, lay out ``ROOT/train`` and
     ``ROOT/test`` of different people, each of that form.
     """
 

@@ -24,7 +24,7 @@ from ..io import exclusive, sha256_of, whole_folder
 from ..models.base import MODALITIES
 from ..models.catalog import weights_home
 
-__all__ = ["ENGINES", "OpenVINOEngine", "TorchEngine", "convert", "pixel_statistics"]
+__all__ = ["ENGINES", "OpenVINOEngine", "TorchEngine", "pixel_statistics", "to_openvino"]
 
 ENGINES = ("torch", "openvino")
 HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
@@ -92,43 +92,13 @@ class TorchEngine:
         return rows.float().cpu()
 
 
-def embed_in_one_pass(
-    model: Any, images: Tensor, modality: Tensor | str, flip: bool, descriptor: str
-) -> Tensor:
-    """``model.forward_embedding`` with the mirrored images in the same batch as the images.
-
-    For graphs: they have half of the nodes that two passes have, and are converted faster. In eager
-    mode two passes need less memory.
-    """
-    if not flip:
-        rows: Tensor = model.forward_embedding(images, modality, False, descriptor)
-        return rows
-    count = images.shape[0]
-    told = torch.cat([modality, modality]) if isinstance(modality, Tensor) else modality
-    both = torch.cat([images, images.flip(3)])
-    rows = model.forward_embedding(both, told, False, descriptor)
-    summed: Tensor = model.add_mirrored(rows[:count], rows[count:])
-    return summed
-
-
-class _OneStem(nn.Module):
-    """What :func:`convert` converts: images (N, 3, H, W) of one modality to descriptors (N, D)."""
-
-    def __init__(self, model: Any, modality: str, flip: bool, descriptor: str) -> None:
-        super().__init__()
-        self.model, self.modality, self.flip, self.descriptor = model, modality, flip, descriptor
-
-    def forward(self, images: Tensor) -> Tensor:
-        return embed_in_one_pass(self.model, images, self.modality, self.flip, self.descriptor)
-
-
 @torch.no_grad()
 def traced(module: nn.Module, example: tuple[Tensor, ...]) -> Any:
     """A TorchScript trace: OpenVINO converts it in half the time of a ``torch.export`` program."""
     return torch.jit.trace(module, example, check_trace=False)  # type: ignore[no-untyped-call]
 
 
-def convert(
+def to_openvino(
     model: Any, modality: str, flip: bool, descriptor: str, transform: EvalTransform
 ) -> Any:
     """An OpenVINO model of one stem: a uint8 image (1, H, W, 3) to its descriptor (1, D).
@@ -139,7 +109,7 @@ def convert(
     """
     ov = openvino()
     preprocess = require("openvino.preprocess", extra="openvino")
-    module = _OneStem(model, modality, flip, descriptor).eval()
+    module = model.for_modality(modality, flip, normalize=False, descriptor=descriptor)
     example = (torch.zeros(2, 3, *transform.size),)
     with torch.inference_mode(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sizes become constants, as they should
@@ -169,7 +139,7 @@ class OpenVINOEngine:
     graphs come from the checkpoint folder that ``deen-zoo quantize`` has written.
 
     Args:
-        options: The arguments of :func:`convert` but for the modality.
+        options: The arguments of :func:`to_openvino` but for the modality.
         precision: ``"auto"`` (float32), ``"float32"``, ``"bfloat16"`` or ``"int8"``.
         key: A digest of the weights.
         folder: The checkpoint folder, for int8.
@@ -286,7 +256,7 @@ class OpenVINOEngine:
         with exclusive(self._home / f"{kind}.lock", f"the graphs in {self._home}", wait=True):
             if not file.exists():
                 with whole_folder(self._home / kind) as folder:
-                    graph = convert(modality=kind, **self._options)
+                    graph = to_openvino(modality=kind, **self._options)
                     ov.save_model(graph, folder / file.name, compress_to_fp16=False)
 
     def _notice(self, kind: str, pixels: Tensor) -> None:
@@ -311,7 +281,7 @@ def graph_facts(options: dict[str, Any], key: str) -> dict[str, Any]:
     """All that a graph depends on besides the modality, as JSON has it.
 
     Args:
-        options: The arguments of :func:`convert` but for the modality.
+        options: The arguments of :func:`to_openvino` but for the modality.
         key: A digest of the weights.
     """
     model = options["model"]

@@ -20,7 +20,7 @@ from ..errors import UserError, check_least, plural, require
 from ..evaluation.metrics import evaluate_ranking
 from ..io import check_new_folder, whole_folder
 from ..models.base import MODALITIES
-from .engines import convert, graph_facts, openvino, pixel_statistics
+from .engines import graph_facts, openvino, pixel_statistics, to_openvino
 from .extractor import FeatureExtractor
 
 __all__ = ["quantize"]
@@ -91,7 +91,7 @@ def quantize(
             statistics = pixel_statistics(torch.from_numpy(pixels))
             facts["pixels"][kind] = [statistics.amin(0).tolist(), statistics.amax(0).tolist()]
             facts["calibration_images"] += len(pixels)
-            graph = convert(modality=kind, **options)
+            graph = to_openvino(modality=kind, **options)
             with contextlib.redirect_stdout(sys.stderr):  # where progress belongs
                 graph = _to_int8(nncf, graph, pixels)
             target = folder / "openvino" / kind

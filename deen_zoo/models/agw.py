@@ -12,11 +12,13 @@ with a bias. Switches name the differences. Written from the papers and from the
 behaviour, on top of timm's ResNet; outputs and gradients agree to rounding.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import SelectAdaptivePool2d
 from timm.models import generate_default_cfgs
 
 from .base import (
@@ -75,14 +77,11 @@ class LearnedGeM(nn.Module):
         return torch.pow(x.clamp(min=1e-6).pow(self.p).mean((2, 3)), 1 / self.p)
 
 
-class AvgPool(nn.Module):
-    """Mean over positions, (N, C, H, W) -> (N, C)."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.mean((2, 3))
-
-
-POOLS = {"gem": GeM, "gem-learned": LearnedGeM, "avg": AvgPool}
+POOLS: dict[str, Any] = {
+    "gem": GeM,
+    "gem-learned": LearnedGeM,
+    "avg": partial(SelectAdaptivePool2d, pool_type="fast", flatten=True),
+}
 
 
 class NonLocalStage(nn.Module):

@@ -235,10 +235,16 @@ class ReidModel(nn.Module):
         """
         if descriptor not in self.descriptors:
             raise ValueError(f"descriptor must be one of {self.descriptors}: got {descriptor}")
+        if not flip:
+            return self.describe(x, modality, descriptor)
+        # A graph of one pass has half the nodes of two; without a graph, two need less memory.
+        if not torch.jit.is_scripting() and in_graph():
+            both = torch.cat([x, x.flip(3)])
+            told = modality if not isinstance(modality, torch.Tensor) else modality.repeat(2)
+            rows = self.describe(both, told, descriptor)
+            return self.add_mirrored(rows[: x.shape[0]], rows[x.shape[0] :])
         out = self.describe(x, modality, descriptor)
-        if flip:
-            out = self.add_mirrored(out, self.describe(x.flip(3), modality, descriptor))
-        return out
+        return self.add_mirrored(out, self.describe(x.flip(3), modality, descriptor))
 
     def add_mirrored(self, out: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
         """Combine the descriptors of images and of mirrored images, (N, D) each: their sum."""
@@ -402,6 +408,12 @@ def known_modality(x: torch.Tensor, modality: Modality, default: str | None) -> 
             f"got {modality}"
         )
     return modality
+
+
+def in_graph() -> bool:
+    """Whether what runs is recorded, by ``torch.jit.trace``, ``torch.export`` or ``compile``."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    return tracing or torch.compiler.is_compiling()
 
 
 @register_notrace_function

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_type_hints
 
 from ..data.images import check_intensity
 from ..errors import UserError
-from .sections import Section, convert, flatten, parse, setting
+from .sections import Section, cast, flatten, parse, setting
 
 __all__ = [
     "RECIPES",
@@ -290,7 +290,7 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
             near = same or difflib.get_close_matches(key, known, 1, 0) or known
             raise UserError(f"there is no setting {key!r}: did you mean {near[0]}? "
                             f"Known are {', '.join(known)}")  # fmt: skip
-        sections.setdefault(section, {})[name] = convert(key, value, kinds[name])
+        sections.setdefault(section, {})[name] = cast(key, value, kinds[name])
     try:
         changed = {name: replace(getattr(recipe, name), **new) for name, new in sections.items()}
     except UserError as error:

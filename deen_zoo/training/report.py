@@ -99,7 +99,7 @@ def markdown(folder: Path, results: dict[str, Any]) -> str:
     )
     for model in results["models"]:
         if model["last"]["sha256"]:
-            lines.append(f"Weights, split {model['trial']}: SHA-256 `{model['last']['sha256']}`.")
+            lines.append(f"Weights, split {model['split']}: SHA-256 `{model['last']['sha256']}`.")
     return "\n".join(lines) + "\n"
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import random
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -60,7 +59,7 @@ def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str,
 
     The output folder holds ``results.json``, ``report.md``, pictures, ``log.csv``, the saved state
     in ``states``, and two checkpoint folders: ``checkpoint`` (the last epoch) and ``best`` (the
-    best on the test set). Each of several splits has the last five in ``trial-1`` and so on.
+    best on the test set). Each of several splits has the last five in ``split-1`` and so on.
 
     Args:
         settings: From :meth:`Settings.create`.
@@ -87,7 +86,7 @@ def reproduce(settings: Settings, world: Distributed | None = None) -> dict[str,
         record = _record(settings, fingerprint, world)
         run = {
             "record": record,
-            "trials": list(settings.splits),
+            "splits": list(settings.splits),
             "epochs": settings.epochs,
             "protocols": list(settings.protocols),
         }
@@ -127,7 +126,7 @@ def _finished(settings: Settings, run: dict[str, Any]) -> dict[str, Any] | None:
 def _check_states(settings: Settings, record: dict[str, Any]) -> None:
     """Refuse to resume any of the splits with other settings, before one of them is trained."""
     for split in settings.splits:
-        Run(settings.folder(split), record | {"trial": split}).check(settings.epochs)
+        Run(settings.folder(split), record | {"split": split}).check(settings.epochs)
 
 
 def check_early(settings: Settings) -> None:
@@ -202,22 +201,13 @@ def _check_matches(settings: Settings, dataset: ReidDataset) -> None:
 
 
 def _draw(settings: Settings) -> None:
-    """Draw the people, unless they are there; a tree that 0.1.0 left half drawn is drawn again.
+    """Draw the people, unless they are there.
 
     Raises:
         UserError: Other files are in that folder, which are left alone, or another number of people
             than was asked for.
     """
     root, note = settings.data_root, settings.data_root / DRAWN
-    if (root / ".unfinished").exists():  # 0.1.0 drew in it
-        drawn = {folder.partition("/")[0] for folder in settings.kind.folders}
-        others = {entry.name for entry in root.iterdir()} - drawn - {".unfinished", note.name}
-        if root != settings.output / "data" or others:
-            raise UserError(
-                f"{root} holds .unfinished, as a tree that was left half drawn: remove that folder "
-                "if it is one, or choose another --data-root"
-            )
-        shutil.rmtree(root)
     if note.exists():
         there, asked = read_object(note).get("identities"), settings.people
         if asked is not None and there not in (None, asked):
@@ -265,7 +255,7 @@ class _Work:
             "identities": len(people),
             "identities_sha256": people_digest(people),
         }
-        run = Run(settings.folder(split), record | {"trial": split}, trained_on)
+        run = Run(settings.folder(split), record | {"split": split}, trained_on)
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(settings.seed)
         model = _build(settings, len(people))
@@ -321,7 +311,7 @@ class _Work:
 
     def checkpoints(self, model: Any, run: Run, split: int) -> dict[str, Any]:
         """Write the checkpoint folders of the last and the best epoch."""
-        entry: dict[str, Any] = {"trial": split, "history": run.history}
+        entry: dict[str, Any] = {"split": split, "history": run.history}
         self.forget(run.folder / "checkpoint", weights_sha256(model))
         run.write_checkpoint(model, run.folder / "checkpoint")
         epochs = {"last": (run.epoch, run.folder / "checkpoint")}
@@ -353,7 +343,7 @@ class _Work:
         weights = Path(source) / WEIGHTS
         digest = sha256(weights) if weights.is_file() else None
         last = {"checkpoint": source, "epoch": None, "sha256": digest}
-        return {"trial": split, "history": [], "last": last}
+        return {"split": split, "history": [], "last": last}
 
     def refuse_known(self, source: str | Path, split: int, model: Any = None) -> None:
         """Refuse weights that were trained on people whom the split tests.
@@ -367,7 +357,7 @@ class _Work:
 
     def evaluate(self, entry: dict[str, Any]) -> None:
         """Run every protocol with a split's last and best epoch."""
-        split, trained_here = entry["trial"], bool(entry["history"])
+        split, trained_here = entry["split"], bool(entry["history"])
         found: list[ProtocolResult] = []
         for which in (which for which in self.results if which in entry):
             end = entry[which]
@@ -500,14 +490,16 @@ def _checkpoint(settings: Settings, split: int) -> str:
             )
         return str(splits[split])
     if len(settings.splits) > 1:
-        folder = Path(source) / f"trial-{split}" / "checkpoint"
-        if not folder.is_dir():
+        names = (f"split-{split}", f"trial-{split}")  # the latter in runs of 0.1.0
+        folders = [Path(source) / name / "checkpoint" for name in names]
+        found = next((folder for folder in folders if folder.is_dir()), None)
+        if found is None:
             raise UserError(
-                f"{folder}: there is no such folder; each split of {settings.kind.title} has a "
+                f"{folders[0]}: there is no such folder; each split of {settings.kind.title} has a "
                 "model of its own: give the output folder of a run, or --splits with the one split "
                 "of a checkpoint"
             )
-        return str(folder)
+        return str(found)
     return source
 
 

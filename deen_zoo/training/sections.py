@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UserError
 
-__all__ = ["Section", "check_range", "convert", "flatten", "parse", "setting"]
+__all__ = ["Section", "cast", "check_range", "flatten", "parse", "setting"]
 
 
 def setting(
@@ -35,7 +35,7 @@ class Section:
     def __post_init__(self) -> None:
         kinds = get_type_hints(type(self))
         for item in fields(self):
-            value = convert(item.name, getattr(self, item.name), kinds[item.name])
+            value = cast(item.name, getattr(self, item.name), kinds[item.name])
             object.__setattr__(self, item.name, value)  # lists of a TOML file become tuples
             check_range(item.name, value, item)
 
@@ -77,7 +77,7 @@ def flatten(table: dict[str, Any], depth: int = 9, prefix: str = "") -> dict[str
     return out
 
 
-def convert(key: str, value: Any, kind: Any) -> Any:
+def cast(key: str, value: Any, kind: Any) -> Any:
     """The value as the type has it, or a UserError that says which type is wanted."""
     try:
         return _cast(value, kind)

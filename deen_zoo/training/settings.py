@@ -156,7 +156,7 @@ class Settings:
 
     def folder(self, split: int) -> Path:
         """Where a split's model is kept."""
-        return self.output / f"trial-{split}" if len(self.kind.splits) > 1 else self.output
+        return self.output / f"split-{split}" if len(self.kind.splits) > 1 else self.output
 
 
 def _check_together(kind: type[ReidDataset], given: dict[str, Any]) -> None:
