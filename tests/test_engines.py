@@ -49,7 +49,7 @@ def converted_once(graphs, monkeypatch):
         return graphs[options["modality"]].clone()
 
     for module in ("engines", "quantize"):
-        monkeypatch.setattr(f"deen_zoo.features.{module}.convert", once)
+        monkeypatch.setattr(f"deen_zoo.features.{module}.to_openvino", once)
 
 
 @pytest.fixture(scope="module")
