@@ -148,7 +148,7 @@ def test_epoch_length_and_layout_are_the_references():
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (([1, 2, 3], [1, 2, 3], 6, 4), ["3 identities", "6 distinct", "data.identities_per_batch=3"]),
+        (([1, 2, 3], [1, 2, 3], 6, 4), ["3 identities", "6 distinct", "identities_per_batch=3"]),
         (([1, 2, 3], [1, 2, 3], 2, 4, 0, 0, 2), ["3 identities", "4 distinct", "2 processes"]),
         (([1, 2, 3], [2, 3, 4, 5], 1, 1), ["3 identities", "1, 4, 5"]),
         ((list(range(50)), [0], 1, 1), ["49 identities", "1, 2, 3"]),
