@@ -142,28 +142,6 @@ def test_only_what_can_be_had_is_listed():
     assert [name for name in ours if timm.is_model_pretrained(name)] == ["test_deen_resnet"]
 
 
-@pytest.mark.parametrize("headless", [False, True])
-def test_a_folder_that_transformers_saved_opens(tmp_path, headless):
-    """C2: it copies the old digest along, and AutoModel saves no classifier."""
-    from transformers import AutoModel, AutoModelForImageClassification
-
-    model = deen_zoo.create_model("test_deen_resnet", num_classes=5)
-    deen_zoo.save_pretrained(model, tmp_path / "a")
-    kind = AutoModel if headless else AutoModelForImageClassification
-    tuned = kind.from_pretrained(tmp_path / "a")
-    with torch.no_grad():
-        for parameter in tuned.parameters():
-            parameter.add_(0.01)
-    tuned.save_pretrained(tmp_path / "b")
-    again = deen_zoo.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True)
-    assert again.num_classes == (0 if headless else 5)
-    wanted = {k.removeprefix("timm_model."): v for k, v in tuned.state_dict().items()}
-    for key, value in again.state_dict().items():
-        assert torch.equal(value, wanted[key])
-    fresh = deen_zoo.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True, num_classes=7)
-    assert fresh.num_classes == 7 and torch.equal(fresh.bottleneck.weight, again.bottleneck.weight)
-
-
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
     """D1: timm before 1.0.26 ran it."""
     import pickle

@@ -93,25 +93,6 @@ def test_any_number_of_threads_gives_the_same_batches(samples):
         assert_same(two_epochs(threads), alone)
 
 
-def test_resuming_within_an_epoch_gives_the_rest_of_it(samples):
-    whole, resumed = loader(samples), loader(samples)
-    whole.set_epoch(3)
-    resumed.set_epoch(3, start_step=2)
-    assert len(resumed) == len(whole) == 30 // 6 + 1
-    assert_same(list(resumed), list(whole)[2:])
-
-
-def test_ranks_together_are_one_process_with_a_larger_batch(samples):
-    ranks = [list(loader(samples, rank=rank, world_size=2)) for rank in range(2)]
-    whole = list(loader(samples, identities_per_batch=4))
-    for step, batch in enumerate(whole):
-        for column, expected in enumerate(batch):
-            one, two = (rank[step][column] for rank in ranks)
-            half = len(one) // 2
-            together = torch.cat([one[:half], two[:half], one[half:], two[half:]])
-            assert torch.equal(together, expected)
-
-
 def test_iterating_leaves_the_global_random_state_alone(samples):
     before = torch.get_rng_state()
     list(loader(samples))
