@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,20 @@ def shell(command: str, *arguments: object, **more: str) -> subprocess.Completed
         timeout=1000,
         stdin=subprocess.DEVNULL,
     )
+
+
+@contextlib.contextmanager
+def unread_pipe() -> Iterator[int]:
+    """A place to write to that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+def run_code(code: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that ends as Python does."""
+    return forked.run("-c", code, env=environment(), finalize=True)
 
 
 def rows(path: Path, infrared: bool | None = None, names: str = "{}.png") -> Path:
@@ -113,7 +128,7 @@ def test_a_signal_while_python_ends_changes_nothing():
         "import builtins; builtins.last = Last()\n"  # goes when the interpreter does
         "terminal.exit_quietly(0)\n"
     )
-    done = forked.run("-c", code, env=environment(), finalize=True)
+    done = run_code(code)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -135,7 +150,7 @@ def test_a_signal_within_a_finalizer_is_not_lost(number):
         "except KeyboardInterrupt as stop:\n"
         "    print(type(stop).__name__)\n"
     )
-    done = forked.run("-c", code, env=environment(), finalize=True)
+    done = run_code(code)
     assert done.stdout.split() == [{2: "KeyboardInterrupt", 15: "Terminated"}[number]], done
     assert done.stderr == ""
 
@@ -163,7 +178,7 @@ def test_a_signal_that_is_sent_again_too_early_is_not_lost():
         "except KeyboardInterrupt:\n"
         "    print('raised')\n"
     )
-    done = forked.run("-c", code, env=environment(), finalize=True)
+    done = run_code(code)
     assert (done.stdout, done.stderr) == ("raised\n", "")
 
 
@@ -180,32 +195,28 @@ def test_a_signal_is_not_logged_by_what_it_ends():
         "except KeyboardInterrupt:\n"
         "    logging.getLogger('torch').exception('failed')\n"
     )
-    done = forked.run("-c", code, env=environment(), finalize=True)
+    done = run_code(code)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_closed_locale(tmp_path):
+def test_closed_locale(tmp_path, poor_server):
     """E: ``LC_ALL=C`` died on the sign of a standard deviation."""
-    file = rows(tmp_path / "f.npz")
-    done = shell(f'{" ".join(DEEN_ZOO)} evaluate "$@"', file, "--protocol", "llcm-ir2vis", **ASCII)
+    words = ["evaluate", rows(tmp_path / "f.npz"), "--protocol", "llcm-ir2vis"]
+    env = environment(**ASCII)
+    done = forked.run("-m", "deen_zoo", *words, env=env, finalize=True, server=poor_server)
     assert done.returncode == 0, done.stderr
-    assert b"\\xb1" in done.stdout and b"Traceback" not in done.stderr
+    assert r"\xb1" in done.stdout and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("verb", "more"), [
-    ("check", ["llcm", "{}"]),
-    ("evaluate", ["{}.npz", "--protocol", "own-ir2vis"]),
-])  # fmt: skip
-def test_mistakes_in_a_closed_locale(verb, more, tmp_path):
+def test_mistakes_in_a_closed_locale(tmp_path):
     """E: one line of ASCII, whatever the names in it; the same without a stderr, to a reader that
     has left."""
-    words = [word.format(tmp_path / "caf\u00e9") for word in more]
-    line = f'{" ".join(DEEN_ZOO)} "$@"'
-    done = shell(line, verb, *words, **ASCII)
+    line, root = f'{" ".join(DEEN_ZOO)} check llcm "$1"', tmp_path / "caf\u00e9"
+    done = shell(line, root, **ASCII)
     assert done.returncode == 2 and not done.stdout, done
     last = done.stderr.decode("ascii").splitlines()[-1]
-    assert last.startswith(f"deen-zoo {verb}: error: ") and "caf\\" in last
-    assert shell(f"{line} 2>&- | head -1", verb, *words, **ASCII).returncode == 2
+    assert last.startswith("deen-zoo check: error: ") and "caf\\" in last
+    assert shell(f"{line} 2>&- | head -1", root, **ASCII).returncode == 2
 
 
 def test_names_with_escape_codes(tmp_path, capsys):
@@ -234,28 +245,29 @@ def test_names_with_escape_codes(tmp_path, capsys):
 
 def test_closed_streams(tmp_path):
     """E: with 2>&- what was meant for stderr went to stdout."""
-    file = rows(tmp_path / "f.npz")
-    line = f'{" ".join(DEEN_ZOO)} visualize similarities "$1" -o "$2"'
-    picture = tmp_path / "d.png"
-    done = shell(f"{line} 2>&-", file, picture)
-    assert (done.returncode, done.stdout) == (0, f"{picture}\n".encode())
-    done = shell(f"{line} >&- 2>&- <&-", file, tmp_path / "e.png")
+    file, picture = rows(tmp_path / "f.npz"), tmp_path / "d.png"
+    for source, code, said in ((file, 0, f"{picture}\n"), (tmp_path / "absent.npz", 2, "")):
+        words = ["visualize", "similarities", source, "-o", picture]
+        done = forked.run("-m", "deen_zoo", *words, no_stderr=True, finalize=True)
+        assert (done.returncode, done.stdout) == (code, said)
+    line = f'{" ".join(DEEN_ZOO)} visualize similarities "$1" -o "$2" >&- 2>&- <&-'
+    done = shell(line, file, tmp_path / "e.png")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     assert Image.open(tmp_path / "e.png").size == Image.open(picture).size
-    done = shell(f"{line} 2>&-", tmp_path / "absent.npz", picture)
-    assert (done.returncode, done.stdout) == (2, b"")
 
 
 def test_a_reader_that_leaves(tmp_path):
     """E: ``deen-zoo ... | head -1`` exited with 120 and a traceback."""
     file = rows(tmp_path / "f.npz")
-    command = " ".join(DEEN_ZOO)
-    done = shell(f'{command} search --query "$1" --gallery "$1" -k 12 | head -c1', file)
-    assert done.returncode in (0, 141) and b"Traceback" not in done.stderr, done
-    for line in (f'{command} evaluate "$1" --protocol own-ir2vis', f"{command} search --help"):
-        done = shell(f"{line} | true", file)
-        assert done.returncode in (0, 141), done
-        assert b"Traceback" not in done.stderr and b"BrokenPipe" not in done.stderr, done.stderr
+    for words in (
+        ["search", "--query", file, "--gallery", file, "-k", "12"],
+        ["evaluate", file, "--protocol", "own-ir2vis"],
+        ["search", "--help"],
+    ):
+        with unread_pipe() as writer:
+            done = forked.run("-m", "deen_zoo", *words, stdout=writer, finalize=True)
+        assert done.returncode in (0, 141, -signal.SIGPIPE), done
+        assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("stop", range(5))
@@ -453,67 +465,81 @@ def test_two_of_a_verb_do_not_write_the_same_output(verb, works, tmp_path, monke
 TRIED = [verb for verb in VERBS if verb != "quantize" or MOMENTS > 1]
 
 
+def start_verb(words: list[str], place: Path, env: dict[str, str], **options) -> forked.Program:
+    """Start a command in an empty folder, with another one for temporary files."""
+    work, temporary = place / "work", place / "temporary"
+    for path in (work, temporary):
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+    env = environment(TMPDIR=str(temporary), DEEN_ZOO_HOME=str(work / "home"), **env)
+    return forked.Program("-m", "deen_zoo", *words, cwd=work, env=env, finalize=True, **options)
+
+
+@pytest.fixture(scope="module")
+def left_alone(works, poor_server, tmp_path_factory) -> Callable[[str], tuple[Path, int, float]]:
+    """Run a verb in a poor place, once: its folder, its exit code and its seconds."""
+
+    @functools.cache
+    def run(verb: str) -> tuple[Path, int, float]:
+        place, words = tmp_path_factory.mktemp(verb), [verb, *works[verb][0]]
+        poor = {"no_stderr": True, "server": poor_server}
+        began = time.monotonic()
+        with unread_pipe() as writer:
+            process = start_verb(words, place, ASCII, stdout=writer, **poor)
+        code = process.wait()
+        seconds = time.monotonic() - began
+        no_orphans(process.pid)
+        return place, code, seconds
+
+    return run
+
+
+def nothing_half_written(place: Path, output: str) -> None:
+    work = place / "work"
+    assert not output or not (work / output).exists() or whole(work / output)
+    assert not list(work.rglob("*.partial"))
+    left = [path.name for path in (place / "temporary").iterdir()]
+    assert left in ([], [".ses"])  # onnxruntime's, of a few bytes
+
+
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", TRIED)
-def test_every_verb_in_a_poor_place(verb, works, poor_server, tmp_path):
+def test_every_verb_in_a_poor_place(verb, works, left_alone):
     """A8, E: without a stderr, and with a reader of stdout that has left."""
-    words, output = works[verb]
-    work, home = tmp_path / "work", str(tmp_path / "home")
-    work.mkdir()
-    reader, writer = os.pipe()
-    os.close(reader)
-    process = forked.Program(
-        "-m", "deen_zoo", verb, *words, cwd=work, env=environment(DEEN_ZOO_HOME=home, **ASCII),
-        stdout=writer, no_stderr=True, finalize=True, server=poor_server,
-    )  # fmt: skip
-    os.close(writer)
-    code = process.wait()
-    no_orphans(process.pid)
+    place, code, _ = left_alone(verb)
     assert code in (0, 141, -signal.SIGPIPE)  # a traceback would be 1, a lost flush 120
-    assert not output or whole(work / output)
+    output = works[verb][1]
+    assert not output or (place / "work" / output).exists()
+    nothing_half_written(place, output)
 
 
 @linux
 @pytest.mark.slow
 @pytest.mark.timeout(1200 * MOMENTS)
 @pytest.mark.parametrize("verb", TRIED)
-def test_signals_at_random_moments(verb, works, tmp_path):
+def test_signals_at_random_moments(verb, works, left_alone, tmp_path):
     """A5, D6, E: one line, exit code 130 or 143, no traceback, no orphan, nothing half-written
     and nothing left in the folder for temporary files.
 
     ``DEEN_ZOO_MOMENTS`` sets how many moments of each verb (1; 40 for the record). Those before the
     work begins are :func:`test_a_signal_while_torch_is_imported`'s.
     """
-    words, output = works[verb]
-    work, temporary = tmp_path / "work", tmp_path / "temporary"
-    moment = random.Random(verb)
-    seconds = 0.0  # the first run is left alone: how long it takes
-    for n in range(MOMENTS + 1):
-        for path in (work, temporary):
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir()
-        env = environment(TMPDIR=str(temporary), DEEN_ZOO_HOME=str(work / "home"))
-        began = time.monotonic()
-        process = forked.Program("-m", "deen_zoo", verb, *words, cwd=work, env=env, finalize=True)
+    moment, seconds = random.Random(verb), left_alone(verb)[2]
+    for n in range(MOMENTS):
+        process = start_verb([verb, *works[verb][0]], tmp_path, {})
         while not handles_signals(process.pid):
             time.sleep(0.001)
         number = (signal.SIGINT, signal.SIGTERM)[moment.random() < 0.5]
         after = moment.uniform(0, seconds)
-        if n:
-            time.sleep(after)
-            process.send_signal(number)
+        time.sleep(after)
+        process.send_signal(number)
         said = settle(process)
         code = process.returncode
-        seconds = seconds or time.monotonic() - began
         context = (verb, n, after, code, said)
-        assert code in ((0, 128 + number) if n else (0,)), context
+        assert code in (0, 128 + number), context
         assert "Traceback" not in said and "Exception ignored" not in said, context
         if code:
             word = "interrupted" if number == signal.SIGINT else "terminated"
             assert said.count(word) == 1, context
-        if output and (work / output).exists():
-            assert whole(work / output), context
-        assert not list(work.rglob("*.partial")), context
-        left = [path.name for path in temporary.iterdir()]
-        assert left in ([], [".ses"]), (left, context)  # .ses: onnxruntime's, of a few bytes
+        nothing_half_written(tmp_path, works[verb][1])
