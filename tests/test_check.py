@@ -132,26 +132,23 @@ def leak(folder: Path, side: str) -> None:
         file.writelines(line.removesuffix("0") + "9\n" for line in lines if line.endswith(" 0"))
 
 
-# dataset, what is done to the tree, the kind and the place that check names, and how the readers
-# take it: "index" is an error, with skip_broken too; "skip" an error or a counted warning
+# dataset, what is done to the tree, the kind and the place that check names; the readers take one
+# of an index file as an error, with skip_broken too, any other as an error or a counted warning
 FAULTS = {
     "id in another id's folder (test)": (
         "llcm",
         move(TEST_IMAGE["llcm"], "test_nir/cam1/0003/0006_c01_s1_f0_nir.jpg"),
         ("mislabelled", "test_nir/cam1/0003/0006_c01_s1_f0_nir.jpg", "the name says identity 6"),
-        "skip",
     ),
     "image in another camera's folder": (
         "llcm",
         move(TEST_IMAGE["llcm"], "test_nir/cam4/0006/0006_c01_s1_f0_nir.jpg"),
         ("mislabelled", "test_nir/cam4/0006/0006_c01_s1_f0_nir.jpg", "the name says camera 1"),
-        "skip",
     ),
     "image in the other modality's folder": (
         "llcm",
         move(TEST_IMAGE["llcm"], "test_vis/cam1/0006/0006_c01_s1_f0_nir.jpg"),
         ("mislabelled", "test_vis/cam1/0006/0006_c01_s1_f0_nir.jpg", "the name says nir"),
-        "skip",
     ),
     "id in another id's folder (train)": (
         "llcm",
@@ -160,7 +157,6 @@ FAULTS = {
             edit(root / "idx/train_vis.txt", "vis/0002/0002_c01", "vis/0001/0002_c01"),
         ),
         ("mislabelled", "vis/0001/0002_c01_s1_f1_vis.jpg", "the name says identity 2"),
-        "skip",
     ),
     "RegDB id in another id's folder": (
         "regdb",
@@ -173,139 +169,116 @@ FAULTS = {
             ],
         ),
         ("mislabelled", "Visible/3/male_back_v_00000_2.bmp", "the name says v and identity 2"),
-        "skip",
     ),
     "label of another identity": (
         "llcm",
         lambda root: edit(root / "idx/train_nir.txt", r"(nir/0002/0002_c04\S+) 1", r"\1 2"),
         ("mislabelled", "nir/0002/0002_c04_s1_f4_nir.jpg", "label 2 in idx/train_nir.txt contra"),
-        "skip",
     ),
     "labels that differ between the modalities": (
         "llcm",
         lambda root: edit(root / "idx/train_nir.txt", r" 0\n", " 9\n", count=0),
         ("mislabelled", "nir/0001/0001_c01_s1_f1_nir.jpg", "label 9 in idx/train_nir.txt contra"),
-        "skip",
     ),
     "listed but absent": (
         "llcm",
         lose(TRAIN_IMAGE["llcm"]),
         ("missing", TRAIN_IMAGE["llcm"], "listed in idx/train_vis.txt, not on disk"),
-        "skip",
     ),
     "listed but absent, RegDB": (
         "regdb",
         lose(TEST_IMAGE["regdb"]),
         ("missing", TEST_IMAGE["regdb"], "listed in idx/"),
-        "skip",
     ),
     "listed twice": (
         "regdb",
         lambda root: edit(root / "idx/test_thermal_3.txt", r"^(.*\n)", r"\1\1"),
         ("index", "Thermal/", "listed twice, at last in idx/test_thermal_3.txt"),
-        "skip",
     ),
     "a path of another layout in the index": (
         "llcm",
         lambda root: edit(root / "idx/train_vis.txt", "^vis/0001/", "Visible/0001/"),
         ("index", "Visible/0001/", "not vis/IDENTITY/"),
-        "skip",
     ),
     "one modality only in training": (
         "sysu",
         lose("cam3/0002", "cam6/0002"),
         ("one-modality", "identity 2", "only visible in training"),
-        "skip",
     ),
     "one modality only in training, LLCM": (
         "llcm",
         lambda root: edit(root / "idx/train_vis.txt", r"vis/0002.*\n", "", count=0),
         ("one-modality", "identity 2", "only infrared in training"),
-        "skip",
     ),
     "no image of a test identity": (
         "sysu",
         lose("cam?/0006"),
         ("missing", "identity 6", "has no images"),
-        "skip",
     ),
     "no image of a training identity": (
         "sysu",
         lose("cam?/0002"),
         ("missing", "identity 2", "has no images"),
-        "skip",
     ),
     "no image of a test identity, LLCM": (
         "llcm",
         lose("test_*/cam?/0006"),
         ("missing", "identity 6", "has no images"),
-        "skip",
     ),
     "identity in training and test": (
         "sysu",
         lambda root: edit(root / "exp/train_id.txt", "^1", "6,1"),
         ("leak", "identity 6", "in both training and test"),
-        "skip",
     ),
     "identity in training and test, LLCM": (
         "llcm",
         lambda root: edit(root / "idx/test_id.txt", "^3", "1,3"),
         ("leak", "identity 1", "in both training and test"),
-        "skip",
     ),
     "identity in training and test, RegDB": (
         "regdb",
         lambda root: [leak(root / "idx", side) for side in ("visible", "thermal")],
         ("leak", "identity", "in both training and test"),
-        "skip",
     ),
     "index file missing": (
         "sysu",
         lose("exp/test_id.txt"),
         ("index", "index files", "exp/test_id.txt: this index file of SYSU-MM01 is missing; it"),
-        "index",
     ),
     "index file missing, of validation": (
         "sysu",
         lose("exp/val_id.txt"),
         ("index", "index files", "exp/val_id.txt: this index file of SYSU-MM01 is missing"),
-        "index",
     ),
     "index file missing, LLCM": (
         "llcm",
         lose("idx/train_nir.txt"),
         ("index", "index files", "idx/train_nir.txt: this index file of LLCM is missing"),
-        "index",
     ),
     "index file missing, RegDB": (
         "regdb",
         lose("idx/test_thermal_7.txt"),
         ("index", "index files", "idx/test_thermal_7.txt: this index file of RegDB is missing"),
-        "index",
     ),
     "index file empty": (
         "sysu",
         lambda root: (root / "exp/train_id.txt").write_text(" ,\r\n"),
         ("index", "index files", "exp/train_id.txt: an empty file"),
-        "index",
     ),
     "index file of words": (
         "llcm",
         lambda root: edit(root / "idx/test_id.txt", "3", "three"),
         ("index", "index files", "idx/test_id.txt: 'three' is not an identity"),
-        "index",
     ),
     "index file that is no text": (
         "sysu",
         lambda root: (root / "exp/test_id.txt").write_bytes("3,6,10".encode("utf-16")),
         ("index", "index files", "exp/test_id.txt: not a text file"),
-        "index",
     ),
     "line without a label": (
         "regdb",
         lambda root: edit(root / "idx/train_visible_1.txt", r" 0\n", "\n"),
         ("index", "index files", "idx/train_visible_1.txt, line 1: 'Visible/"),
-        "index",
     ),
 }
 
@@ -319,7 +292,8 @@ FOLLOWING = {
 
 @pytest.mark.parametrize("case", FAULTS)
 def test_faults_of_labels_and_lists_are_named(copy, case, capsys):
-    name, inflict, (kind, where, detail), readers = FAULTS[case]
+    name, inflict, (kind, where, detail) = FAULTS[case]
+    in_an_index = where == "index files"
     root = copy(name)
     inflict(root)
     report = check_dataset(name, root)
@@ -327,14 +301,14 @@ def test_faults_of_labels_and_lists_are_named(copy, case, capsys):
     assert found and detail in found[0].detail, report.faults
     assert {fault.kind for fault in report.faults} == {kind} | FOLLOWING.get(case, set())
     assert not report.usable and found[0].where in str(report) and found[0].detail in str(report)
-    assert (report.fingerprint is None) is (readers == "index")
+    assert (report.fingerprint is None) is in_an_index
 
     with pytest.raises(UserError) as error:
         list(read_everything(name, root))
     assert "\n" not in str(error.value)
     assert any(fault.detail in str(error.value) for fault in report.faults)
 
-    if readers == "index":
+    if in_an_index:
         with pytest.raises(UserError):
             list(read_everything(name, root, skip_broken=True))
         return
