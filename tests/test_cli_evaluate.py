@@ -42,14 +42,6 @@ def write_safetensors(path: Path, paths: str | None = json.dumps(PATHS), **chang
 
 
 @pytest.mark.parametrize("write", [write_npz, write_safetensors])
-def test_files_come_back_as_features_and_samples(write, tmp_path):
-    suffix = write.__name__.removeprefix("write_")
-    table = read_feature_table(write(tmp_path / f"features.{suffix}"))
-    assert table.samples() == WORLD
-    np.testing.assert_array_equal(table.features.numpy(), FEATURES)
-
-
-@pytest.mark.parametrize("write", [write_npz, write_safetensors])
 def test_json_equals_the_library(write, tmp_path, capsys):
     file = write(tmp_path / f"features.{write.__name__.removeprefix('write_')}")
     assert main(["evaluate", str(file), "--protocol", "llcm-ir2vis", "--json"]) == 0

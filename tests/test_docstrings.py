@@ -32,10 +32,6 @@ ENTRY = re.compile(r"^ {4}(\*{0,2}\w+): \S", re.MULTILINE)
 REFERENCE = re.compile(r":(?:func|class|meth|data|attr):`~?([\w.]+)`")
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
-
-
 def public(module: ModuleType) -> Iterator[tuple[str, Any]]:
     """What a module defines itself under a public name, and the public methods of its classes."""
     for name, value in vars(module).items():
@@ -131,7 +127,8 @@ def test_what_is_public_has_a_docstring(module: ModuleType) -> None:
 def test_the_reference_builds_without_warnings(tmp_path: Path) -> None:
     """``docs/build_api.py`` makes every warning an error."""
     pytest.importorskip("pdoc")
-    done = forked.run(ROOT / "docs/build_api.py", tmp_path, cwd=tmp_path, env=environment())
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = forked.run(ROOT / "docs/build_api.py", tmp_path, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     page = (tmp_path / "deen_zoo/evaluation/metrics.html").read_text(encoding="utf-8")
     assert "evaluate_ranking" in page and "greater is more alike" in page

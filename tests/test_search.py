@@ -67,13 +67,6 @@ def test_equal_to_a_sort_of_all_pairs(dtype, count, k, monkeypatch):
     assert result.indices.shape == (7, min(k, count))
 
 
-def test_equal_scores_keep_the_gallery_order():
-    gallery = table(30, 2)
-    gallery = table(30, 2, features=gallery.features[torch.zeros(30).long()])
-    result = search(table(2, 1), gallery, 30)
-    assert result.indices.tolist() == [list(range(30))] * 2
-
-
 @pytest.mark.parametrize(("count", "k"), [(50, 8), (5, 5), (67, 9)])
 def test_copies_of_a_row_keep_the_gallery_order(count, k):
     """B12: BLAS rounded the last columns differently, and of 50 copies the 49th came first."""

@@ -193,12 +193,7 @@ def test_erased_is_one_rectangle_of_the_mean_within_its_bounds(height, width, ar
     assert (h - 0.5) / (w + 0.5) <= 1 / 0.3 and (h + 0.5) / max(w - 0.5, 1e-9) >= 0.3
 
 
-def test_erasing_has_its_probability():
-    images = [
-        random_erasing(torch.ones(3, 40, 20), np.random.default_rng(seed), (0.02, 0.4))
-        for seed in range(400)
-    ]
-    assert 160 < sum(bool((image != 1).any()) for image in images) < 240
+def test_nothing_is_erased_at_a_probability_of_zero():
     untouched = torch.ones(3, 40, 20)
     assert random_erasing(untouched, np.random.default_rng(0), (0.02, 0.4), 0.0) is untouched
     assert (untouched == 1).all()
