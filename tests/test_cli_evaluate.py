@@ -250,9 +250,3 @@ def test_files_of_two_models_do_not_join(tmp_path):
 def test_wrong_options(arguments, message, tmp_path, capsys):
     assert main(["evaluate", str(write_npz(tmp_path / "f.npz")), *arguments]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_help_has_examples(capsys):
-    with pytest.raises(SystemExit):
-        main(["evaluate", "--help"])
-    assert "deen-zoo evaluate features.safetensors" in capsys.readouterr().out

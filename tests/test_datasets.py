@@ -484,12 +484,8 @@ def test_the_version_of_llcm_is_named(roots):
     dataset = open_dataset("llcm", roots["llcm"])
     assert dataset.version(counts).startswith("the version of the paper")
     counts["test"]["infrared"] -= 100
-    said = dataset.version(counts)
-    assert (
-        "adjusted after publication" in said
-        and "incomplete" in said
-        and "7,066 infrared in test where 7,166" in said
-    )
+    for words in ("adjusted after publication", "incomplete", "7,066 infrared in test"):
+        assert words in dataset.version(counts)
     assert "neither" in check_dataset("llcm", roots["llcm"]).version
     assert open_dataset("sysu", roots["sysu"]).version(counts) == ""
 

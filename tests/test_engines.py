@@ -181,6 +181,7 @@ def test_int8_from_quantize_to_extract(
     pytest.importorskip("nncf")
     folder = tmp_path / "int8"
     arguments = ["quantize", "test_deen_resnet", str(llcm_tree), str(folder), "--layout", "llcm"]
+    arguments += ["--calibration-images", "16"]
     bounds = ["--same-first-hit", "0.3", "--map-drop", "0.2"]  # six people say little
     assert main([*arguments, *bounds, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

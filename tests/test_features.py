@@ -75,10 +75,12 @@ def ours(dataset: str) -> dict[tuple[str, str], torch.Tensor]:
     images = torch.cat([parity.images(SIZE).float()] * 2)
     infrared = torch.tensor([False, False, True, True])
     out = {}
-    for d, b in CHOICES:
-        name = "original" if b == "original" else d
-        make = FeatureExtractor(model, "cpu", descriptor=name, normalize=False)
-        out[d, b] = make(images, infrared)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "weights_sha256", lambda *_, **__: "")  # takes longer than the rows
+        for d, b in CHOICES:
+            name = "original" if b == "original" else d
+            make = FeatureExtractor(model, "cpu", descriptor=name, normalize=False)
+            out[d, b] = make(images, infrared)
     return out
 
 
@@ -262,7 +264,7 @@ def digest(model) -> str:
     return weights_sha256(model)
 
 
-@pytest.mark.parametrize(("precision", "count"), [("float32", 200), ("bfloat16", 16)])
+@pytest.mark.parametrize(("precision", "count"), [("float32", 60), ("bfloat16", 16)])
 def test_many_threads_share_one_extractor(files, precision, count):
     """B1: it gave other rows, and the batch norms learned, as eval and train were toggled."""
     make = tiny(precision=precision, threads=2)

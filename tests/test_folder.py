@@ -166,10 +166,12 @@ def test_own_protocols_over_a_feature_file(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_own_data_is_trained_on(tmp_path, capsys):
+def test_own_data_is_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("deen_zoo.training.report._draw", lambda *_: None)  # no pictures
     root = own_tree(tmp_path / "own")
     arguments = ["reproduce", "own", "--data-root", str(root), "--output", str(tmp_path / "run")]
     arguments += ["--model", "test_deen_resnet", "--recipe", "synthetic", "--epochs", "1"]
+    arguments += ["--set", "data.image_size=[64, 32]"]
     assert main([*arguments, "--threads", "1", "--device", "cpu"]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert set(results["protocols"]) == {"own-ir2vis", "own-vis2ir"}

@@ -422,7 +422,7 @@ def preview(folder, tmp_path_factory):
 
 def test_the_published_folder_loads_in_timm_and_transformers(preview, folder):
     import timm
-    from transformers import AutoModel, TimmWrapperModel
+    from transformers import AutoModel, TimmWrapperForImageClassification, TimmWrapperModel
 
     ours = timm.create_model(f"local-dir:{preview}", pretrained=True).eval()
     assert ours.pretrained_cfg["input_size"] == (3, 128, 64)  # to which timm's tools add a tuple
@@ -430,8 +430,11 @@ def test_the_published_folder_loads_in_timm_and_transformers(preview, folder):
     with torch.inference_mode():
         wanted = ours.forward_head(ours.forward_features(x), pre_logits=True)
         for kind in (AutoModel, TimmWrapperModel):
-            theirs = kind.from_pretrained(preview).eval()
-            torch.testing.assert_close(theirs(x).pooler_output, wanted)
+            theirs = kind.from_pretrained(preview).eval()(x)
+            torch.testing.assert_close(theirs.pooler_output, wanted)
+            torch.testing.assert_close(theirs.last_hidden_state, ours.forward_features(x))
+        classifier = TimmWrapperForImageClassification.from_pretrained(preview).eval()
+        torch.testing.assert_close(classifier(x).logits, ours(x))
     with pytest.raises(UserError, match="not empty"):
         publish(folder, "lab/tiny", dry_run=preview)
 
@@ -612,7 +615,8 @@ def test_ones_own_images_are_real_people(folder, tmp_path):
 def test_the_folder_of_a_run_is_taken_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr("deen_zoo.training.report._draw", lambda *_: None)  # no pictures
     run = tmp_path / "run"
-    arguments = ["synthetic", "--people", "14", "--epochs", "1", "--threads", "1"]
+    arguments = ["synthetic", "--people", "6", "--epochs", "1", "--threads", "1"]
+    arguments += ["--set", "data.image_size=[64, 32]", "--set", "data.identities_per_batch=3"]
     assert main(["reproduce", *arguments, "--output", str(run), "--device", "cpu"]) == 0
     done = publish(run / "checkpoint", "lab/tiny", dry_run=tmp_path / "out")
     content = json.loads((run / "results.json").read_text())

@@ -257,12 +257,10 @@ def test_gallery_order_and_monotone_maps_change_nothing(case, rule, random):
     before = evaluate_or_skip(case, rule)
     order = np.array(random.sample(range(len(case.gallery_ids)), len(case.gallery_ids)))
     after = evaluate_or_skip(
-        Case(
-            np.exp(case.similarity[:, order]),
-            case.query_ids,
-            case.gallery_ids[order],
-            case.query_cameras,
-            case.gallery_cameras[order],
+        case._replace(
+            similarity=np.exp(case.similarity[:, order]),
+            gallery_ids=case.gallery_ids[order],
+            gallery_cameras=case.gallery_cameras[order],
         ),
         rule,
     )

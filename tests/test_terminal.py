@@ -88,8 +88,8 @@ def rows(path: Path, infrared: bool | None = None, names: str = "{}.png") -> Pat
 def test_a_command_imports_what_it_needs():
     """E: ``--help`` took as long as importing torch, and ``check`` as long as timm, too."""
     code = (
-        "import sys; sys.orig_argv = [sys.executable, '-m', 'deen_zoo']\n"
-        "import importlib\n"
+        "import gc; gc.disable()\n"  # imports take half of the time
+        "import importlib, sys; sys.orig_argv = [sys.executable, '-m', 'deen_zoo']\n"
         "from deen_zoo.cli import LIGHT, VERBS, load_verb, _overview\n"
         "for verb in VERBS: load_verb(verb)\n"
         "_overview()\n"
@@ -457,8 +457,7 @@ def test_two_of_a_verb_do_not_write_the_same_output(verb, works, tmp_path, monke
         assert main([verb, *words]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert "another process" in error and output in error
-    assert main([verb, *words]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == [output]
+    assert not os.listdir(tmp_path)
 
 
 # Each run of quantize takes most of a minute: for the record alone.
@@ -510,7 +509,8 @@ def test_every_verb_in_a_poor_place(verb, works, left_alone):
     place, code, _ = left_alone(verb)
     assert code in (0, 141, -signal.SIGPIPE)  # a traceback would be 1, a lost flush 120
     output = works[verb][1]
-    assert not output or (place / "work" / output).exists()
+    made = set(os.listdir(place / "work")) - {"home"}
+    assert made == {output.partition("/")[0]} - {""}  # and no lock
     nothing_half_written(place, output)
 
 
