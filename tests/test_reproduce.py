@@ -60,6 +60,19 @@ def pictures(request, monkeypatch):
         monkeypatch.setattr("deen_zoo.training.report._draw", lambda *_: None)
 
 
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that is refused: its last line."""
+
+    def run(*command):
+        assert main([*command]) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("deen-zoo reproduce: error: ")
+        return last
+
+    return run
+
+
 def read(folder):
     return json.loads((folder / "results.json").read_text())
 
@@ -185,13 +198,11 @@ def test_without_data_it_says_where_to_ask(dataset, place, tmp_path, capsys):
     (["llcm", "--eval-only", "nowhere/checkpoint"], "no model 'nowhere/checkpoint'"),
     (["regdb", "--eval-only", "runs/x"], "each split of RegDB has a model of its own"),
 ])  # fmt: skip
-def test_mistakes_are_one_line(arguments, says, trees, tmp_path, capsys):
+def test_mistakes_are_one_line(arguments, says, trees, tmp_path, refused):
     dataset, *rest = arguments
     root = str(trees.get(dataset, tmp_path))
     options = ["--data-root", root, "--output", str(tmp_path / "out"), *FAST[4:6]]
-    assert main(["reproduce", dataset, *options, *rest]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("deen-zoo reproduce: error: ") and says in error
+    assert says in refused("reproduce", dataset, *options, *rest)
 
 
 def test_a_file_as_output_is_refused_before_any_work(trees, tmp_path, capsys):
@@ -204,12 +215,11 @@ def test_a_file_as_output_is_refused_before_any_work(trees, tmp_path, capsys):
         assert str(tmp_path / "file") in error and error.count("\n") == 1
 
 
-def test_a_second_run_in_the_same_folder_is_refused(trees, tmp_path, capsys):
+def test_a_second_run_in_the_same_folder_is_refused(trees, tmp_path, refused):
     """A9: both ended well, and one had overwritten the other."""
     with exclusive(tmp_path / ".lock", "the run"):
         options = ["--data-root", str(trees["llcm"]), "--output", str(tmp_path)]
-        assert main(["reproduce", "llcm", *options, *FAST]) == 2
-    assert "another process" in capsys.readouterr().err
+        assert "another process" in refused("reproduce", "llcm", *options, *FAST)
 
 
 @pytest.mark.parametrize(("change", "says"), [
@@ -221,7 +231,7 @@ def test_a_second_run_in_the_same_folder_is_refused(trees, tmp_path, capsys):
     (["threads"], "threads 1, now 2"),
     (["pixels"], "data.content"),
 ])  # fmt: skip
-def test_a_resume_with_anything_else_is_refused_by_name(change, says, started, capsys):
+def test_a_resume_with_anything_else_is_refused_by_name(change, says, started, refused):
     """B4: other precision, pixels, threads or losses were accepted, and the report said so."""
     command, root = started
     picture = next((root / "vis").glob("*/*.jpg"))
@@ -232,8 +242,7 @@ def test_a_resume_with_anything_else_is_refused_by_name(change, says, started, c
         elif change == ["pixels"]:
             Image.open(picture).rotate(180).save(picture)
         more = change if change[0].startswith("--") else []
-        assert main([*command, "--epochs", "2", "--resume", *more]) == 2
-        assert says in capsys.readouterr().err.splitlines()[-1]
+        assert says in refused(*command, "--epochs", "2", "--resume", *more)
     finally:
         torch.set_num_threads(1)
         picture.write_bytes(before)
@@ -273,7 +282,7 @@ def test_a_record_has_every_setting_that_changes_numbers(llcm_tree, tmp_path, mo
     assert {**again, "code": None} == {**record, "code": None} and again != record
 
 
-def test_a_resume_looks_at_all_splits_before_it_trains(tmp_path, capsys):
+def test_a_resume_looks_at_all_splits_before_it_trains(tmp_path, refused):
     """A7, B4: that split 1 was made otherwise was found after split 2 had been trained."""
     tiny_trees.regdb(tmp_path / "regdb", 4, 2)
     command = ["reproduce", "regdb", "--data-root", str(tmp_path / "regdb"), *FAST]
@@ -285,12 +294,11 @@ def test_a_resume_looks_at_all_splits_before_it_trains(tmp_path, capsys):
         (["--batch-size", "7"], "batch_size 64, now 7"),
         (["--epochs", "1"], "--epochs 2 or more"),
     ):
-        assert main([*command, "--splits", "2", "1", "--resume", *other]) == 2
-        assert says in capsys.readouterr().err.splitlines()[-1]
+        assert says in refused(*command, "--splits", "2", "1", "--resume", *other)
         assert not (tmp_path / "split-2").exists()
 
 
-def test_an_ablation_with_rows_of_other_settings_is_refused(llcm_tree, tmp_path, capsys):
+def test_an_ablation_with_rows_of_other_settings_is_refused(llcm_tree, tmp_path, refused):
     """B4: rows that were made with other settings were read back as if they were of these."""
     row = published_ablation()[0]
     sets = [f"{key}={json.dumps(v)}" for key, v in ablation.ablation_changes(row).items()]
@@ -300,8 +308,7 @@ def test_an_ablation_with_rows_of_other_settings_is_refused(llcm_tree, tmp_path,
     one = ["reproduce", "llcm", *options, "--output", str(baseline)]
     assert main([*one, *(word for change in sets for word in ("--set", change))]) == 0
     sweep = ["reproduce", "llcm", *options, "--output", str(tmp_path), "--ablation", "--resume"]
-    assert main([*sweep, "--set", "loss.triplet=2"]) == 2
-    assert "recipe.loss.triplet 1.0, now 2.0" in capsys.readouterr().err.splitlines()[-1]
+    assert "recipe.loss.triplet 1.0, now 2.0" in refused(*sweep, "--set", "loss.triplet=2")
     assert [path.name for path in (tmp_path / "ablation").iterdir()] == ["baseline"]
 
 
@@ -344,14 +351,13 @@ def test_results_never_lie_next_to_weights_of_which_they_say_nothing(
     assert read(output)["epochs"] == 2 and not mixture()
 
 
-def test_another_split_is_trained_when_a_run_is_resumed(tmp_path, capsys):
+def test_another_split_is_trained_when_a_run_is_resumed(tmp_path, refused):
     """With --splits 2 --resume after --splits 1 it gave the results of split 1."""
     tiny_trees.regdb(tmp_path / "regdb", 4, 2)
     command = ["reproduce", "regdb", "--data-root", str(tmp_path / "regdb"), *FAST, "--epochs", "1"]
     command += ["--protocols", "regdb-ir2vis", "--output", str(tmp_path)]
-    assert main([*command, "--splits", "1", "--output", str(tmp_path / "few")]) == 2
-    option = "--set data.identities_per_batch=2"
-    assert option in capsys.readouterr().err  # C9: the advice named no option
+    option = "--set data.identities_per_batch=2"  # C9: the advice named no option
+    assert option in refused(*command, "--splits", "1", "--output", str(tmp_path / "few"))
     command += [*option.split(), "--set", "data.images_per_modality=2"]
     assert main([*command, "--splits", "1"]) == 0
     one, first = read(tmp_path), tmp_path / "split-1" / "log.csv"
@@ -365,12 +371,11 @@ def test_another_split_is_trained_when_a_run_is_resumed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", '{"deen_zoo": []}'])
-def test_a_broken_configuration_is_one_line(text, trees, tmp_path, capsys):
+def test_a_broken_configuration_is_one_line(text, trees, tmp_path, refused):
     (tmp_path / "config.json").write_text(text)
     command = ["reproduce", "llcm", "--data-root", str(trees["llcm"]), "--device", "cpu"]
     command += ["--eval-only", str(tmp_path), "--output", str(tmp_path / "run")]
-    assert main(command) == 2
-    assert str(tmp_path) in capsys.readouterr().err.splitlines()[-1]
+    assert str(tmp_path) in refused(*command)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{"])
@@ -394,7 +399,7 @@ def started(llcm_tree, tmp_path_factory):
     return command, root
 
 
-def test_people_that_a_model_was_trained_on_are_not_scored(trees, tmp_path, capsys):
+def test_people_that_a_model_was_trained_on_are_not_scored(trees, tmp_path, refused):
     """B8: the model of split 1 was scored on split 2, whose test set has its training people."""
     output = tmp_path / "run"
     command = ["reproduce", "regdb", "--data-root", str(trees["regdb"]), *FAST, "--epochs", "1"]
@@ -408,14 +413,11 @@ def test_people_that_a_model_was_trained_on_are_not_scored(trees, tmp_path, caps
         "identities_sha256": hashlib.sha256("\n".join(people).encode()).hexdigest(),
     }  # fmt: skip
     evaluation = [*command[:4], "--device", "cpu", "--threads", "1", "--eval-only", str(checkpoint)]
-    capsys.readouterr()
-    assert main([*evaluation, "--splits", "2", "--output", str(tmp_path / "two")]) == 2
-    error = capsys.readouterr().err
+    error = refused(*evaluation, "--splits", "2", "--output", str(tmp_path / "two"))
     assert "trained on split 1" in error and "test set of split 2" in error
     # Named in another way, as installed weights and those of the Hub are, they know them as well.
     named = [*evaluation[:-1], f"local-dir:{checkpoint}", "--splits", "2"]
-    assert main([*named, "--output", str(tmp_path / "named")]) == 2
-    assert "trained on split 1" in capsys.readouterr().err
+    assert "trained on split 1" in refused(*named, "--output", str(tmp_path / "named"))
     assert main([*evaluation, "--splits", "1", "--output", str(tmp_path / "one")]) == 0
 
 
@@ -452,7 +454,7 @@ def test_people_of_another_tree_of_the_same_dataset_are_warned_of(trees, llcm_tr
         refuse_known_people({"dataset": "regdb"}, "x", type(regdb), 2, {1}, regdb)
 
 
-def test_bad_weights_of_ones_own_model_are_one_line(llcm_tree, tmp_path, monkeypatch, capsys):
+def test_bad_weights_of_ones_own_model_are_one_line(llcm_tree, tmp_path, monkeypatch, refused):
     """They were loaded unchecked, and a damaged file was a traceback."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -475,15 +477,10 @@ def test_bad_weights_of_ones_own_model_are_one_line(llcm_tree, tmp_path, monkeyp
             weights.write_bytes(damaged)
         else:
             weights.mkdir()
-        capsys.readouterr()
-        assert main([*command, "bad"]) == 2
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("deen-zoo reproduce: error: ") and "model.safetensors" in error
+        assert "model.safetensors" in refused(*command, "bad")
     weights.rmdir()
     deen_zoo.save_pretrained(PlainModel("resnet14t", 6, (64, 32)), folder)
-    assert main([*command, "bad"]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "surplus: " in error
+    assert "surplus: " in refused(*command, "bad")
     del sys.modules["mine_tiny"]
 
 
@@ -533,27 +530,25 @@ def test_a_folder_of_other_files_is_no_place_to_draw_people(tmp_path, capsys):
     assert chapter.read_text() == "years of work"
 
 
-def test_another_number_of_people_than_a_tree_holds_is_refused(tmp_path, capsys):
+def test_another_number_of_people_than_a_tree_holds_is_refused(tmp_path, refused):
     """The option was ignored once the tree was there, and two people of six were evaluated."""
     command = ["reproduce", "synthetic", "--data-root", str(tmp_path / "tree")]
     command += ["--output", str(tmp_path / "run")]
     synthesize("llcm", tmp_path / "tree", 6, images_per_camera=1, workers=1)
-    assert main([*command, "--people", "40"]) == 2
-    error = capsys.readouterr().err
+    error = refused(*command, "--people", "40")
     assert "--people 40" in error and "6" in error
     for people in (None, 6):
         where = tmp_path / "run", tmp_path / "tree"
         reproduce._draw(Settings.create("synthetic", *where, people=people))
 
 
-def test_files_where_people_are_to_be_drawn_are_left_alone(tmp_path, capsys):
+def test_files_where_people_are_to_be_drawn_are_left_alone(tmp_path, refused):
     """A folder "data" of somebody's in the output folder was removed, to draw there."""
     thesis = tmp_path / "data" / "thesis.txt"
     thesis.parent.mkdir()
     thesis.write_text("years of work")
     command = ["reproduce", "synthetic", "--people", "8", "--output", str(tmp_path)]
-    assert main(command) == 2
-    assert "holds other files" in capsys.readouterr().err
+    assert "holds other files" in refused(*command)
     assert thesis.read_text() == "years of work"
 
 
@@ -590,17 +585,16 @@ def test_a_full_disk_is_one_line_and_loses_nothing(started, tmp_path):
     assert [row["epoch"] for row in read(output)["models"][0]["history"]] == [1, 2]
 
 
-def test_a_broken_tree_is_refused_before_training(trees, tmp_path, capsys):
+def test_a_broken_tree_is_refused_before_training(trees, tmp_path, refused):
     root = tmp_path / "llcm"
     shutil.copytree(trees["llcm"], root)
     (root / "idx" / "train_vis.txt").write_text("vis/0001/nothing_c01_vis.jpg 0\n")
     options = ["--data-root", str(root), "--output", str(tmp_path / "out")]
-    assert main(["reproduce", "llcm", *options, *FAST]) == 2
-    assert "cannot be used" in capsys.readouterr().err
+    assert "cannot be used" in refused("reproduce", "llcm", *options, *FAST)
 
 
 @pytest.mark.slow
-def test_broken_images_are_named_or_left_out(trees, tmp_path, capsys):
+def test_broken_images_are_named_or_left_out(trees, tmp_path, refused, capsys):
     root = tmp_path / "llcm"
     shutil.copytree(trees["llcm"], root)
     train = sorted((root / "vis").glob("*/*.jpg"))[0]
@@ -608,8 +602,7 @@ def test_broken_images_are_named_or_left_out(trees, tmp_path, capsys):
     for path in (train, test):
         path.write_bytes(path.read_bytes()[:-100])
     command = ["reproduce", "llcm", "--data-root", str(root), *FAST, "--epochs", "1"]
-    assert main([*command, "--output", str(tmp_path / "stops")]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    error = refused(*command, "--output", str(tmp_path / "stops"))
     assert train.name in error or test.name in error
     assert main([*command, "--output", str(tmp_path / "goes"), "--skip-broken"]) == 0
     assert "warning: 2 faults left out" in capsys.readouterr().err
@@ -680,13 +673,12 @@ def example_results(folder):
     }  # fmt: skip
 
 
-def test_an_ablation_that_is_there_is_refused_before_any_row_is_trained(trees, tmp_path, capsys):
+def test_an_ablation_that_is_there_is_refused_before_any_row_is_trained(trees, tmp_path, refused):
     """It was found when the rows before had been trained."""
     last = tmp_path / "ablation" / "dee+cpm+ort+mfa" / "seed-0"
     (last / "states" / "epoch-00001-step-0000000").mkdir(parents=True)
     options = ["--data-root", str(trees["llcm"]), "--output", str(tmp_path), *FAST]
-    assert main(["reproduce", "llcm", "--ablation", *options]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    error = refused("reproduce", "llcm", "--ablation", *options)
     assert str(last) in error and "--resume" in error
     assert [path.name for path in (tmp_path / "ablation").iterdir()] == [last.parent.name]
 
@@ -739,7 +731,7 @@ def test_the_ablation_trains_seven_rows(trees, tmp_path, capsys, monkeypatch):
         assert model.num_branches == branches
 
 
-def test_images_that_no_trial_draws_are_not_computed(sysu_tree, tmp_path, monkeypatch, capsys):
+def test_images_that_no_trial_draws_are_not_computed(sysu_tree, tmp_path, monkeypatch, refused):
     seen = []
     whole = reproduce.extract
 
@@ -761,8 +753,8 @@ def test_images_that_no_trial_draws_are_not_computed(sysu_tree, tmp_path, monkey
     other = deen_zoo.create_model("test_agw_resnet", num_classes=4)
     other = deen_zoo.save_pretrained(other, tmp_path / "agw")
     command[command.index("test_deen_resnet")] = str(other)
-    assert main(command) == 2  # ... and one of other weights does not replace it in silence
-    assert "test_deen_resnet: " in capsys.readouterr().err
+    # ... and one of other weights does not replace it in silence.
+    assert "test_deen_resnet: " in refused(*command)
     wanted = {s.path for name in PROTOCOLS["sysu"]
               for s in dataset.query(name, 0) + dataset.gallery(name, 0)}  # fmt: skip
     assert set(seen[0]) == wanted and len(seen[0]) == len(wanted)
@@ -786,8 +778,7 @@ def test_openvino_evaluates_the_same(strangers, tmp_path):
 @pytest.mark.parametrize(
     "options", [["--engine", "openvino"], ["--precision", "int8", "--eval-only", "x"]]
 )
-def test_openvino_only_evaluates(llcm_tree, tmp_path, options, capsys):
+def test_openvino_only_evaluates(llcm_tree, tmp_path, options, refused):
     command = ["reproduce", "llcm", "--data-root", str(llcm_tree), "--output", str(tmp_path / "x")]
-    assert main([*command, *options]) == 2
-    error = capsys.readouterr().err
+    error = refused(*command, *options)
     assert "openvino" in error and "--eval-only" in error and not (tmp_path / "x").exists()
