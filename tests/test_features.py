@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, TensorDataset
 
 import deen_zoo
@@ -27,7 +27,7 @@ from deen_zoo.errors import UserError
 from deen_zoo.features import extractor as module
 from deen_zoo.features.extractor import FeatureExtractor, extract, weights_sha256
 from deen_zoo.features.files import read_feature_table
-from deen_zoo.io import exclusive
+from deen_zoo.io import exclusive, sha256
 from tests import forked, parity, seeded
 from tests.reference import needs_official
 from tests.test_distributed import launch
@@ -233,13 +233,8 @@ def test_options(files):
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), unit, rtol=0, atol=1e-3)
     plain = tiny(flip=False)(files[:3], "visible")
-    mirrored = tiny(flip=False)(
-        [
-            Image.open(p).convert("RGB").transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            for p in files[:3]
-        ],
-        "visible",
-    )
+    turned = [ImageOps.mirror(Image.open(path).convert("RGB")) for path in files[:3]]
+    mirrored = tiny(flip=False)(turned, "visible")
     both = torch.nn.functional.normalize(plain + mirrored)
     torch.testing.assert_close(unit, both, rtol=0, atol=1e-5)
     mixed = tiny(precision="bfloat16")(files[:3], "visible")
@@ -260,10 +255,6 @@ def test_rows_equal_a_plain_float_pipeline_to_the_bit(files):
     assert torch.equal(make(files, "infrared"), wanted)
 
 
-def digest(model) -> str:
-    return weights_sha256(model)
-
-
 @pytest.mark.parametrize(("precision", "count"), [("float32", 60), ("bfloat16", 16)])
 def test_many_threads_share_one_extractor(files, precision, count):
     """B1: it gave other rows, and the batch norms learned, as eval and train were toggled."""
@@ -272,13 +263,13 @@ def test_many_threads_share_one_extractor(files, precision, count):
     make = FeatureExtractor(make.model, "cpu", precision, False, batch_size=5, threads=1)
     assert not make.model.training
     images = [(files[i % len(files)], ("visible", "infrared")[i % 3 == 0]) for i in range(count)]
-    before, wanted = digest(make.model), {}
+    before, wanted = weights_sha256(make.model), {}
     for one in dict.fromkeys(images):
         wanted[one] = make(*one)
     with ThreadPoolExecutor(8) as pool:
         rows = list(pool.map(lambda one: make(*one), images))
     assert all(torch.equal(row, wanted[one]) for row, one in zip(rows, images, strict=True))
-    assert digest(make.model) == before and not make.model.training
+    assert weights_sha256(make.model) == before and not make.model.training
 
 
 DAEMON = """
@@ -421,11 +412,8 @@ def test_models_by_name_and_folder(files, tmp_path):
     again = FeatureExtractor(tmp_path / "checkpoint", "cpu")
     assert again.provenance == made.provenance
     assert torch.equal(again(files[0], "visible"), made(files[0], "visible"))
-    import hashlib
-
-    weights = (tmp_path / "checkpoint" / "model.safetensors").read_bytes()
-    assert weights_sha256(made.model) == hashlib.sha256(weights).hexdigest()
-    assert again.provenance["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+    digest = sha256(tmp_path / "checkpoint" / "model.safetensors")
+    assert weights_sha256(made.model) == digest == again.provenance["weights_sha256"]
 
 
 def test_extract_gives_the_raw_official_descriptor(files):
@@ -435,56 +423,37 @@ def test_extract_gives_the_raw_official_descriptor(files):
     make = tiny(normalize=False)
     rows = extract(make.model, samples, Distributed(torch.device("cpu")), batch_size=5, threads=1)
     assert torch.equal(rows, make(samples))
+    samples += [Sample("absent.jpg", 1, 1, "visible")]
     with pytest.raises(UserError, match="absent.jpg: "):
-        extract(
-            make.model,
-            [*samples, Sample("absent.jpg", 1, 1, "visible")],
-            Distributed(torch.device("cpu")),
-            threads=1,
-        )
+        extract(make.model, samples, Distributed(torch.device("cpu")), threads=1)
 
 
-WRONG = {
-    "unsaid": (lambda f: (f, None), "no modality; say 'visible', 'infrared' or 'auto'"),
-    "unknown": (lambda f: (f, "thermal"), "modality 'thermal'; say 'visible', 'infrared' or"),
-    "number": (lambda f: (f, 1), "modality 1; say"),
-    "count": (lambda f: (f, ["visible"]), "1 modalities for 18 images"),
-    "contrary": (lambda f: (Sample(str(f[0]), 1, 1, "visible"), "infrared"), "says otherwise"),
-    "not normalised": (
-        lambda f: (torch.rand(2, 3, 128, 64) * 255, "visible"),
-        "image 0 of the batch .*normalised",
-    ),
-    "not a number": (
-        lambda f: (
-            torch.tensor([0.0, float("nan")]).view(2, 1, 1, 1).expand(2, 3, 128, 64),
-            "visible",
-        ),
-        "image 1 of the batch",
-    ),
-    "kind": (lambda f: (3, "visible"), "a int is no source of images"),
-    "bytes8": (lambda f: (torch.zeros(1, 3, 128, 64, dtype=torch.uint8), "visible"), "float"),
-    "one image": (
-        lambda f: (torch.zeros(3, 128, 64), "visible"),
-        r"a batch of \(3, 128, 64\) torch",
-    ),
-    "one channel": (lambda f: (torch.zeros(2, 1, 128, 64), "visible"), r"tensors \(N, 3, H, W\)"),
-    "auto batch": (lambda f: (torch.zeros(1, 3, 128, 64), "auto"), "say which it is"),
-    "float array": (lambda f: (np.zeros((8, 8, 3)), "visible"), r"image 0: an array \(8, 8, 3\)"),
-    "channels": (lambda f: (np.zeros((8, 8, 2), np.uint8), "visible"), "image 0: an array"),
-    "no pixels": (
-        lambda f: (np.zeros((0, 5, 3), np.uint8), "visible"),
-        "image 0: no pixels, 0 x 5",
-    ),
-    "missing": (lambda f: ([f[0], "absent.jpg"], "visible"), "absent.jpg: "),
-    "list of tensors": (lambda f: ([torch.zeros(3, 8, 8)], "visible"), "a Tensor is no source"),
-}
+HALF_NAN = torch.tensor([0.0, float("nan")]).view(2, 1, 1, 1).expand(2, 3, 128, 64)
+WRONG = [
+    (lambda f: f, None, "no modality; say 'visible', 'infrared' or 'auto'"),
+    (lambda f: f, "thermal", "modality 'thermal'; say 'visible', 'infrared' or"),
+    (lambda f: f, 1, "modality 1; say"),
+    (lambda f: f, ["visible"], "1 modalities for 18 images"),
+    (lambda f: Sample(str(f[0]), 1, 1, "visible"), "infrared", "says otherwise"),
+    (lambda f: torch.rand(2, 3, 128, 64) * 255, "visible", "image 0 of the batch .*normalised"),
+    (lambda f: HALF_NAN, "visible", "image 1 of the batch"),
+    (lambda f: 3, "visible", "a int is no source of images"),
+    (lambda f: torch.zeros(1, 3, 128, 64, dtype=torch.uint8), "visible", "float"),
+    (lambda f: torch.zeros(3, 128, 64), "visible", r"a batch of \(3, 128, 64\) torch"),
+    (lambda f: torch.zeros(2, 1, 128, 64), "visible", r"tensors \(N, 3, H, W\)"),
+    (lambda f: torch.zeros(1, 3, 128, 64), "auto", "say which it is"),
+    (lambda f: np.zeros((8, 8, 3)), "visible", r"image 0: an array \(8, 8, 3\)"),
+    (lambda f: np.zeros((8, 8, 2), np.uint8), "visible", "image 0: an array"),
+    (lambda f: np.zeros((0, 5, 3), np.uint8), "visible", "image 0: no pixels, 0 x 5"),
+    (lambda f: [f[0], "absent.jpg"], "visible", "absent.jpg: "),
+    (lambda f: [torch.zeros(3, 8, 8)], "visible", "a Tensor is no source"),
+]
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_mistakes(name, files, extractor):
-    make, message = WRONG[name]
+@pytest.mark.parametrize(("source", "modality", "message"), WRONG)
+def test_mistakes(source, modality, message, files, extractor):
     with pytest.raises(UserError, match=message):
-        extractor(*make(files))
+        extractor(source(files), modality)
 
 
 @pytest.mark.parametrize(
@@ -830,14 +799,11 @@ def test_command_on_layouts(llcm_tree, checkpoint, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_file(files, checkpoint, tmp_path):
-    import shutil
-
     folder = tmp_path / "images"
     folder.mkdir()
     for copy in range(60):
-        shutil.copy(
-            files[copy % len(files)], folder / f"{copy:03}{files[copy % len(files)].suffix}"
-        )
+        file = files[copy % len(files)]
+        os.link(file, folder / f"{copy:03}{file.suffix}")
     code = (
         "import sys, torch\n"
         "from deen_zoo.distributed import join\n"
