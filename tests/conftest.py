@@ -12,20 +12,20 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 import pytest
-import torch
 
-from deen_zoo.device import keep_freed_memory
-from deen_zoo.io import exclusive
-from deen_zoo.synthetic import synthesize
-
-torch.set_num_threads(1)
-keep_freed_memory()  # as every command does
 # With it OpenVINO reports each conversion to its makers, by dozens of processes that it forks.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
-def pytest_sessionstart() -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
     """What is imported stays: the collector of garbage need not look at it again and again."""
+    if not session.config.getoption("numprocesses", None):  # the process that starts others waits
+        import torch
+
+        from deen_zoo.device import keep_freed_memory
+
+        torch.set_num_threads(1)
+        keep_freed_memory()  # as every command does
     gc.freeze()
     gc.enable()  # tests/__init__.py turned it off
     # A shell lets what it starts in the background ignore interrupts.
@@ -60,6 +60,9 @@ def _tree(
     factory: pytest.TempPathFactory, layout: str, images: int, test: float, seed: int = 0
 ) -> Path:
     """Drawn by the first worker that wants it."""
+    from deen_zoo.io import exclusive
+    from deen_zoo.synthetic import synthesize
+
     root = _shared(factory) / "synthetic" / str(seed) / layout
     with exclusive(root.with_name(f"{layout}.wait"), str(root), wait=True):
         if not root.exists():
