@@ -118,6 +118,12 @@ def run_theirs(
     return {k: v.detach().double().clone() for k, v in out.items()}
 
 
+def direction(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A seeded one, of length 1."""
+    drawn = seeded.tensor(name, shape)
+    return drawn / drawn.norm()
+
+
 def summary(out: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """Outputs thinned out; of each gradient its norm and its product with a seeded direction."""
     small = {k: out[k][:, :: max(1, out[k].shape[1] // 16)] for k in ("pool", "bn", "logits")}
@@ -126,9 +132,8 @@ def summary(out: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
         names = sorted(k for k in out if k.startswith("grad "))
         rows = []
         for name in names:
-            direction = seeded.tensor(name, tuple(out[name].shape))
-            direction /= direction.norm()
-            rows.append([out[name].norm(), (out[name] * direction).sum()])
+            along = direction(name, tuple(out[name].shape))
+            rows.append([out[name].norm(), (out[name] * along).sum()])
         small["gradients"] = torch.tensor(rows, dtype=torch.float64)
     return {k: v.double().numpy() for k, v in small.items()}
 

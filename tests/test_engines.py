@@ -205,6 +205,7 @@ def test_int8_from_quantize_to_extract(
         FeatureExtractor(folder, engine="openvino", precision="int8", flip=False)
     evaluation = ["reproduce", "llcm", "--data-root", str(strangers), "--eval-only", str(folder)]
     evaluation += ["--engine", "openvino", "--precision", "int8", "--json"]
+    evaluation += ["--protocols", "llcm-ir2vis"]
     capsys.readouterr()
     assert main([*evaluation, "--output", str(tmp_path / "run")]) == 0  # it was always refused
     assert json.loads(capsys.readouterr().out)["precision"] == "int8"

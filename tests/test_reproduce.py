@@ -553,12 +553,11 @@ def test_files_where_people_are_to_be_drawn_are_left_alone(tmp_path, refused):
 
 
 def test_a_folder_named_partial_beside_a_tree_is_no_reason_to_draw_again(tmp_path):
-    settings = Settings.create("synthetic", tmp_path / "run", people=8)
-    reproduce._draw(settings)
+    synthesize("llcm", tmp_path / "run" / "data", 4, images_per_camera=1, workers=1)
     mark = tmp_path / "run" / "data" / "synthetic.json"
     (tmp_path / "run" / "data.partial").mkdir()
     before = mark.stat().st_mtime_ns
-    reproduce._draw(settings)
+    reproduce._draw(Settings.create("synthetic", tmp_path / "run", people=4))
     assert mark.stat().st_mtime_ns == before
 
 
