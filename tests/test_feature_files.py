@@ -115,22 +115,6 @@ def write(file):
     return file
 
 
-def test_tables_may_be_read_one_at_a_time(tmp_path):
-    class Lazy:
-        """Two tables of which one is alive at a time."""
-
-        def __len__(self):
-            return 2
-
-        def __getitem__(self, k):
-            if k >= 2:
-                raise IndexError
-            return table([SAMPLES[k]])
-
-    write_feature_table(tmp_path / "f.safetensors", Lazy())
-    assert read_feature_table(tmp_path / "f.safetensors").samples() == SAMPLES[:2]
-
-
 @pytest.mark.parametrize("suffix", ["safetensors", "npz", "parquet"])
 def test_a_full_disk_is_an_os_error(suffix, tmp_path):
     """A limit on the size of files stands for a disk without room; nothing half written stays."""
