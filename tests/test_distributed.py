@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -162,13 +163,24 @@ def test_two_processes_are_one_with_the_same_batch():
     launch("-c", STEPS)
 
 
-def torchrun(*arguments: str) -> None:
+# Python runs a module of this name at its start. Without collections, imports take half the time.
+NO_PICTURES = """
+import gc, sys
+from unittest.mock import MagicMock
+gc.disable()
+sys.modules["deen_zoo.visualize"] = MagicMock()
+"""
+
+
+def torchrun(*arguments: str, folder: Path) -> None:
     """``torchrun -m deen_zoo.reproduce`` itself, with two processes."""
+    (folder / "sitecustomize.py").write_text(NO_PICTURES)
+    path = os.pathsep.join([str(folder), str(forked.ROOT)])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                "--master-port", str(free_port()), "-m", "deen_zoo.reproduce"]  # fmt: skip
     done = subprocess.run(
-        [*command, *arguments], cwd=forked.ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True,
+        [*command, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        cwd=forked.ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -200,6 +212,22 @@ def kill_two(*arguments: str, when: Path) -> None:
 
 
 @pytest.fixture
+def small_tree(llcm_tree, tmp_path) -> Path:
+    """The same people: four training images of each in either modality, which are two steps an
+    epoch, and one test image in each camera."""
+    root = shutil.copytree(llcm_tree, tmp_path / "small")
+    for index in root.glob("idx/train_*.txt"):
+        of_each: dict[str, list[str]] = {}
+        for line in index.read_text().splitlines():
+            of_each.setdefault(line.split()[1], []).append(line)
+        index.write_text("".join(f"{line}\n" for rows in of_each.values() for line in rows[:4]))
+    for folder in root.glob("test_*/cam*/*"):
+        for image in sorted(folder.iterdir())[1:]:
+            image.unlink()
+    return root
+
+
+@pytest.fixture
 def no_pictures(monkeypatch):
     monkeypatch.setattr("deen_zoo.training.report._draw", lambda *_: None)
 
@@ -222,18 +250,18 @@ def command(dataset: str, root: Path, output: Path, per_batch: int, *more: str) 
 
 
 @pytest.mark.slow
-def test_reproduce_in_two_processes(llcm_tree, tmp_path, no_pictures):
+def test_reproduce_in_two_processes(small_tree, tmp_path, no_pictures):
     """A1, A2: it ended without results, or hung when resumed; now fresh, and resumed after both
     processes were killed, it has the numbers of one process with the same global batch."""
     from deen_zoo.cli import main
 
     one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
     epochs = ("--epochs", "2", "--protocols", "llcm-ir2vis", "--set", "optimizer.lr=0.001")
-    assert main(["reproduce", *command("llcm", llcm_tree, one, 6, *epochs)]) == 0
-    torchrun(*command("llcm", llcm_tree, two, 3, *epochs))
+    assert main(["reproduce", *command("llcm", small_tree, one, 6, *epochs)]) == 0
+    torchrun(*command("llcm", small_tree, two, 3, *epochs), folder=tmp_path)
     saved = killed / "states" / "epoch-00001-step-0000000"
-    kill_two(*command("llcm", llcm_tree, killed, 3, *epochs), when=saved)
-    in_two(*command("llcm", llcm_tree, killed, 3, *epochs), "--resume")
+    kill_two(*command("llcm", small_tree, killed, 3, *epochs), when=saved)
+    in_two(*command("llcm", small_tree, killed, 3, *epochs), "--resume")
     for name, mean in numbers(one).items():
         assert numbers(two)[name] == pytest.approx(mean, abs=0.005), name
     history = [[row["loss"] for row in results(f)["models"][0]["history"]] for f in (one, two)]
@@ -266,13 +294,13 @@ def test_regdbs_splits_in_two_processes(tmp_path, no_pictures):
 
 
 @pytest.mark.slow
-def test_the_ablation_in_two_processes(llcm_tree, tmp_path, no_pictures):
+def test_the_ablation_in_two_processes(small_tree, tmp_path, no_pictures):
     """A1, A2: killed in its third row and resumed, all seven are there; the finished ones are
     read back, and the first and the last have the numbers of one process."""
     from deen_zoo.cli import main
 
     options = ("--epochs", "1", "--protocols", "llcm-ir2vis", "--set", "optimizer.lr=0.001")
-    both = [*command("llcm", llcm_tree, tmp_path, 3, *options), "--ablation"]
+    both = [*command("llcm", small_tree, tmp_path, 3, *options), "--ablation"]
     folders = tmp_path / "ablation"
     kill_two(*both, when=folders / "dee+cpm" / "seed-0" / "log.csv")
     kept = folders / "baseline" / "seed-0" / "checkpoint" / "model.safetensors"
@@ -285,7 +313,7 @@ def test_the_ablation_in_two_processes(llcm_tree, tmp_path, no_pictures):
     for row, changes in ((rows[0], nothing), (rows[-1], ())):
         one = tmp_path / "one" / row["name"]
         sets = [word for change in changes for word in ("--set", change)]
-        assert main(["reproduce", *command("llcm", llcm_tree, one, 6, *options), *sets]) == 0
+        assert main(["reproduce", *command("llcm", small_tree, one, 6, *options), *sets]) == 0
         wanted = numbers(one)["llcm-ir2vis"]
         for key, values in row["measured"]["llcm-ir2vis"].items():
             assert values == [pytest.approx(wanted[key], abs=0.005)], (row["name"], key)

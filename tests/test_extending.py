@@ -29,12 +29,12 @@ def test_every_block_of_the_page_runs(tmp_path, monkeypatch):
     names = dict(base.NAMES)
     draw = report._draw
 
-    def draw_the_losses(folder, *rest):
-        """Pictures of one run: the one whose curves have a term of its own."""
+    # Of the pictures only the curves of the run that has a term of its own.
+    def curves(folder, results, table):
         if folder.name == "loss":
-            draw(folder, *rest)
+            draw(folder, results, None)
 
-    monkeypatch.setattr(report, "_draw", draw_the_losses)
+    monkeypatch.setattr(report, "_draw", curves)
     try:
         for kind, text in BLOCKS:
             file = re.match(r"# (\w+\.(?:py|toml))\n", text)

@@ -89,6 +89,7 @@ def test_commands_run(tmp_path, monkeypatch, capsys, llcm_tree, sysu_tree):
     labelled = ["extract", "images.csv", "-o", "labelled.safetensors"]
     assert main([*labelled, "--model", "test_deen_resnet"]) == 0
     trained = ["--model", "test_deen_resnet", "--epochs", "1", "--output", "runs/llcm"]
+    trained += ["--set", "data.image_size=[64, 32]"]
     with monkeypatch.context() as patch:  # its pictures are not looked at here
         patch.setattr("deen_zoo.training.report._draw", lambda *_: None)
         assert main(["reproduce", "llcm", "--data-root", str(llcm_tree), *trained]) == 0

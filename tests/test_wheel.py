@@ -50,8 +50,10 @@ model = deen_zoo.create_model("test_deen_resnet", pretrained=True).eval()
 assert model.forward_embedding(torch.zeros(1, 3, 128, 64), "infrared").shape == (1, 768)
 """
 REPRODUCE = """
+from deen_zoo.training import report
+report._draw = lambda *_: None  # no pictures
 code = main(["reproduce", "synthetic", "--output", sys.argv[3], "--epochs", "1",
-             "--people", "14", "--threads", "1"])
+             "--people", "12", "--threads", "1", "--set", "data.image_size=[64, 32]"])
 gc.freeze()
 sys.exit(code)
 """
