@@ -24,10 +24,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import deen_zoo
 from deen_zoo.cli import main as deen_zoo_main
 from deen_zoo.data.images import open_image
+from deen_zoo.synthetic import picture
 
 from . import browser, forked
 
@@ -41,15 +43,6 @@ def load(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def run(*arguments: object) -> str:
-    """An example in a process of its own, from another folder; its stdout."""
-    name, *rest = arguments
-    file = ROOT / f"examples/{name}.py"
-    done = forked.run(file, *rest, cwd=ROOT.parent, env=environment())
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def environment() -> dict[str, str]:
@@ -71,9 +64,12 @@ def test_says_how_to_run_it(path: Path, capsys) -> None:
 
 @pytest.mark.slow
 def test_search_folders_finds_drawn_people(tmp_path: Path) -> None:
-    out = run("search_folders", "--output", tmp_path / "hits.json")
+    """In a process of its own, from another folder."""
+    words = (ROOT / "examples/search_folders.py", "--output", tmp_path / "hits.json")
+    done = forked.run(*words, cwd=ROOT.parent, env=environment())
+    assert done.returncode == 0, done.stderr
     queries = json.loads((tmp_path / "hits.json").read_text())
-    match = re.search(r"right person for (\d+) of (\d+)", out)
+    match = re.search(r"right person for (\d+) of (\d+)", done.stdout)
     assert match and int(match[2]) == len(queries)
     first = [Path(q["hits"][0]["path"]).parent.name == Path(q["path"]).parent.name for q in queries]
     people = len({Path(q["path"]).parent.name for q in queries})
@@ -83,7 +79,7 @@ def test_search_folders_finds_drawn_people(tmp_path: Path) -> None:
         assert len(scores) == 5 and scores == sorted(scores, reverse=True)
         assert "test_nir" in query["path"]
         assert all("test_vis" in hit["path"] for hit in query["hits"])
-    rates = re.search(r"takes ([\d.]+)% of the pairs of two persons and ([\d.]+)%", out)
+    rates = re.search(r"takes ([\d.]+)% of the pairs of two persons and ([\d.]+)%", done.stdout)
     assert rates and float(rates[1]) <= 1.0 < float(rates[2])
 
 
@@ -117,20 +113,6 @@ def test_score_another_model(tmp_path: Path, capsys) -> None:
         assert f"{100 * again['mean']['r1']:.2f}" in out
 
 
-def test_descriptors_of_another_model() -> None:
-    example = load("score_another_model")
-    flat = np.full((96, 48, 3), 90, np.uint8)
-    from PIL import Image
-
-    light, dark = Image.fromarray(flat), Image.fromarray(255 - flat)
-    assert example.colours(light).shape == (144,) and example.edges(light).shape == (288,)
-    assert (example.colours(light) != example.colours(dark)).any()
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (96, 48, 3), dtype=np.uint8)
-    image, negative = Image.fromarray(noise), Image.fromarray(255 - noise)
-    assert np.allclose(example.edges(image), example.edges(negative), atol=0.15)  # no sign
-
-
 @pytest.mark.slow
 def test_features_in_a_pipeline(capsys) -> None:
     scores = load("features_in_a_pipeline").main([])
@@ -157,7 +139,7 @@ def test_tracklet_of_one_frame_is_the_image() -> None:
 @pytest.mark.slow
 def test_finetune(tmp_path: Path, capsys) -> None:
     output = tmp_path / "run"
-    scores = load("finetune").main(["--output", str(output)])
+    scores = load("finetune").main(["--output", str(output), "--epochs", "3"])
     assert scores.after.mAP > scores.before.mAP
     out = capsys.readouterr().out
     assert f"after   rank-1 {scores.after.cmc[0]:6.1%}   mAP {scores.after.mAP:6.1%}" in out
@@ -197,8 +179,10 @@ def test_finetune_keeps_people_apart() -> None:
 
 
 # Python runs a module of this name at its start: names looked up and addresses called, to a file.
+# Without collections, imports take half the time.
 EAVESDROPPER = """
-import os, sys
+import gc, os, sys
+gc.disable()
 def note(event, args):
     if event == "socket.getaddrinfo" or event == "socket.connect" and isinstance(args[1], tuple):
         host = args[0] if event == "socket.getaddrinfo" else args[1][0]
@@ -251,6 +235,19 @@ def served(
         shutil.rmtree(env["TMPDIR"])
 
 
+FIELD = "#query input[type=file]"
+
+
+def ask(page: browser.Browser, query: Path) -> list[str]:
+    """The captions of the ranking that an upload gives."""
+    browser.wait(lambda: page.run(f"return document.querySelector('{FIELD}') != null"), FIELD)
+    assert page.captions() == []
+    page.upload(FIELD, query)
+    shown = browser.wait(page.captions, "a ranking")
+    browser.wait(lambda: page.images("#ranking") == len(shown), "the ranking's images")
+    return list(shown)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (browser.CHROMIUM and browser.DRIVER), reason="needs chromium and chromedriver on the PATH"
@@ -281,13 +278,8 @@ def test_demo_in_a_browser(sysu_tree: Path, tmp_path: Path) -> None:
         browser.chromium(tmp_path / "profile") as page,
     ):
         page.open(address)
-        field = "#query input[type=file]"
-        browser.wait(lambda: page.run(f"return document.querySelector('{field}') != null"), field)
-        assert page.captions() == []
-        page.upload(field, query)
-        shown = browser.wait(page.captions, "a ranking")
+        shown = ask(page, query)
         check(shown, "infrared")
-        browser.wait(lambda: page.images("#ranking") == len(shown), "the ranking's images")
 
         page.run("document.querySelectorAll('input[type=radio]')[1].click()")
         browser.wait(lambda: page.captions() not in ([], shown), "the other stem's ranking")
@@ -297,7 +289,7 @@ def test_demo_in_a_browser(sysu_tree: Path, tmp_path: Path) -> None:
         broken.write_bytes(query.read_bytes()[: query.stat().st_size // 2])
         page.run("document.querySelector('#query [aria-label=\"Remove Image\"]').click()")
         browser.wait(lambda: page.captions() == [], "the empty page")
-        page.upload(field, broken)
+        page.upload(FIELD, broken)
         browser.wait(lambda: "cannot be read" in page.text(), "the complaint about a broken file")
 
         asked = page.run("return performance.getEntriesByType('resource').map(e => e.name)")
@@ -372,8 +364,6 @@ def test_the_demo_says_what_its_model_knows() -> None:
 def test_the_demo_reads_an_upload_as_an_image(tmp_path: Path) -> None:
     """D2: a file that is CSV and PPM at once was read as a list of local paths."""
     pytest.importorskip("gradio")
-    from PIL import Image
-
     example = load("demo")
     for i in range(3):
         Image.new("RGB", (24, 64), (99 * i, 99, 9)).save(tmp_path / f"{i}.png")
@@ -390,8 +380,6 @@ def test_the_demo_reads_an_upload_as_an_image(tmp_path: Path) -> None:
 def test_the_demo_scales_images_as_its_gallery(tmp_path: Path) -> None:
     """B3: a query of 16 bits was squeezed to one grey before the extractor saw it."""
     pytest.importorskip("gradio")
-    from PIL import Image
-
     rng = np.random.default_rng(0)
     for i in range(4):
         counts = rng.integers(7000, 9000, (64, 32), dtype=np.uint16)
@@ -404,23 +392,13 @@ def test_the_demo_scales_images_as_its_gallery(tmp_path: Path) -> None:
 
 def picture_of_the_demo(file: Path, person: int = 15) -> None:
     """The README's screenshot: one of the demo's own people is asked for, and found."""
-    from PIL import Image
-
-    from deen_zoo.synthetic import picture
-
     with tempfile.TemporaryDirectory() as scratch:
         profile, query = Path(scratch, "profile"), Path(scratch, "query.png")
         picture("sysu", load("demo").WORLD, person, 3, "infrared", 0).save(query)
         notes = Path(scratch, "called.txt")
         with served(notes=notes) as address, browser.chromium(profile) as page:
             page.open(address)
-            field = "#query input[type=file]"
-            browser.wait(
-                lambda: page.run(f"return document.querySelector('{field}') != null"), field
-            )
-            page.upload(field, query)
-            shown = browser.wait(page.captions, "a ranking")
-            browser.wait(lambda: page.images("#ranking") == len(shown), "the ranking's images")
+            ask(page, query)
             time.sleep(3)  # until nothing moves
             page.screenshot(file)
     with Image.open(file) as shot:

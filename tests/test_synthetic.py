@@ -20,7 +20,6 @@ from PIL import Image
 from deen_zoo.cli import main
 from deen_zoo.data import check_dataset, open_dataset
 from deen_zoo.errors import UserError
-from deen_zoo.io import reserved
 from deen_zoo.synthetic import LAYOUTS, Person, contact_sheet, picture, synthesize, tree
 from deen_zoo.synthetic.tree import _signals_wait
 
@@ -126,22 +125,12 @@ def test_a_seed_is_the_same_to_the_byte_for_any_number_of_workers(
     assert make("other", 6, 1) != one
 
 
-def test_a_picture_does_not_depend_on_what_was_drawn_before() -> None:
-    first = picture("llcm", 0, 7, 2, "infrared", 1).tobytes()
-    tree._person.cache_clear()
-    picture("llcm", 0, 3, 2, "visible", 0)
-    assert picture("llcm", 0, 7, 2, "infrared", 1).tobytes() == first
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"layout": "market"}, "'market': choose from sysu, regdb, llcm"),
         ({"identities": 3}, "identities is 3; give a number from 4 to 9999"),
-        ({"seed": -1}, "seed is -1"),
-        ({"images_per_camera": 0}, "images_per_camera is 0"),
         ({"test_fraction": 1.5}, "test_fraction is 1.5"),
-        ({"workers": 0}, "workers is 0"),
     ],
 )
 def test_bad_numbers_are_named(change: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -187,7 +176,7 @@ DRAW = """
 import sys
 from deen_zoo.synthetic import synthesize
 print("begun", flush=True)
-synthesize("llcm", sys.argv[1], 60, workers=3)
+synthesize("llcm", sys.argv[1], 16, images_per_camera=1, workers=3)
 """
 
 
@@ -255,11 +244,6 @@ def test_an_interrupt_that_another_thread_receives_waits_for_the_pool() -> None:
         start()
     end.set()
     assert reached.is_set() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_two_processes_do_not_draw_the_same_tree(tmp_path: Path) -> None:
-    with reserved(tmp_path / "tree"), pytest.raises(UserError, match="another process"):
-        synthesize("llcm", tmp_path / "tree", 4)
 
 
 def test_without_scipy_the_matlab_file_is_left_out_and_that_is_said(

@@ -250,15 +250,6 @@ def test_activations_command(extractor, table, tmp_path, capsys):
     assert "'visible', 'infrared' or 'auto'" in capsys.readouterr().err
 
 
-def test_search_draws_the_sheet(table, tmp_path, capsys):
-    infrared = table.labels["infrared"]
-    for name, rows in (("q", infrared), ("g", ~infrared)):
-        write_feature_table(tmp_path / f"{name}.npz", [table.select(rows)])
-    arguments = ["search", "--query", str(tmp_path / "q.npz"), "--gallery", str(tmp_path / "g.npz")]
-    assert main([*arguments, "-k", "3", "-o", str(tmp_path / "r.png")]) == 0
-    assert pixels(tmp_path / "r.png", visualize.RIGHT) > 1000
-
-
 def test_the_pictures_name_is_looked_at_before_the_work(tmp_path, capsys):
     arguments = ["search", "--query", "absent.npz", "--gallery", "absent.npz", "-o", "r.gif"]
     assert main(arguments) == 2
