@@ -138,6 +138,8 @@ def test_transformers_pipelines(crops, tmp_path) -> None:
         assert back.num_classes == 0
         with torch.inference_mode():
             torch.testing.assert_close(back(pixels), features)
+    fresh = deen_zoo.create_model(f"local-dir:{tmp_path / 'back'}", pretrained=True, num_classes=7)
+    assert fresh.num_classes == 7 and torch.equal(fresh.bottleneck.weight, back.bottleneck.weight)
 
 
 def to_pixels(path: str) -> torch.Tensor:
