@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -227,6 +228,8 @@ def _without_paths(results: Mapping[str, Any]) -> dict[str, Any]:
             model[which]["checkpoint"] = Path(model[which]["checkpoint"]).name
     if content["eval_only"]:
         content["eval_only"] = Path(content["eval_only"]).name
+    words = shlex.split(content.get("command", ""))
+    content["command"] = shlex.join(Path(w).name if os.path.isabs(w) else w for w in words)
     return content
 
 

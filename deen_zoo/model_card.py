@@ -76,7 +76,7 @@ def card(
                 dataset_split="test" if found.split is None else f"test, split {found.split}",
                 metric_type=TITLES.get(key, key),
                 metric_name=f"{TITLES.get(key, key)}, a fraction",
-                metric_value=float(entry["mean"][key]),
+                metric_value=round(float(entry["mean"][key]), 6),
             )
             for entry in found.protocols
             for key in METRICS
@@ -100,6 +100,9 @@ def card(
         training=_training(results, found, source),
         citation=_citation(cfg),
         data=_data(results, found, title),
+        bias="It has seen no real person"
+        if found.drawn
+        else "Its data are of few cameras and of the people who passed them",
         licence=in_words,
         sha256=digest,
     )
@@ -120,6 +123,9 @@ def _results_note(found: Measured, title: str) -> str:
     notes = [f"Re-identification across modalities on {title}; per cent, with the counts found."]
     if found.drawn:
         notes.append("The people are drawn: these numbers say nothing about real cameras.")
+    chances = [entry["chance"] for entry in found.protocols if "chance" in entry]
+    if chances:
+        notes.append(f"A random ranking has a rank-1 of about {100 * max(chances):.1f} %.")
     if found.split is not None:
         notes.append(
             f"This model is that of split {found.split} and was tested on it; published numbers "
@@ -146,10 +152,12 @@ def _training(results: Mapping[str, Any], found: Measured, source: dict[str, str
     epoch = "" if found.epoch is None else f"; these are the weights after epoch {found.epoch}"
     epochs, processes = plural(results["epochs"], "epoch"), plural(results["processes"], "process")
     sections = [{key: v} if not isinstance(v, dict) else v for key, v in recipe.items()]
-    values = ", ".join(f"{key} {json.dumps(v)}" for part in sections for key, v in part.items())
+    settings = [pair for part in sections for pair in part.items() if pair[1] is not None]
+    values = ", ".join(f"{key} {json.dumps(value)}" for key, value in settings)
+    command = results.get("command") or f"deen-zoo reproduce {results['dataset']} --recipe {name}"
     return (
-        f"Trained with `deen-zoo reproduce {results['dataset']} --recipe {name}`, seed "
-        f"{results['seed']}, {epochs}{epoch}.\n\nThe recipe: {values}.\n\n"
+        f"Trained with `{command}`, seed {results['seed']}, stopped after "
+        f"{epochs}{epoch}.\n\nThe recipe: {values}.\n\n"
         f"On {results['device']}, {processes}, precision "
         f"{results['precision']}; {versions}."
     )

@@ -149,10 +149,11 @@ def ranking_sheet(
         ]  # fmt: skip
         if threshold > -math.inf:
             handles.append(Line2D([], [], linestyle="none", label=f"faded: below {threshold:.3f}"))
+        some = f"{len(rows)} of {len(result.query)} queries. " * (len(rows) < len(result.query))
         figure.legend(
             handles=handles, loc="lower left", ncols=3, borderaxespad=1.5, alignment="left",
             bbox_to_anchor=(first / width, 1),
-            title="Most similar images, best first. Number: similarity (1 = identical).",
+            title=f"{some}Most similar images, best first. Number: similarity (1 = identical).",
         )  # fmt: skip
 
 
@@ -278,9 +279,12 @@ def tsne(
                     x, y, s=34, marker=marker, color=colors(n), alpha=0.85,
                     edgecolors="white", linewidths=0.4,
                 )  # fmt: skip
+        for identity in chosen:  # the number where most of a person's images are
+            x, y = np.median(places[part.labels["identity"] == identity], axis=0)
+            axes.text(x, y, str(identity)[-8:], ha="center", va="center", fontsize=7, weight="bold")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(True)
-        axes.set_title(f"t-SNE of {len(chosen)} persons, one colour each")
+        axes.set_title(f"t-SNE of {len(chosen)} persons, one colour and name each")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
 
 
@@ -374,13 +378,13 @@ def curves(history: Sequence[Mapping[str, Any]], file: str | os.PathLike[str]) -
             total = {"color": INK, "linewidth": 2.0} if name == "loss" else {}
             label = "sum" if name == "loss" else name
             left.plot(epochs, [row[name] for row in history], marker=".", label=label, **total)
-        left.set(xlabel="epoch", title="loss on the training set, by term")
+        left.set(xlabel="epoch", title="loss on the training set, by weighted term")
         left.set_ylim(bottom=min(0.0, left.get_ylim()[0]))
         for name, label, color in (("r1", "rank-1", SAME), ("mAP", "mAP", DIFFERENT)):
             values = [100 * row[name] for row in tested]
             right.plot([row["epoch"] for row in tested], values, marker="o", markersize=3.5,
                        label=label, color=color)  # fmt: skip
-        right.set(xlabel="epoch", title="score on the test set, per cent", ylim=(0, 100))
+        right.set(xlabel="epoch", title="score on one gallery, per cent", ylim=(0, 100))
         for axes in (left, right):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
@@ -412,6 +416,6 @@ def _show(
                              joinstyle="miter", clip_on=False, zorder=3))  # fmt: skip
     about = table.describe(row)
     name = f"person {about['identity']}" if "identity" in about else Path(about["path"]).stem
-    short = name if len(name) <= 12 else f"{name[:8]}…{name[-3:]}"  # as wide as the image
+    short = name if len(name) <= 12 else f"…{name[-11:]}"  # as wide as the image
     axes.text(left + wide / 2, top + high + 0.06, f"{label}\n{short}", ha="center", va="top",
               fontsize=7.5, color=color)  # fmt: skip

@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> Scores:
     for name, ranking in (("before", before), ("after", after)):
         print(f"{name:7} rank-1 {ranking.cmc[0]:6.1%}   mAP {ranking.mAP:6.1%}")
     if args.output:
-        print(f"{output / 'checkpoint'}: timm.create_model('local-dir:{output}/checkpoint')")
+        print(f"load it: create_model('local-dir:{output}/checkpoint', pretrained=True)")
     return Scores(before, after)
 
 

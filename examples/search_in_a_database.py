@@ -27,7 +27,7 @@ import torch
 
 from deen_zoo import FeatureExtractor
 from deen_zoo.data import open_dataset
-from deen_zoo.errors import require
+from deen_zoo.errors import UserError, brief, require
 from deen_zoo.features import FeatureTable, read_feature_table, write_feature_table
 from deen_zoo.search import search
 from deen_zoo.synthetic import synthesize
@@ -96,7 +96,12 @@ def nearest(database: Any, row: Any, k: int, where: str = "") -> list[dict[str, 
     # With an index: how many groups are read, and for how many times k rows the score is computed
     # from the row itself. Without one neither has a meaning.
     query = query.nprobes(20).refine_factor(10)
-    hits: list[dict[str, Any]] = (query.where(where, prefilter=True) if where else query).to_list()
+    try:
+        found = query.where(where, prefilter=True).to_list() if where else query.to_list()
+    except (ValueError, RuntimeError) as error:  # no such column, or no SQL
+        columns = ", ".join(database.schema.names)
+        raise UserError(f"--where {where}: {brief(error)}; the columns are {columns}") from error
+    hits: list[dict[str, Any]] = found
     return hits
 
 

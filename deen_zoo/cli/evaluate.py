@@ -88,6 +88,13 @@ def run(args: argparse.Namespace) -> int:
     drawn = dataset.drawn if dataset else drawn_people(samples[0].path)
     method = table.provenance.get("method")
     entry = result.to_dict(drawn, method, str(table.trained_on.get("source", "")))
+    found, whole = result.counts["queries"], result.expected_counts.get("queries", 0)
+    if entry["published"] and whole > 2 * found:
+        print(
+            f"note: {found:,} queries, and the published numbers are of {whole:,}: this is not "
+            f"{kind.title}'s whole test set, so do not compare them",
+            file=sys.stderr,
+        )
     if args.json:
         print(json.dumps(entry, indent=2))
         return 0

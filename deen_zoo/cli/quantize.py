@@ -12,7 +12,7 @@ import sys
 
 EXAMPLES = """\
   deen-zoo quantize runs/llcm/checkpoint LLCM/ llcm-int8 --layout llcm
-  deen-zoo quantize test_deen_resnet my-people/ tiny-int8 --calibration-images 64
+  deen-zoo quantize test_deen_resnet my-people/ tiny-int8 --same-first-hit 0.9
   deen-zoo extract night/ -o night.safetensors --model llcm-int8 --modality infrared \\
       --engine openvino --precision int8"""
 

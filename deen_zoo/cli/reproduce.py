@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
 from . import seed
 
@@ -26,7 +27,7 @@ EXAMPLES = """\
 """
 
 
-STOPPED = "; the same command with --resume continues it"
+STOPPED = "; the same command with --resume continues a training"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,5 +68,6 @@ def run(args: argparse.Namespace) -> int:
         results = reproduce(settings)
         table_of = terminal_table(results["protocols"].values())
         text = f"{table_of}\n\n{summary(settings.output, results)}"
-    print(json.dumps(results, indent=2) if as_json else text)
+    if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun one prints
+        print(json.dumps(results, indent=2) if as_json else text)
     return 0

@@ -123,13 +123,13 @@ def _print(args: argparse.Namespace, found: Any) -> None:
         print(json.dumps(vars(found), indent=2))
         return
     print(
-        f"threshold {found.threshold:.4f}: false-match rate {found.false_match_rate:.6f} of "
-        f"{found.different_pairs} pairs of two persons, true-match rate "
-        f"{found.true_match_rate:.4f} of {found.same_pairs} pairs of one"
+        f"threshold {found.threshold:.4f}: takes {found.false_match_rate:.3%} of "
+        f"{plural(found.different_pairs, 'pair')} of two persons, and {found.true_match_rate:.1%} "
+        f"of {plural(found.same_pairs, 'pair')} of one"
     )
     if found.false_matches < 30:
         print(
-            f"that rate rests on {plural(found.false_matches, 'false match')}: give more labelled "
-            "images before relying on it",
+            f"the first share rests on {plural(found.false_matches, 'false match')}: give more "
+            "labelled images, for at least 30, before relying on it",
             file=sys.stderr,
         )

@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-k", type=int, default=8, metavar="N", help="ranking: hits per query")
     add("--people", type=int, default=20, metavar="N", help="tsne: number of persons")
     add("--seed", type=seed, default=0, help="chooses the queries or persons")
+    about = "similarities: the share of the pairs of two persons that the threshold takes"
+    add("--calibrate", type=float, default=0.01, metavar="RATE", help=about)
     about = "activations: the images' modality"
     add("--modality", choices=("visible", "infrared", "auto"), help=about)
     add_model_arguments(parser, required=False)
@@ -51,6 +53,6 @@ def run(args: argparse.Namespace) -> int:
         elif args.kind == "tsne":
             visualize.tsne(table, args.output, args.people, args.seed)
         else:
-            visualize.similarities(table, args.output)
+            visualize.similarities(table, args.output, args.calibrate)
     print(args.output)
     return 0

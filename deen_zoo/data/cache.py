@@ -150,7 +150,7 @@ def _build(target: Path, paths: Sequence[str], size: tuple[int, int], intensity:
             f"{need / 1e9:.1f} GB and {target.parent} has {free / 1e9:.1f} GB free: make room "
             "(old caches there may go), choose another folder, or go without it"
         )
-    what = f"decoding {len(paths):,} images once, {need / 1e9:.1f} GB, into {target}"
+    what = f"decoding {len(paths):,} images once, {need / 1e6:,.0f} MB, into {target}"
     print(what, file=sys.stderr, flush=True)
 
     def decode(path: str) -> Pixels | None:

@@ -16,7 +16,7 @@ from ..terminal import one_line
 from .datasets import get_dataset, open_dataset
 from .images import is_image_name, one_channel, open_image
 from .protocols import PROTOCOLS, Sample, draw_gallery, read_permutations
-from .reader import Fault, ReidDataset, count, one_modality
+from .reader import DRAWN, Fault, ReidDataset, count, one_modality
 
 __all__ = ["CheckReport", "check_dataset"]
 
@@ -202,7 +202,7 @@ def _check_permutations(dataset: ReidDataset, report: CheckReport) -> None:
 def _check_strays(dataset: ReidDataset, samples: dict[str, Sample], report: CheckReport) -> None:
     """What lies in the folder and is in no split."""
     tops = {place.split("/")[0].lower() for place in (*dataset.folders, *samples)}
-    known = {*samples, *(fault.where for fault in report.faults)}
+    known = {*samples, DRAWN, *(fault.where for fault in report.faults)}
     unused: dict[str, list[str]] = {}
     for kind, relative in _walk(dataset.root, tops, dataset.index):
         if relative in known:

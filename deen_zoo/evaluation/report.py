@@ -27,8 +27,10 @@ def report(results: Results) -> str:
     """
     plain = _plain(results)
     numbers, counts = markdown_table(_HEAD, _rows(plain), 2), markdown_table(_COUNTS, _found(plain))
-    about = "Images and identities found; in brackets those of a complete dataset, as published:"
-    return f"{numbers}\n\n{about}\n\n{counts}\n"
+    about = "Images and identities found"
+    if any(result["expected_counts"] for result in plain):
+        about += "; in brackets those of a complete dataset, as published"
+    return f"{numbers}\n\n{about}:\n\n{counts}\n"
 
 
 def terminal_table(results: Results) -> str:

@@ -142,8 +142,8 @@ class FeatureTable:
         """
         if name not in self.labels:
             raise UserError(
-                f"{self.source}: no {name} in it; store it (a CSV file of path,identity,camera,"
-                "modality labels the images that 'deen-zoo extract' reads)"
+                f"{self.source}: no {name} in it: list the images in a CSV file with the header "
+                "path,identity,camera,modality, and give that file to 'deen-zoo extract'"
             )
         missing = int(unknown(self.labels[name]).sum())
         if missing:
@@ -299,7 +299,8 @@ def check_comparable(a: FeatureTable, b: FeatureTable) -> None:
     if a.features.shape[1] != b.features.shape[1]:
         raise UserError(
             f"{b.source} has features of {b.features.shape[1]} numbers, {a.source} of "
-            f"{a.features.shape[1]}; they must be of one model"
+            f"{a.features.shape[1]}; they must be of one model, and of one head of 'deen-zoo "
+            "project' or of none"
         )
     for silent, other in ((a, b), (b, a)):
         if "weights_sha256" in other.provenance and "weights_sha256" not in silent.provenance:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,12 @@ def fit_head(table: FeatureTable, dim: int = 256, whiten: float = 0.5) -> Head:
             f"{table.source}: {plural(count, 'row')} of {width} numbers give at most "
             f"{plural(min(count - 1, width), 'direction')}, not {dim}: give more images or a "
             "smaller --dim"
+        )
+    if count < 10 * dim:
+        warnings.warn(
+            f"{table.source}: {plural(count, 'row')} for {plural(dim, 'direction')}; give "
+            f"{10 * dim:,} or more for a good estimate",
+            stacklevel=2,
         )
     mean, directions, deviation = _principal(table)
     if len(deviation) < dim:

@@ -261,6 +261,8 @@ class ReidModel(nn.Module):
         modality: Modality = None,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """Images -> the stems' maps and each stage's, as timm's ResNet gives its own; NCHW only."""
+        if isinstance(indices, str):
+            raise ValueError(f"indices {indices!r}: give the modality by its name, modality=")
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW': got {output_fmt!r}")
         take, last = feature_take_indices(len(self.stages) + 1, indices)
@@ -404,8 +406,8 @@ def known_modality(x: torch.Tensor, modality: Modality, default: str | None) -> 
         return modality
     if modality != "visible" and modality != "infrared":
         raise ValueError(
-            f"modality must be 'visible', 'infrared' or a bool tensor (N,), True for infrared: "
-            f"got {modality}"
+            f"modality must be 'visible', 'infrared' or a bool tensor (N,), True for infrared, as "
+            f"of torch.tensor([m == 'infrared' for m in modalities]): got {modality}"[:220]
         )
     return modality
 

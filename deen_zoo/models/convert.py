@@ -360,13 +360,16 @@ def recognise(
     for candidate in sources:
         ours = candidate.translate(state)
         for known in _models(candidate, ours, model):
-            differing = _differing(ours, _expected(known, _identities(ours), candidate.tag))
+            expected = _expected(known, _identities(ours), candidate.tag)
+            differing = _differing(ours, expected)
             if not any(differing.values()):
                 fits.append(Recognised(candidate, known, ours))
             said = f"nearest is {candidate.title} as {known}, with {in_words(differing)}"
-            others.append((sum(map(len, differing.values())), said))
+            if set(ours) & set(expected) - {"classifier.weight"}:
+                others.append((sum(map(len, differing.values())), said))
     if not fits:
-        nearest = min(others, key=lambda other: other[0])[1]
+        alien = 0, "none of its names are those of a known network"
+        nearest = min(others, key=lambda other: other[0], default=alien)[1]
         raise UserError(
             f"{name or 'the checkpoint'} is of no known source: {nearest}; 'deen-zoo weights' "
             "lists the known ones"

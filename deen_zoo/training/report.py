@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,19 @@ from ..evaluation import report
 from ..evaluation.report import markdown_table
 from ..features.files import FeatureTable
 from ..io import write_atomically
+from ..models.base import NAMES
 from .recipes import RECIPES, flat, shown
+from .sections import flatten
 from .settings import Settings
 
 __all__ = ["command", "markdown", "summary", "write_results"]
 
 PICTURES = {
     "curves.png": "Loss on the training set and scores on the test set, over the epochs",
-    "ranking.png": "Infrared queries and the visible images most similar to them",
-    "similarities.png": "Similarity of images of one person and of two persons",
-    "tsne.png": "Descriptors of some persons in two dimensions",
+    "ranking.png": "Five random infrared queries and the most similar of all visible test images",
+    "similarities.png": "Similarity of all infrared to all visible test images, of one person and "
+    "of two persons",
+    "tsne.png": "Descriptors of twenty random persons in two dimensions",
 }
 
 
@@ -67,8 +70,8 @@ def markdown(folder: Path, results: dict[str, Any]) -> str:
         lines.append(f"The weights `{results['eval_only']}` were evaluated, not trained here.")
     else:
         lines.append(
-            f"Trained with the recipe `{results['recipe']['name']}` for "
-            f"{plural(results['epochs'], 'epoch')}, seed "
+            f"Trained{_start(results)} with the recipe `{results['recipe']['name']}`"
+            f"{_changes(results['recipe'])} for {plural(results['epochs'], 'epoch')}, seed "
             f"{results['seed']}, on {results['device']} ({results['precision']}). The numbers are "
             "those of the last epoch, in per cent."
         )
@@ -89,6 +92,8 @@ def markdown(folder: Path, results: dict[str, Any]) -> str:
     if pictures:
         lines += ["## Pictures", "", *pictures]
     about = "In another folder, with `--output`:"
+    if results["device"] == "cpu":  # another number of threads rounds differently
+        about = f"In another folder, with `--output`, and `OMP_NUM_THREADS={results['threads']}`:"
     lines += ["## Run it again", "", about, "", "```", results["command"], "```", ""]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     data = results["data"]
@@ -103,23 +108,43 @@ def markdown(folder: Path, results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _start(results: dict[str, Any]) -> str:
+    """What the weights started from, where the model's name tells it."""
+    name = results["model"].rpartition(":")[2]
+    imagenet = NAMES.get(name, False) and not results["scratch"]
+    if name not in NAMES:
+        return ""
+    return " from ImageNet's weights" if imagenet else " from random weights"
+
+
+def _changes(recipe: dict[str, Any]) -> str:
+    """How the settings differ from those of the recipe of that name."""
+    if recipe["name"] not in RECIPES:
+        return ""
+    usual = flatten(json.loads(json.dumps(asdict(RECIPES[recipe["name"]]))), 2)
+    differ = [f"{key} {shown(v)}" for key, v in flatten(recipe, 2).items() if usual.get(key) != v]
+    return f" (changed: {', '.join(differ)})" if differ else ""
+
+
 def summary(folder: Path, results: dict[str, Any]) -> str:
     """The last lines of the command: what the numbers mean, where the report is, what is next."""
     name, entry = next(iter(results["protocols"].items()))
+    how = plural(len(entry["trials"]), "draw" if entry["draw"] else "split")
     lines = [
-        f"On {name}, rank-1 is {100 * entry['mean']['r1']:.1f} %; a random ranking has about "
-        f"{100 * entry['chance']:.1f} %."
+        f"On {name}, rank-1 is {100 * entry['mean']['r1']:.1f} % (mean of {how}); a random ranking "
+        f"has about {100 * entry['chance']:.1f} %."
     ]
     history = results["models"][0]["history"]
     tested = [row for row in history if row["r1"] is not None]
     if len(tested) > 1:
         first, last = tested[0], tested[-1]
         lines.append(
-            f"It was {100 * first['r1']:.1f} % after epoch {first['epoch']} and "
-            f"{100 * last['r1']:.1f} % after epoch {last['epoch']} (one gallery)."
+            f"On one gallery it was {100 * first['r1']:.1f} % after epoch {first['epoch']} and "
+            f"{100 * last['r1']:.1f} % after epoch {last['epoch']}."
         )
     if results["drawn"]:
-        shown = "" if results["eval_only"] else "shows that training works, and "
+        learnt = not results["eval_only"] and entry["mean"]["r1"] > 1.5 * entry["chance"]
+        shown = "shows that training works, and " if learnt else ""
         lines.append(f"The people are drawn: this {shown}says nothing about real cameras.")
     lines += [*_differences(results), f"Report with pictures: {folder / 'report.md'}"]
     if not results["eval_only"]:

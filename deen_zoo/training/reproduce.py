@@ -276,6 +276,9 @@ class _Work:
             world_size=world.size,
             **options,
         )
+        which = f" of split {split}" if len(settings.kind.splits) > 1 else ""
+        epochs, steps = plural(settings.epochs, "epoch"), plural(len(loader), "step")
+        _say(world, f"training{which}: {epochs} of {steps} on {world.device}")
         protocol = settings.protocols[0]
         number = get_protocol(protocol).trials_of(split)[0]
         sides = self.dataset.query(protocol, number) + self.dataset.gallery(protocol, number)

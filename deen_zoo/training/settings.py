@@ -68,7 +68,7 @@ class Settings:
     )
     engine: str = setting(
         "torch",
-        "computes descriptors; openvino is faster on a CPU",
+        "computes descriptors; openvino is faster on a CPU, most of all in bfloat16",
         choices=("torch", "openvino"),
     )
     compile: bool = setting(False, "use torch.compile")
