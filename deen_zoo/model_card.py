@@ -76,7 +76,7 @@ def card(
                 dataset_split="test" if found.split is None else f"test, split {found.split}",
                 metric_type=TITLES.get(key, key),
                 metric_name=f"{TITLES.get(key, key)}, a fraction",
-                metric_value=round(float(entry["mean"][key]), 6),
+                metric_value=float(entry["mean"][key]),
             )
             for entry in found.protocols
             for key in METRICS
