@@ -81,6 +81,7 @@ def test_commands_run(tmp_path, monkeypatch, capsys, llcm_tree, sysu_tree):
     for name, folder in (("day", "test_vis"), ("night", "test_nir")):
         (tmp_path / name).symlink_to(llcm_tree / folder)
     (tmp_path / "gallery").symlink_to(llcm_tree / "test_vis")
+    (tmp_path / "people").symlink_to(llcm_tree)  # as README's lines of Python draw them
     (tmp_path / "night.jpg").symlink_to(next((llcm_tree / "test_nir").rglob("*.jpg")))
     people = open_dataset("llcm", llcm_tree)
     people = people.test("visible") + people.test("infrared")

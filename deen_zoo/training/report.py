@@ -111,7 +111,7 @@ def markdown(folder: Path, results: dict[str, Any]) -> str:
 def _start(results: dict[str, Any]) -> str:
     """What the weights started from, where the model's name tells it."""
     name = results["model"].rpartition(":")[2]
-    imagenet = NAMES.get(name, False) and not results["scratch"]
+    imagenet = NAMES.get(name, False) and not results.get("scratch")
     if name not in NAMES:
         return ""
     return " from ImageNet's weights" if imagenet else " from random weights"
