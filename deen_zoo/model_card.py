@@ -157,7 +157,7 @@ def _training(results: Mapping[str, Any], found: Measured, source: dict[str, str
     command = results.get("command") or f"deen-zoo reproduce {results['dataset']} --recipe {name}"
     return (
         f"Trained with `{command}`, seed {results['seed']}, stopped after "
-        f"{epochs}{epoch}.\n\nThe recipe: {values}.\n\n"
+        f"{epochs}{epoch}.\n\nThe recipe, {name}: {values}.\n\n"
         f"On {results['device']}, {processes}, precision "
         f"{results['precision']}; {versions}."
     )

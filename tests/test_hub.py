@@ -99,6 +99,7 @@ def results(digest, dataset="llcm", protocols=("llcm-ir2vis", "llcm-vis2ir"), **
         "versions": {"deen_zoo": "0.1.0", "torch": "2"},
         "data": {"dataset": dataset, "images": 1234, "counts": {}, "sha256": "ab" * 32},
         "models": [{"split": 1, "history": [], "last": last}],
+        "command": f"deen-zoo reproduce {dataset} --data-root /home/someone/data",
         "protocols": {name: entry(i, name) for i, name in enumerate(protocols)},
         **changes,
     }  # fmt: skip
@@ -466,7 +467,7 @@ def test_the_card_has_only_measured_numbers(preview, folder):
     assert shown and all(f"{float(n):.2f}" in per_cent for n in shown)
     assert card.data.license == "other" and card.data.license_name == "research-only"
     for part in (
-        "ZYK100/LLCM", "2303.14481", "legal", "bias", "seed 3", "recipe official", "2 epochs",
+        "ZYK100/LLCM", "2303.14481", "legal", "bias", "seed 3", "recipe, official", "2 epochs",
         "epoch 2", "54.9", sha256(folder / "model.safetensors"), "1,234 images", "@v7",
         "768 numbers", "128 x 64", "(7,166)",
     ):  # fmt: skip

@@ -307,6 +307,14 @@ def test_wrong_arguments(kwargs, message):
         deen_zoo.create_model(TINY, **kwargs)
 
 
+def test_a_modality_in_the_wrong_place_or_form(tiny):
+    with pytest.raises(ValueError, match="modality="):
+        tiny.forward_intermediates(batch(2), "infrared")
+    with pytest.raises(ValueError, match="torch.tensor") as error:
+        tiny(batch(2), ["visible", "infrared"] * 100)
+    assert len(str(error.value)) < 300
+
+
 def test_unknown_name():
     with pytest.raises(UserError, match="choose one of .*deen_resnet50_llcm"):
         deen_zoo.create_model("deen_resnet50_market")

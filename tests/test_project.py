@@ -119,7 +119,8 @@ def test_from_fit_to_extraction(tmp_path, capsys):
     features, head = str(tmp_path / "f.safetensors"), str(tmp_path / "head.safetensors")
     assert main(["extract", str(folder), "-o", features, *common]) == 0
     capsys.readouterr()
-    assert main(["project", features, "-o", head, "--dim", "6", "--json"]) == 0
+    with pytest.warns(UserWarning, match="24 rows .* 60 or more"):
+        assert main(["project", features, "-o", head, "--dim", "6", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["dim"] == 6
     make = FeatureExtractor("test_deen_resnet", "cpu", project=head)
     rows = make(folder, "visible")

@@ -27,7 +27,7 @@ from deen_zoo.models import PlainModel
 from deen_zoo.synthetic import synthesize
 from deen_zoo.training import ablation, reproduce
 from deen_zoo.training.recipes import flat, get_recipe
-from deen_zoo.training.report import command, summary, write_results
+from deen_zoo.training.report import command, markdown, summary, write_results
 from deen_zoo.training.sections import flatten
 from deen_zoo.training.settings import Settings
 from deen_zoo.training.state import Run
@@ -611,6 +611,13 @@ def test_the_report_and_the_last_lines_say_what_they_mean(tmp_path):
     last = summary(tmp_path, results)
     for part in ("50.0 %", "12.5 %", "report.md", "deen-zoo extract"):
         assert part in last, part
+    recipe = dataclasses.asdict(get_recipe("paper", ["optimizer.lr=0.05", "data.pad=4"]))
+    results = json.loads(json.dumps({**results, "recipe": recipe, "drawn": True}))
+    said = markdown(tmp_path, results)
+    assert "from ImageNet" in said and "`paper` (changed: data.pad 4, optimizer.lr 0.05)" in said
+    assert "training works" in summary(tmp_path, results)
+    results["protocols"]["llcm-ir2vis"]["mean"]["r1"] = 0.13  # no better than chance
+    assert "training works" not in summary(tmp_path, results)
 
 
 def test_a_report_of_a_folder_whose_name_is_not_utf8(tmp_path):
