@@ -257,6 +257,7 @@ def tsne(
             f"not {min(len(both), people)}"
         )
     from matplotlib import colormaps
+    from matplotlib.patheffects import withStroke
     from sklearn.manifold import TSNE
 
     generator = torch.Generator().manual_seed(seed)
@@ -279,9 +280,11 @@ def tsne(
                     x, y, s=34, marker=marker, color=colors(n), alpha=0.85,
                     edgecolors="white", linewidths=0.4,
                 )  # fmt: skip
-        for identity in chosen:  # the number where most of a person's images are
-            x, y = np.median(places[part.labels["identity"] == identity], axis=0)
-            axes.text(x, y, str(identity)[-8:], ha="center", va="center", fontsize=7, weight="bold")
+        edge = [withStroke(linewidth=2, foreground="white")]
+        for identity in chosen:  # where most of the visible images of a person are
+            rows = ~part.labels["infrared"] & (part.labels["identity"] == identity)
+            place, name = np.median(places[rows], axis=0), str(identity)[-8:]
+            axes.annotate(name, place, ha="center", va="center", fontsize=7, path_effects=edge)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(True)
         axes.set_title(f"t-SNE of {len(chosen)} persons, one colour and name each")
