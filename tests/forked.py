@@ -37,7 +37,7 @@ __all__ = ["Program", "Server", "run"]
 FORKS = sys.platform == "linux"
 ROOT = Path(__file__).parents[1]
 IMPORTED = (
-    "matplotlib.figure", "scipy.io", "onnxscript", "torch.distributed",
+    "matplotlib.figure", "scipy.io", "onnxscript", "torch.distributed", "torch.utils.tensorboard",
     "deen_zoo.cli", "deen_zoo.hub", "deen_zoo.models", "deen_zoo.training.reproduce",
 )  # fmt: skip
 

@@ -183,6 +183,7 @@ def torchrun(*arguments: str, folder: Path) -> None:
         cwd=forked.ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("a random ranking") <= 1  # one of them prints the results
 
 
 REPRODUCE = """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -287,18 +286,6 @@ def test_the_picture_in_the_docs_is_of_this_world() -> None:
     with Image.open(committed) as image:
         old = np.asarray(image.convert("RGB"), float)
     assert abs(np.asarray(fresh, float) - old).mean() < 2  # other versions of Pillow may round
-
-
-def test_hundred_images_a_second_on_two_cores() -> None:
-    def cpu_seconds(first: int) -> float:  # of one core, for one image
-        start = time.process_time()
-        for identity in range(first, first + 10):
-            for camera, modality in ((1, "visible"), (3, "infrared")):
-                image = picture("llcm", 0, identity, camera, modality, 0)
-                image.save(io.BytesIO(), "JPEG", quality=90)
-        return (time.process_time() - start) / 20
-
-    assert min(cpu_seconds(first) for first in (1, 11, 21, 31)) < 2 / 100
 
 
 def test_infrared_brightness_says_nothing_about_colour() -> None:
