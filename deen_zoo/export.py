@@ -131,6 +131,8 @@ def export_model(
         options = {k: usual[k] if value is None else value for k, value in options.items()}
     config = data_config(model)
     height, width = size or config["input_size"][1:]
+    if not (0 < height <= 4096 and 0 < width <= 4096):
+        raise UserError(f"size {height} {width}: give a height and a width from 1 to 4096")
     checks = _checks(modality, (int(model.in_chans), height, width))
     note = {
         "model": getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__),

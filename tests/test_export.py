@@ -153,6 +153,7 @@ def test_mistakes(model, tmp_path, monkeypatch):
         ("official", "deen.onnx", {"descriptor": "best"}),
         ("even number", "deen.onnx", {"size": (36, 36)}),
         ("size 1 0", "deen.onnx", {"size": (1, 0)}),
+        ("4096", "deen.onnx", {"size": (1, 10**20)}),  # a traceback
     ):
         with pytest.raises(UserError, match=name):
             export_model(model, tmp_path / path, **{"modality": "visible", **kwargs})
