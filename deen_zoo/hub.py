@@ -22,7 +22,7 @@ from .errors import UserError
 from .evaluation.results import METRICS
 from .io import check_new_folder, sha256, whole_folder
 from .model_card import Measured, card
-from .models import ReidModel, create_model
+from .models import ReidModel, create_model, locate
 from .models.pretrained import CONFIG, WEIGHTS, hub_errors, model_config
 
 __all__ = ["Publication", "measured", "publish"]
@@ -81,7 +81,7 @@ def publish(
             Hub refuses; the message says what to do.
         OSError: Something cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(locate(folder))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UserError(f"{repo!r} is no repository to publish to: give ORG/NAME")
     if tag is not None and not re.fullmatch(r"[\w.-]+", tag):

@@ -532,3 +532,16 @@ def test_a_dataset_and_a_protocol_from_outside(tmp_path):
         assert main(["check", "corridor", str(tmp_path)]) == 0
     finally:
         DATASETS.pop("corridor", None), PROTOCOLS.pop("corridor-ir2vis", None)
+
+
+def test_another_modality_is_refused(tmp_path):
+    """Its images were counted, and their protocol left out in silence."""
+
+    class Odd(ReidDataset):
+        name, title = "odd", "Odd"
+
+        def list_test(self, split):
+            return [Sample("a.jpg", 1, 1, "ir")], []
+
+    with pytest.raises(UserError, match="a.jpg.*'ir'.*visible, infrared"):
+        Odd(tmp_path).test()

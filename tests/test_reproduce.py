@@ -616,6 +616,7 @@ def test_the_report_and_the_last_lines_say_what_they_mean(tmp_path):
     said = markdown(tmp_path, results)
     assert "from ImageNet" in said and "`paper` (changed: data.pad 4, optimizer.lr 0.05)" in said
     assert "training works" in summary(tmp_path, results)
+    assert "extract" not in summary(tmp_path, {**results, "model": "mine:unregistered"})
     results["protocols"]["llcm-ir2vis"]["mean"]["r1"] = 0.13  # no better than chance
     assert "training works" not in summary(tmp_path, results)
 

@@ -255,7 +255,8 @@ def _check_images(
             if complaint:
                 report.faults.append(Fault("unreadable", name, complaint))
             channels[samples[name].modality] += one
-    report.decoded = len(names) if decode else 0
+    unreadable = sum(fault.kind == "unreadable" for fault in report.faults)
+    report.decoded = len(names) - unreadable if decode else 0
     for modality, n in channels.items():
         if n:
             detail = f"{plural(n, 'image')} of one channel, read as RGB"

@@ -310,6 +310,8 @@ class ReidDataset:
             raise UserError(f"{self.title} has no split {split}: choose from {list(self.splits)}")
 
     def _kept(self, samples: list[Sample]) -> list[Sample]:
+        for sample in samples:
+            check_choice(f"{sample.path}: modality", sample.modality, (VISIBLE, INFRARED))
         if not self.left_out:
             return samples
         return [s for s in samples if self.relative(s.path) not in self.left_out]

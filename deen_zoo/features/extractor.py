@@ -30,7 +30,7 @@ from ..device import choose_device, resolve_precision
 from ..distributed import Distributed
 from ..errors import UserError, check_choice, check_least
 from ..io import exclusive, file_states, sha256_of
-from ..models import open_model
+from ..models import locate, open_model
 from ..models.pretrained import weights_bytes
 from .engines import ENGINES, OpenVINOEngine, TorchEngine
 from .files import (
@@ -228,9 +228,9 @@ class FeatureExtractor:
             raise UserError(f"engine 'openvino' computes on the CPU, not on device {device!r}")
         if engine != "openvino":
             resolve_precision(self.device, precision)
-        folder = Path(model) if isinstance(model, (str, os.PathLike)) else None
+        folder = Path(locate(model)) if isinstance(model, (str, os.PathLike)) else None
         if folder:
-            model = open_model(model, pretrained)
+            model = open_model(str(folder), pretrained)
         check_choice("engine", engine, ENGINES)
         check_choice("descriptor", descriptor, model.descriptors)
         check_choice("dtype", dtype, DTYPES)

@@ -108,7 +108,7 @@ def quantize(
                 f"int8 keeps the first hit of {report['same_first_hit']:.1%} of "
                 f"{report['queries']} queries (bound {same_first_hit:.1%}) and takes mAP from "
                 f"{report['mAP_float32']:.4f} to {report['mAP_int8']:.4f} (bound {map_drop}): "
-                "nothing was written; give more images, or other bounds"
+                "nothing was written; give more images or other bounds, or use bfloat16"
             )
         report["calibration_images"] = facts["calibration_images"]
         record.write_text(json.dumps({**facts, **report}, indent=2))

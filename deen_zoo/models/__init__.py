@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import timm
 
-from ..errors import UserError
+from ..errors import UserError, load_module
 from . import pretrained as weights
 from .agw import AGW as AGW
 from .base import NAMES
@@ -65,9 +65,21 @@ def create_model(
     return cast(ReidModel, model)
 
 
-def open_model(source: str | os.PathLike[str], pretrained: bool = True) -> ReidModel:
-    """The model of a checkpoint folder, or of a name as :func:`create_model` takes it."""
+def locate(source: str | os.PathLike[str]) -> str:
+    """A checkpoint folder or a name without the ``package.module:`` before it, which is imported:
+    it registers a model of one's own."""
     name = os.fspath(source)
+    module, colon, rest = name.partition(":")
+    if not colon or module in ("hf-hub", "hf_hub", "local-dir") or os.path.exists(name):
+        return name
+    load_module(module, "--model")
+    return rest
+
+
+def open_model(source: str | os.PathLike[str], pretrained: bool = True) -> ReidModel:
+    """The model of a checkpoint folder, or of a name as :func:`create_model` takes it; either may
+    follow the module of a model of one's own, as :func:`locate` has it."""
+    name = locate(source)
     return create_model(f"local-dir:{name}" if os.path.isdir(name) else name, pretrained)
 
 

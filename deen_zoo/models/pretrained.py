@@ -500,7 +500,8 @@ def _check_config(config: Config, where: str, variant: str) -> None:
     if architecture not in models:
         raise UserError(
             f"{where} is of architecture {architecture!r}, which is none of {', '.join(models)}: "
-            f"load it with timm, or, if it is newer than this deen_zoo: {UPGRADE}"
+            f"load it with timm; if it is a model of your own, name its module too, --model "
+            f"MODULE:FOLDER, or import it; if it is newer than this deen_zoo: {UPGRADE}"
         )
     if not cfg:
         raise UserError(f"{where} has a {CONFIG} without a pretrained_cfg: get it again")

@@ -147,8 +147,9 @@ def summary(folder: Path, results: dict[str, Any]) -> str:
         shown = "shows that training works, and " if learnt else ""
         lines.append(f"The people are drawn: this {shown}says nothing about real cameras.")
     lines += [*_differences(results), f"Report with pictures: {folder / 'report.md'}"]
-    if not results["eval_only"]:
-        checkpoint = folder / results["models"][0]["last"]["checkpoint"]
+    module, own, name = results["model"].rpartition(":")
+    if not results["eval_only"] and (not own or name in NAMES):
+        checkpoint = f"{module}{own}{folder / results['models'][0]['last']['checkpoint']}"
         lines.append(f"Try next: deen-zoo extract IMAGES -o rows.safetensors --model {checkpoint}")
     return "\n".join(line for line in lines if line)
 
@@ -165,7 +166,9 @@ def command(settings: Settings) -> str:
     words += [] if name == kind.default_recipe else ["--recipe", name]
     for key, value in flat(recipe).items():
         if key == "model.args":
-            changed = {f"{key}.{arg}": json.dumps(one) for arg, one in recipe.model.args.items()}
+            usual_args = RECIPES[name].model.args
+            changed = {f"{key}.{arg}": json.dumps(one) for arg, one in recipe.model.args.items()
+                       if usual_args.get(arg) != one}  # fmt: skip
         else:
             changed = {} if base.get(key) == value else {key: shown(value)}
         words += [word for change in changed.items() for word in ("--set", "=".join(change))]
