@@ -53,7 +53,7 @@ def speeds(extractors: list[FeatureExtractor], images: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="test_deen_resnet")
-    parser.add_argument("--identities", type=int, default=30, help="27 to test on")
+    parser.add_argument("--people", type=int, default=30, help="27 to test on")
     parser.add_argument("--images", type=int, default=64, help="in a batch that is timed")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -71,7 +71,7 @@ def main() -> None:
     rates = speeds(extractors, args.images)
     columns, more = ["choice", "numbers", "MB per 1,000 rows", "images/s"], not args.speed_only
     columns += ["same first hit", "rank-1", "mAP"] if more else []
-    quality = qualities(extractors, args.identities) if more else [()] * len(CHOICES)
+    quality = qualities(extractors, args.people) if more else [()] * len(CHOICES)
     rows = []
     for (name, _), extract, rate, scores in zip(CHOICES, extractors, rates, quality, strict=True):
         size = extract.dim * extract.dtype.itemsize / 1000

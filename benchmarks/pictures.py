@@ -56,11 +56,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs")
     parser.add_argument("--model", default="test_deen_resnet")
-    parser.add_argument("--identities", type=int, default=40)
+    parser.add_argument("--people", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0, help="of the images that are shown")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    draw(FeatureExtractor(args.model, progress=False), args.output, args.identities, args.seed)
+    draw(FeatureExtractor(args.model, progress=False), args.output, args.people, args.seed)
     for name in ("ranking", "tsne", "similarities", "activations"):
         shrink(args.output / f"{name}.png")
         print(args.output / f"{name}.png")

@@ -193,9 +193,9 @@ class Calibration:
 
     Attributes:
         threshold: Take pairs of this score or more.
-        false_match_rate: Share of the pairs of two persons that it takes, at most what was asked.
+        false_match_rate: Share of the pairs of two people that it takes, at most what was asked.
         true_match_rate: Share of the pairs of one person that it takes.
-        different_pairs: Number of pairs of two persons that it rests on.
+        different_pairs: Number of pairs of two people that it rests on.
         same_pairs: Number of pairs of one person.
     """
 
@@ -214,7 +214,7 @@ class Calibration:
 def calibrate(
     query: Table, gallery: Table | None = None, false_match_rate: float = 1e-3
 ) -> Calibration:
-    """The lowest score at which at most that share of the pairs of two persons is taken.
+    """The lowest score at which at most that share of the pairs of two people is taken.
 
     Args:
         query: Rows with identities (numbers or words) of other people than the model was trained
@@ -246,7 +246,7 @@ def calibrate(
     allowed = math.floor(false_match_rate * different)
     if not 0 < false_match_rate < 1 or not allowed or not same:
         raise UserError(
-            f"a false-match rate of {false_match_rate:g} from {different} pairs of two persons and "
+            f"a false-match rate of {false_match_rate:g} from {different} pairs of two people and "
             f"{same} of one: it must be between 0 and 1, and at least one pair of two; give more "
             "images, or another rate"
         )

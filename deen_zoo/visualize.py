@@ -149,11 +149,12 @@ def ranking_sheet(
         ]  # fmt: skip
         if threshold > -math.inf:
             handles.append(Line2D([], [], linestyle="none", label=f"faded: below {threshold:.3f}"))
+        number = f"similarity{_scale(result.query)}"
         some = f"{len(rows)} of {len(result.query)} queries. " * (len(rows) < len(result.query))
         figure.legend(
             handles=handles, loc="lower left", ncols=3, borderaxespad=1.5, alignment="left",
             bbox_to_anchor=(first / width, 1),
-            title=f"{some}Most similar images, best first. Number: similarity (1 = identical).",
+            title=f"{some}Most similar images, best first. Number: {number}.",
         )  # fmt: skip
 
 
@@ -191,7 +192,7 @@ def similarities(
     Args:
         table: Rows with identities and modalities.
         file: The picture.
-        false_match_rate: Share of the pairs of two persons that the threshold may take.
+        false_match_rate: Share of the pairs of two people that the threshold may take.
 
     Raises:
         UserError: There are no pairs of one person, or none of two, across the modalities; or a row
@@ -210,7 +211,7 @@ def similarities(
     with _figure(file, 5.4, 3.1) as figure:
         axes = figure.add_subplot()
         edges = np.linspace(float(values.min()), float(values.max()), BINS + 1).tolist()
-        for name, part, color in (("two persons", ~same, DIFFERENT), ("same person", same, SAME)):
+        for name, part, color in (("two people", ~same, DIFFERENT), ("same person", same, SAME)):
             chosen = values[part].numpy()
             label = f"{name}: mean {chosen.mean():.2f} ({len(chosen):,} pairs)"
             share = np.full(len(chosen), 100 / len(chosen))
@@ -225,7 +226,7 @@ def similarities(
                 f"of one person,\n{found.false_match_rate:.1%} of the pairs of two"
             )
             axes.axvline(found.threshold, color=INK, linestyle="--", linewidth=1.2, label=label)
-        axes.set_xlabel("similarity, infrared to visible (1 = identical)")
+        axes.set_xlabel(f"similarity, infrared to visible{_scale(table)}")
         axes.set_ylabel("pairs, per cent of each kind")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), borderaxespad=0)
 
@@ -233,7 +234,7 @@ def similarities(
 def tsne(
     table: FeatureTable, file: str | os.PathLike[str], people: int = 20, seed: int = 0
 ) -> None:
-    """Draw a t-SNE of some persons (Figure 5 f-j of the poster).
+    """Draw a t-SNE of some people (Figure 5 f-j of the poster).
 
     One colour per person, circles for visible and triangles for infrared images; cosine distances.
     A person's images form one cluster where the model ignores the modality.
@@ -241,11 +242,11 @@ def tsne(
     Args:
         table: Rows with identities and modalities.
         file: The picture.
-        people: Number of persons, drawn from those with images of both modalities.
-        seed: Seed of the choice of persons and of t-SNE.
+        people: Number of people, drawn from those with images of both modalities.
+        seed: Seed of the choice of people and of t-SNE.
 
     Raises:
-        UserError: Fewer than two persons have images of both modalities, ``people`` is below 2, or
+        UserError: Fewer than two people have images of both modalities, ``people`` is below 2, or
             a row holds NaN or infinity.
     """
     check_picture(file)
@@ -287,7 +288,7 @@ def tsne(
             axes.annotate(name, place, ha="center", va="center", fontsize=7, path_effects=edge)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(True)
-        axes.set_title(f"t-SNE of {len(chosen)} persons, one colour and name each")
+        axes.set_title(f"t-SNE of {len(chosen)} people, one colour and name each")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
 
 
@@ -322,7 +323,7 @@ def activation_maps(
     pixels, infrared = extractor.preprocess(images, modality)
     model: Any = extractor.model.eval()
     deep = model.forward_features(pixels.to(extractor.device), infrared)  # (N, B*C, h, w)
-    branches_of = deep.unflatten(1, (getattr(model, "num_branches", 1), -1))
+    branches_of = deep.unflatten(1, (model.num_branches, -1))
     maps: Tensor = branches_of.norm(dim=2).float().cpu()  # (N, B, h, w)
     size = extractor.transform.size
     names = ["original", *(f"generated {n}" for n in range(1, maps.shape[1]))]
@@ -394,6 +395,12 @@ def curves(history: Sequence[Mapping[str, Any]], file: str | os.PathLike[str]) -
             axes.grid(axis="y", color="#e5e7eb", linewidth=0.7)
             axes.set_axisbelow(True)
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+
+
+def _scale(table: FeatureTable) -> str:
+    """What a similarity of 1 means, if rows have length 1."""
+    unit = abs(float(table.features[0].float().norm()) - 1) < 0.01
+    return " (1 = identical)" if unit else ""
 
 
 def _scaled(heat: Tensor, size: tuple[int, int]) -> np.ndarray[Any, Any]:

@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[ProtocolResult]]:
     with tempfile.TemporaryDirectory() as scratch:
         root = args.root or f"{scratch}/LLCM"
         if not args.root:
-            synthesize("llcm", root, identities=14, images_per_camera=2, test_fraction=0.85)
+            synthesize("llcm", root, people=14, images_per_camera=2, test_fraction=0.85)
         dataset = open_dataset("llcm", root)
         samples = dataset.test("visible") + dataset.test("infrared")
         for name in DESCRIPTORS:

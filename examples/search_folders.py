@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> Found:
     if threshold:
         print(
             f"* {threshold.threshold:.4f} or more: takes {threshold.false_match_rate:.1%} of the "
-            f"pairs of two persons and {threshold.true_match_rate:.1%} of those of one"
+            f"pairs of two people and {threshold.true_match_rate:.1%} of those of one"
         )
     if not args.query:
         right = [identity(q["hits"][0]["path"]) == identity(q["path"]) for q in shown]

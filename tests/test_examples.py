@@ -79,7 +79,7 @@ def test_search_folders_finds_drawn_people(tmp_path: Path) -> None:
         assert len(scores) == 5 and scores == sorted(scores, reverse=True)
         assert "test_nir" in query["path"]
         assert all("test_vis" in hit["path"] for hit in query["hits"])
-    rates = re.search(r"takes ([\d.]+)% of the pairs of two persons and ([\d.]+)%", done.stdout)
+    rates = re.search(r"takes ([\d.]+)% of the pairs of two people and ([\d.]+)%", done.stdout)
     assert rates and float(rates[1]) <= 1.0 < float(rates[2])
 
 

@@ -61,7 +61,7 @@ NAMES += ["llcm", "test_deen_resnet", "nothing/here", "out.png", "out.npz", "out
 # What would work for minutes, reach for the network, or go on for ever, is not asked for.
 BOUNDS = {
     "reproduce": ["--data-root", "empty", "--threads", "1"],
-    "synthesize": ["--identities", "2", "--workers", "1", "--images-per-camera", "1"],
+    "synthesize": ["--people", "2", "--workers", "1", "--images-per-camera", "1"],
     "benchmark": ["x"],
     "publish": ["--dry-run", "out"],
     "extract": ["--threads", "1"],

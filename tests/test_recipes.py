@@ -6,7 +6,8 @@ import pytest
 
 from deen_zoo.data.transforms import TrainTransform
 from deen_zoo.errors import UserError
-from deen_zoo.training.recipes import RECIPES, flat, get_recipe, override
+from deen_zoo.training.recipes import RECIPES, AGWLoss, flat, get_recipe, override
+from deen_zoo.training.settings import Settings
 
 WARMUP = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1]
 TABLES = {
@@ -137,3 +138,20 @@ def test_python_is_held_to_the_same_types():
     with pytest.raises(UserError, match="weight_decay is 'small'"):
         dataclasses.replace(RECIPES["official"].optimizer, weight_decay="small")
     assert override(RECIPES["paper"], {"optimizer.lr": 1}).optimizer.lr == 1.0
+
+
+def test_a_file_that_names_a_task_has_that_tasks_loss(tmp_path):
+    """Its own settings were unknown, and without them the task refused the recipe."""
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'task = "deen_zoo.training.tasks:AGWTask"\nloss = {triplet_variant = "squared"}'
+    )
+    assert get_recipe(file).loss == AGWLoss(triplet_variant="squared")
+
+
+def test_changes_apply_to_a_recipe_of_python_as_well(tmp_path):
+    """They were ignored."""
+    settings = Settings.create(
+        "synthetic", tmp_path, recipe=RECIPES["synthetic"], changes=["optimizer.lr=0.5"]
+    )
+    assert settings.recipe.optimizer.lr == 0.5

@@ -128,7 +128,7 @@ def test_a_seed_is_the_same_to_the_byte_for_any_number_of_workers(
     ("change", "message"),
     [
         ({"layout": "market"}, "'market': choose from sysu, regdb, llcm"),
-        ({"identities": 3}, "identities is 3; give a number from 4 to 9999"),
+        ({"people": 3}, "people is 3; give a number from 4 to 9999"),
         ({"test_fraction": 1.5}, "test_fraction is 1.5"),
     ],
 )
@@ -258,7 +258,7 @@ def test_command_writes_a_tree_and_a_sheet(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, sheet = tmp_path / "deep/regdb", tmp_path / "sheet.png"
-    options = ["--identities", "4", "--images-per-camera", "1", "--test-fraction", "0.75"]
+    options = ["--people", "4", "--images-per-camera", "1", "--test-fraction", "0.75"]
     assert main(["synthesize", "regdb", str(root), *options, "--json", "--sheet", str(sheet)]) == 0
     out = json.loads(capsys.readouterr().out)
     assert (out["identities"], out["test_identities"], out["visible_images"]) == (4, 2, 4)
@@ -271,7 +271,7 @@ def test_where_the_sheet_goes_is_looked_at_before_drawing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, sheet = tmp_path / "regdb", tmp_path / "absent" / "sheet.png"
-    options = ["--identities", "4", "--images-per-camera", "1"]
+    options = ["--people", "4", "--images-per-camera", "1"]
     assert main(["synthesize", "regdb", str(root), *options, "--sheet", str(sheet)]) == 2
     assert "sheet.png: " in capsys.readouterr().err and not root.exists()
     inside = str(root / "sheet.png")

@@ -432,7 +432,7 @@ def works(tmp_path_factory, llcm_tree) -> dict[str, tuple[list[str], str]]:
         "search": (["--query", file, "--gallery", file, "-o", "o.png"], "o.png"),
         "visualize": (["ranking", file, "-o", "o.png"], "o.png"),
         "check": (["llcm", str(llcm_tree)], ""),
-        "synthesize": (["llcm", "o", "--identities", "6", "--workers", "2"], "o"),
+        "synthesize": (["llcm", "o", "--people", "6", "--workers", "2"], "o"),
         "weights": ([], ""),
         "convert": ([str(public), "o"], "o"),
         "quantize": (["test_deen_resnet", str(llcm_tree), "o", "--layout", "llcm",

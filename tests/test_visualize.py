@@ -312,7 +312,7 @@ def benchmark(name: str):
 
 @pytest.mark.slow
 def test_pictures_of_the_docs(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pictures.py", "--output", str(tmp_path), "--identities=4"])
+    monkeypatch.setattr(sys, "argv", ["pictures.py", "--output", str(tmp_path), "--people=4"])
     benchmark("pictures").main()
     docs = Path(__file__).parents[1] / "docs"
     names = {"ranking.png", "tsne.png", "similarities.png", "activations.png"}

@@ -124,7 +124,7 @@ def _print(args: argparse.Namespace, found: Any) -> None:
         return
     print(
         f"threshold {found.threshold:.4f}: takes {found.false_match_rate:.3%} of "
-        f"{plural(found.different_pairs, 'pair')} of two persons, and {found.true_match_rate:.1%} "
+        f"{plural(found.different_pairs, 'pair')} of two people, and {found.true_match_rate:.1%} "
         f"of {plural(found.same_pairs, 'pair')} of one"
     )
     if found.false_matches < 30:

@@ -10,10 +10,10 @@ from pathlib import Path
 from . import seed
 
 EXAMPLES = """\
-  deen-zoo synthesize llcm data/synthetic-llcm --identities 100 --seed 0
-  deen-zoo synthesize sysu data/synthetic-sysu --identities 500 --images-per-camera 8
-  deen-zoo synthesize regdb data/synthetic-regdb --identities 64 --json
-  deen-zoo synthesize llcm data/small --identities 8 --sheet people.png
+  deen-zoo synthesize llcm data/synthetic-llcm --people 100 --seed 0
+  deen-zoo synthesize sysu data/synthetic-sysu --people 500 --images-per-camera 8
+  deen-zoo synthesize regdb data/synthetic-regdb --people 64 --json
+  deen-zoo synthesize llcm data/small --people 8 --sheet people.png
 """
 
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("layout", choices=tuple(LAYOUTS), help="whose layout")
     add("root", metavar="ROOT", help="folder to write: new, or empty")
-    add("--identities", type=int, default=32, metavar="N", help="people")
+    add("--people", type=int, default=32, metavar="N", help="how many are drawn")
     add("--seed", type=seed, default=0, help="seed of the people and their pictures")
     usual = ", ".join(f"{name} {spec.images_per_camera}" for name, spec in LAYOUTS.items())
     about = f"images of each person in each camera that sees them ({usual})"
@@ -41,10 +41,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.sheet and Path(args.sheet).absolute().parent != Path(args.root).absolute():
         check_target(args.sheet)
-    names = ("identities", "seed", "images_per_camera", "test_fraction", "workers")
+    names = ("people", "seed", "images_per_camera", "test_fraction", "workers")
     tree = synthesize(args.layout, args.root, **{name: getattr(args, name) for name in names})
     if args.sheet:
-        sheet = contact_sheet(args.layout, args.seed, min(args.identities, 6))
+        sheet = contact_sheet(args.layout, args.seed, min(args.people, 6))
         picture = io.BytesIO()
         sheet.save(picture, "PNG", optimize=True)
         write_atomically(args.sheet, picture.getvalue())

@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", required=True, metavar="FILE", help=".png, .svg or .pdf")
     add("--queries", type=int, default=5, metavar="N", help="ranking: infrared images to search")
     add("-k", type=int, default=8, metavar="N", help="ranking: hits per query")
-    add("--people", type=int, default=20, metavar="N", help="tsne: number of persons")
-    add("--seed", type=seed, default=0, help="chooses the queries or persons")
-    about = "similarities: the share of the pairs of two persons that the threshold takes"
+    add("--people", type=int, default=20, metavar="N", help="tsne: number of people")
+    add("--seed", type=seed, default=0, help="chooses the queries or people")
+    about = "similarities: the share of the pairs of two people that the threshold takes"
     add("--calibrate", type=float, default=0.01, metavar="RATE", help=about)
     about = "activations: the images' modality"
     add("--modality", choices=("visible", "infrared", "auto"), help=about)

@@ -340,4 +340,9 @@ def _advice(kind: type[ReidDataset], folder: Path) -> str:
         with contextlib.suppress(OSError):  # a folder that may not be read
             if place.is_dir() and kind.looks_like(place):
                 return f"did you mean {place}?"
-    return f"copy it again from the source ({kind.ask})" if kind.ask else "see docs/features.md"
+    if kind.ask:
+        return f"copy it again from the source ({kind.ask})"
+    return (
+        "lay images out as visible/IDENTITY/*.jpg and infrared/IDENTITY/*.jpg, or list them in "
+        "images.csv"
+    )

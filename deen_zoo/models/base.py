@@ -96,6 +96,7 @@ class ReidModel(nn.Module):
             the family's results were published with.
         flip: Whether the published results add the descriptor of the mirrored image.
         method: The method whose published numbers are of such a model; empty if there are none.
+        num_branches: How many branches the channels of the final maps hold, one after another.
         task: ``"module:Class"`` of the family's training task; None for DEEN's, whose terms that
             need branches vanish without them.
         model_args: What ``config.json`` keeps to build the model again.
@@ -105,6 +106,7 @@ class ReidModel(nn.Module):
 
     flip = True
     method: str = ""
+    num_branches: int = 1
     task: str | None = None
     trained_on: dict[str, Any] | None = None
     modality: str | None  # TorchScript reads this

@@ -47,7 +47,7 @@ class SyntheticTree(NamedTuple):
 def synthesize(
     layout: str,
     root: str | os.PathLike[str],
-    identities: int = 32,
+    people: int = 32,
     seed: int = 0,
     images_per_camera: int | None = None,
     test_fraction: float | None = None,
@@ -62,7 +62,7 @@ def synthesize(
     Args:
         layout: One of :data:`~deen_zoo.synthetic.LAYOUTS`, by its dataset's name.
         root: A folder that does not exist yet, or is empty.
-        identities: How many people, from 4 up to 9,999.
+        people: How many, from 4 up to 9,999.
         seed: The same people, cameras and pictures for the same number.
         images_per_camera: Images of each identity in each camera (and modality) that sees it;
             by default 4 for SYSU-MM01, 10 for RegDB and 2 for LLCM.
@@ -77,14 +77,14 @@ def synthesize(
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     tree = synthesize("regdb", folder, identities=4, images_per_camera=1)
+    ...     tree = synthesize("regdb", folder, people=4, images_per_camera=1)
     ...     names = sorted(path.name for path in Path(folder).iterdir())
     >>> tree.visible_images, tree.infrared_images, names
     (4, 4, ['Thermal', 'Visible', 'idx', 'synthetic.json'])
     """
     target = Path(os.path.realpath(root))
     ranges = {
-        "identities": (identities, 4, 9999),  # two to train and two to test; four digits in names
+        "people": (people, 4, 9999),  # two to train and two to test; four digits in names
         "seed": (seed, 0, 2**32 - 1),
         "images_per_camera": (images_per_camera, 1, 999),
         "test_fraction": (test_fraction, 0.0, 1.0),
@@ -94,8 +94,8 @@ def synthesize(
     spec = LAYOUTS[layout]
     each = images_per_camera or spec.images_per_camera
     fraction = spec.test_fraction if test_fraction is None else test_fraction
-    everyone = range(1, identities + 1)
-    test = split(seed, everyone, min(max(2, round(identities * fraction)), identities - 2))
+    everyone = range(1, people + 1)
+    test = split(seed, everyone, min(max(2, round(people * fraction)), people - 2))
     shots = [_sightings(layout, seed, identity, each, identity in test) for identity in everyone]
     paths = {s: spec.path(seed, s, s.identity in test) for person in shots for s in person}
 
@@ -112,7 +112,7 @@ def synthesize(
         spec.write_index(workshop, seed, paths, test)
         visible = sum(shot.modality == "visible" for shot in paths)
         infrared = len(paths) - visible
-        tree = SyntheticTree(layout, seed, identities, len(test), visible, infrared, each)
+        tree = SyntheticTree(layout, seed, people, len(test), visible, infrared, each)
         note = {"note": "drawn by deen_zoo; shows no real person", **tree._asdict()}
         (workshop / DRAWN).write_text(json.dumps(note, indent=2) + "\n")
     return tree
@@ -223,7 +223,7 @@ def _camera(layout: str, seed: int, number: int, modality: str) -> Camera:
     return Camera(seed, number, modality, spec.size, spec.low_light, spec.same_size)
 
 
-def contact_sheet(layout: str = "llcm", seed: int = 0, identities: int = 6) -> Image.Image:
+def contact_sheet(layout: str = "llcm", seed: int = 0, people: int = 6) -> Image.Image:
     """Drawn people, two to a row: three visible pictures of each, then three infrared ones.
 
     Returns:
@@ -231,10 +231,8 @@ def contact_sheet(layout: str = "llcm", seed: int = 0, identities: int = 6) -> I
     """
     spec, views = LAYOUTS[layout], 3
     width, height = spec.size
-    sheet = Image.new(
-        "RGB", (4 * views * width + 12, (identities + 1) // 2 * (height + 4)), "white"
-    )
-    for place in range(identities):
+    sheet = Image.new("RGB", (4 * views * width + 12, (people + 1) // 2 * (height + 4)), "white")
+    for place in range(people):
         x, y = (place % 2) * (2 * views * width + 12), place // 2 * (height + 4)
         for side, modality in enumerate(("visible", "infrared")):
             cameras = spec.visible if modality == "visible" else spec.infrared

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from ..data.images import check_intensity
-from ..errors import UserError
+from ..errors import UserError, load_object
 from .sections import Section, cast, flatten, parse, setting
 
 __all__ = [
@@ -83,7 +83,7 @@ class Schedule(Section):
     epochs: int = setting(151, "number of epochs; --epochs stops earlier on the same schedule", 1)
     warmup: int = setting(10, "epochs of linear warm-up", 0)
     decay: tuple[tuple[int, float], ...] = setting(
-        ((20, 0.1), (80, 0.01)), "[first epoch, factor] pairs, each in force until the next"
+        ((20, 0.1), (80, 0.01)), "[finished epochs, factor] pairs, each in force until the next"
     )
     test_every: int = setting(1, "epochs between tests; the last epoch is always tested", 1)
 
@@ -230,7 +230,9 @@ RECIPES = {
 
 
 def get_recipe(
-    name: str | os.PathLike[str], changes: Sequence[str] = (), loss: type[Section] | None = None
+    name: str | os.PathLike[str] | Recipe,
+    changes: Sequence[str] = (),
+    loss: type[Section] | None = None,
 ) -> Recipe:
     """A recipe by name, or from a TOML file, with changes.
 
@@ -238,16 +240,18 @@ def get_recipe(
     that it changes (``official`` without one).
 
     Args:
-        name: One of :data:`RECIPES`, or a file that ends in ``.toml``.
+        name: One of :data:`RECIPES`, a file that ends in ``.toml``, or a recipe.
         changes: ``"optimizer.lr=0.05"`` and so on, as ``--set`` takes them.
         loss: The type of ``recipe.loss``, when it is not the recipe's own; starts at its defaults.
+            None is that of the task that a file names.
 
     Raises:
         UserError: No such recipe, file or setting; or a value that does not fit.
     """
     edits: dict[str, Any] = {}
-    recipe = RECIPES.get(str(name))
+    recipe = name if isinstance(name, Recipe) else RECIPES.get(str(name))
     if recipe is None:
+        assert not isinstance(name, Recipe)
         if Path(name).suffix != ".toml":
             raise UserError(f"recipe {str(name)!r}: choose from {', '.join(RECIPES)}, or FILE.toml")
         edits = flatten(_read_toml(Path(name)), 3)
@@ -256,6 +260,8 @@ def get_recipe(
         if not isinstance(task, str | None):
             raise UserError(f"recipe {name}: task is {task!r}: give package.module:Class")
         recipe = replace(base, name=Path(name).stem, task=task)
+        if task and loss is None:
+            loss = getattr(load_object(task, f"recipe {name}: task"), "Loss", None)
     if loss is not None and type(recipe.loss) is not loss:
         recipe = replace(recipe, loss=loss())
     for change in changes:

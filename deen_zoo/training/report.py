@@ -26,8 +26,8 @@ PICTURES = {
     "curves.png": "Loss on the training set and scores on the test set, over the epochs",
     "ranking.png": "Five random infrared queries and the most similar of all visible test images",
     "similarities.png": "Similarity of all infrared to all visible test images, of one person and "
-    "of two persons",
-    "tsne.png": "Descriptors of twenty random persons in two dimensions",
+    "of two people",
+    "tsne.png": "Descriptors of twenty random people in two dimensions",
 }
 
 

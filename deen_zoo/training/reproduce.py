@@ -223,7 +223,7 @@ def _draw(settings: Settings) -> None:
         )
     people = settings.people or PEOPLE
     print(f"drawing {people} synthetic people into {root}", file=sys.stderr)
-    synthesize(settings.kind.layout, root, identities=people)
+    synthesize(settings.kind.layout, root, people=people)
 
 
 class _Work:

@@ -130,11 +130,12 @@ class Settings:
             if name not in known:
                 raise UserError(f"--protocols {name}: choose from {dataset}'s, {', '.join(known)}")
         recipe = given.get("recipe", kind.default_recipe)
-        if not isinstance(recipe, Recipe):
+        task, loss = given.get("task"), None
+        if task and not isinstance(recipe, Recipe):
             from .tasks import task_class
 
-            task = given.get("task")
-            recipe = get_recipe(recipe, changes, task_class(task).Loss if task else None)
+            loss = task_class(task).Loss
+        recipe = get_recipe(recipe, changes, loss)
         usual = {
             "data_root": output / "data",
             "cache": output / "cache" if kind.synthetic else None,

@@ -42,7 +42,8 @@ class Task(nn.Module):
             raise UserError(
                 f"recipe {recipe.name} has the loss settings of another task "
                 f"({type(recipe.loss).__name__}); {type(self).__name__} takes {self.Loss.__name__}"
-                + (f": choose --recipe {', '.join(fitting)}" if fitting else "")
+                + f": choose --recipe {', '.join(fitting)}" * bool(fitting)
+                + f": name it, --task {type(self).__module__}:{type(self).__name__}" * (not fitting)
             )
         self.model: Any = model
         self.recipe, self.precision = recipe, precision
