@@ -79,10 +79,13 @@ def load_module(name: str, option: str) -> ModuleType:
     Raises:
         UserError: It cannot be imported; the message names the option that gave it.
     """
+    module = name.partition(":")[0]
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise UserError(f"{option} {name}: give package.module:name")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # the user's own module, wherever the command lives
     try:
-        return importlib.import_module(name.partition(":")[0])
+        return importlib.import_module(module)
     except ImportError as error:
         raise UserError(f"{option} {name}: it cannot be imported ({error})") from error
 

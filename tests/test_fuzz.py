@@ -278,7 +278,8 @@ def test_any_bytes(name: str, read: Callable[[Path], Any], tmp_path: Path) -> No
     elif name == "head.safetensors":
         write_head(Head(torch.ones(3), torch.ones(3, 2), {"flip": "true"}), file)
     elif name == "mine.toml":
-        file.write_text('base = "agw"\ntask = "a:B"\n[optimizer]\nlr = 0.1\n[model.args]\nx = 1\n')
+        task = 'task = "deen_zoo.training.tasks:AGWTask"'
+        file.write_text(f'base = "agw"\n{task}\n[optimizer]\nlr = 0.1\n[model.args]\nx = 1\n')
     else:
         scipy_io = pytest.importorskip("scipy.io")
         cameras, identities = np.empty((6, 1), object), np.empty((1, 1), object)

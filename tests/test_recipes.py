@@ -155,3 +155,11 @@ def test_changes_apply_to_a_recipe_of_python_as_well(tmp_path):
         "synthetic", tmp_path, recipe=RECIPES["synthetic"], changes=["optimizer.lr=0.5"]
     )
     assert settings.recipe.optimizer.lr == 0.5
+
+
+@pytest.mark.parametrize("task", [":Loss", ".mine:Loss", "a b:Loss", "mine", "nowhere:Loss"])
+def test_a_task_that_cannot_be_imported_is_one_line(task, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(f'task = "{task}"')
+    with pytest.raises(UserError, match="task"):
+        get_recipe(file)
