@@ -24,6 +24,7 @@ from .features.extractor import data_config
 from .io import check_target, reserved, whole_file
 from .models import ReidModel
 from .models.base import MODALITIES
+from .models.pretrained import VALID
 
 __all__ = ["FORMATS", "OUTPUTS", "ExportReport", "export_model"]
 
@@ -131,7 +132,7 @@ def export_model(
         options = {k: usual[k] if value is None else value for k, value in options.items()}
     config = data_config(model)
     height, width = size or config["input_size"][1:]
-    if not (0 < height <= 4096 and 0 < width <= 4096):
+    if not VALID["input_size"]((1, int(height), int(width))):
         raise UserError(f"size {height} {width}: give a height and a width from 1 to 4096")
     checks = _checks(modality, (int(model.in_chans), height, width))
     note = {

@@ -228,7 +228,7 @@ def _without_paths(results: Mapping[str, Any]) -> dict[str, Any]:
             model[which]["checkpoint"] = Path(model[which]["checkpoint"]).name
     if content["eval_only"]:
         content["eval_only"] = Path(content["eval_only"]).name
-    words = shlex.split(content.get("command", ""))
+    words = shlex.split(content["command"])
     content["command"] = shlex.join(Path(w).name if os.path.isabs(w) else w for w in words)
     return content
 

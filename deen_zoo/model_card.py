@@ -154,9 +154,8 @@ def _training(results: Mapping[str, Any], found: Measured, source: dict[str, str
     sections = [{key: v} if not isinstance(v, dict) else v for key, v in recipe.items()]
     settings = [pair for part in sections for pair in part.items() if pair[1] is not None]
     values = ", ".join(f"{key} {json.dumps(value)}" for key, value in settings)
-    command = results.get("command") or f"deen-zoo reproduce {results['dataset']} --recipe {name}"
     return (
-        f"Trained with `{command}`, seed {results['seed']}, stopped after "
+        f"Trained with `{results['command']}`, seed {results['seed']}, stopped after "
         f"{epochs}{epoch}.\n\nThe recipe, {name}: {values}.\n\n"
         f"On {results['device']}, {processes}, precision "
         f"{results['precision']}; {versions}."

@@ -662,7 +662,7 @@ def example_results(folder):
     return {
         "dataset": "llcm", "model": "deen_resnet50_llcm", "drawn": False,
         "recipe": json.loads(json.dumps(dataclasses.asdict(get_recipe("official")))), "epochs": 1,
-        "seed": 0, "eval_only": None, "device": "cpu", "versions": {"torch": "2"},
+        "seed": 0, "eval_only": None, "device": "cpu", "versions": {"torch": "2"}, "scratch": False,
         "precision": "float32", "processes": 1, "threads": 1, "command": "deen-zoo x",
         "data": {"images": 6, "sha256": "def"}, "models": [model],
         "protocols": {"llcm-ir2vis": entry},

@@ -310,6 +310,7 @@ class ReidDataset:
             raise UserError(f"{self.title} has no split {split}: choose from {list(self.splits)}")
 
     def _kept(self, samples: list[Sample]) -> list[Sample]:
+        """The samples that are not left out; their modalities are checked."""
         for sample in samples:
             check_choice(f"{sample.path}: modality", sample.modality, (VISIBLE, INFRARED))
         if not self.left_out:

@@ -228,9 +228,10 @@ class FeatureExtractor:
             raise UserError(f"engine 'openvino' computes on the CPU, not on device {device!r}")
         if engine != "openvino":
             resolve_precision(self.device, precision)
-        folder = Path(locate(model)) if isinstance(model, (str, os.PathLike)) else None
-        if folder:
-            model = open_model(str(folder), pretrained)
+        folder = None
+        if isinstance(model, (str, os.PathLike)):
+            name = locate(model)
+            folder, model = Path(name), open_model(name, pretrained)
         check_choice("engine", engine, ENGINES)
         check_choice("descriptor", descriptor, model.descriptors)
         check_choice("dtype", dtype, DTYPES)

@@ -249,9 +249,11 @@ def get_recipe(
         UserError: No such recipe, file or setting; or a value that does not fit.
     """
     edits: dict[str, Any] = {}
-    recipe = name if isinstance(name, Recipe) else RECIPES.get(str(name))
-    if recipe is None:
-        assert not isinstance(name, Recipe)
+    if isinstance(name, Recipe):
+        recipe = name
+    elif str(name) in RECIPES:
+        recipe = RECIPES[str(name)]
+    else:
         if Path(name).suffix != ".toml":
             raise UserError(f"recipe {str(name)!r}: choose from {', '.join(RECIPES)}, or FILE.toml")
         edits = flatten(_read_toml(Path(name)), 3)

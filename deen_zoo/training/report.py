@@ -111,7 +111,7 @@ def markdown(folder: Path, results: dict[str, Any]) -> str:
 def _start(results: dict[str, Any]) -> str:
     """What the weights started from, where the model's name tells it."""
     name = results["model"].rpartition(":")[2]
-    imagenet = NAMES.get(name, False) and not results.get("scratch")
+    imagenet = NAMES.get(name, False) and not results["scratch"]
     if name not in NAMES:
         return ""
     return " from ImageNet's weights" if imagenet else " from random weights"
@@ -147,8 +147,8 @@ def summary(folder: Path, results: dict[str, Any]) -> str:
         shown = "shows that training works, and " if learnt else ""
         lines.append(f"The people are drawn: this {shown}says nothing about real cameras.")
     lines += [*_differences(results), f"Report with pictures: {folder / 'report.md'}"]
-    module, own, name = results["model"].rpartition(":")
-    if not results["eval_only"] and (not own or name in NAMES):
+    module, own, model = results["model"].rpartition(":")
+    if not results["eval_only"] and (not own or model in NAMES):
         checkpoint = f"{module}{own}{folder / results['models'][0]['last']['checkpoint']}"
         lines.append(f"Try next: deen-zoo extract IMAGES -o rows.safetensors --model {checkpoint}")
     return "\n".join(line for line in lines if line)
@@ -166,9 +166,8 @@ def command(settings: Settings) -> str:
     words += [] if name == kind.default_recipe else ["--recipe", name]
     for key, value in flat(recipe).items():
         if key == "model.args":
-            usual_args = RECIPES[name].model.args
-            changed = {f"{key}.{arg}": json.dumps(one) for arg, one in recipe.model.args.items()
-                       if usual_args.get(arg) != one}  # fmt: skip
+            changed = {f"{key}.{arg}": json.dumps(one) for arg, one in value.items()
+                       if base[key].get(arg) != one}  # fmt: skip
         else:
             changed = {} if base.get(key) == value else {key: shown(value)}
         words += [word for change in changed.items() for word in ("--set", "=".join(change))]

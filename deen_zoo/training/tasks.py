@@ -39,11 +39,13 @@ class Task(nn.Module):
         super().__init__()
         if not isinstance(recipe.loss, self.Loss):
             fitting = [name for name, one in RECIPES.items() if isinstance(one.loss, self.Loss)]
+            remedy = f"name it, --task {type(self).__module__}:{type(self).__name__}"
+            if fitting:
+                remedy = f"choose --recipe {', '.join(fitting)}"
             raise UserError(
                 f"recipe {recipe.name} has the loss settings of another task "
-                f"({type(recipe.loss).__name__}); {type(self).__name__} takes {self.Loss.__name__}"
-                + f": choose --recipe {', '.join(fitting)}" * bool(fitting)
-                + f": name it, --task {type(self).__module__}:{type(self).__name__}" * (not fitting)
+                f"({type(recipe.loss).__name__}); {type(self).__name__} takes "
+                f"{self.Loss.__name__}: {remedy}"
             )
         self.model: Any = model
         self.recipe, self.precision = recipe, precision
